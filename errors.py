@@ -1,0 +1,36 @@
+"""How a script tells its user what went wrong: one line on stderr and an exit code, never a traceback."""
+
+import functools
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something that the user can put right. The message is one line: what is wrong, where, and what to do."""
+
+
+def exit_with_one_line(main):
+    """Decorate a script's `main(argv=None)` so that what a user can put right ends in one line and an exit code.
+
+    Exit codes: 1 for `UserError` and for errors of the operating system (a full disk, a file that may not be read),
+    130 for Ctrl-C, 141 where the reader of stdout has gone away (`| head`). argparse itself exits with 2 for wrong
+    flags. Everything else is a fault of the program and keeps its traceback.
+    """
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            message, code = f"error: {error}", 1
+        except BrokenPipeError:
+            # Python flushes stdout once more at exit; without this that flush would fail with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            message, code = None, 141
+        except OSError as error:
+            message, code = f"error: {error.filename or main.__module__}: {error.strerror or error}", 1
+        except KeyboardInterrupt:
+            message, code = "stopped", 130
+        if message:
+            print(" ".join(message.split()), file=sys.stderr)
+        sys.exit(code)
+    return wrapped

@@ -1,0 +1,65 @@
+"""What this machine can do, decided in one place: the device, the dtype of the arithmetic, whether to compile."""
+
+import shutil
+
+import torch
+
+from errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Below this many floating-point operations, a run on that kind of device ends before the minute that compiling takes
+# is won back. CPU: about 200 seconds of eager bf16 work on two cores; CUDA: not measured.
+FLOPS_THAT_REPAY_COMPILING = {"cpu": 3e13, "cuda": 1e15}
+
+
+def pick_device(name):
+    """The torch.device of a setting: auto is CUDA, else Apple's MPS, else the CPU.
+
+    Raises UserError for a device that this machine, or this build of PyTorch, does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device = {name!r} cannot be used on this machine: use auto, cpu, cuda, cuda:1 or mps"
+                        ) from error
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch.dtype for the arithmetic: auto is bfloat16 where the hardware computes in it, else float16 on CUDA.
+
+    Raises UserError for float16 anywhere but on CUDA: its gradients need the scaler that works only there.
+    """
+    if name == "float16" and device.type != "cuda":
+        raise UserError(f"dtype = 'float16' is for CUDA; on {device.type} use bfloat16 or float32")
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # torch 2.11 has no public question for this
+    has_bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def pick_compile(wish, device, flops):
+    """Whether to use torch.compile, and why not where the answer is no: (bool, str).
+
+    auto: where it works and pays, for a run of that many floating-point operations.
+    """
+    if wish != "auto":
+        return wish, "compile = False"
+    if device.type not in FLOPS_THAT_REPAY_COMPILING:
+        return False, f"torch.compile is young on {device.type}"
+    if flops < FLOPS_THAT_REPAY_COMPILING[device.type]:
+        return False, "this run is too short to repay compiling"
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        return False, "there is no C++ compiler"
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # the compiler, its headers, Triton: whatever it is that fails, eager works
+        return False, f"torch.compile does not work here ({type(error).__name__})"
+    return True, ""

@@ -1,0 +1,392 @@
+"""Train a GPT on data/<dataset>/ into a run folder.
+
+    python train.py config/tinystories.py                        a recipe
+    python train.py config/tinystories.py --learning_rate=3e-4   a recipe, with a setting changed
+    python train.py config/tinystories.py --resume               go on where it stopped
+    python train.py config/tinystories.py --eval_only            its loss on the whole validation split
+
+Ctrl-C finishes the current update, writes last.pt and exits. `--help` lists the settings.
+"""
+
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from config import Config, read_command_line
+from dataset import Split, TrainingOrder, evaluation_windows, read_meta
+from errors import UserError, exit_with_one_line
+from hardware import pick_compile, pick_device, pick_dtype
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+ACTIONS = {
+    "resume": "go on with the run in out_dir, from its last.pt",
+    "overwrite": "start anew where out_dir already holds a run",
+    "eval_only": "only measure the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
+}
+# What may differ from the stored settings when a run goes on: nothing here changes what an update computes.
+MAY_CHANGE = {"out_dir", "max_iters", "eval_interval", "eval_iters", "log_interval", "device", "dtype", "compile",
+              "device_batch_size"}
+SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250
+
+
+@exit_with_one_line
+def main(argv=None):
+    """Train, or with --eval_only measure; `argv` as on the command line. Raises UserError for what a user can mend."""
+    recipe, flags, args = read_command_line(argv, ACTIONS)
+    if args.eval_only:
+        return measure(recipe, flags)
+
+    # ---- settings ----
+    last = None  # the checkpoint to go on from
+    if args.resume:
+        out_dir = (recipe | flags).get("out_dir") or checkpoint.newest_run()
+        last = checkpoint.load(Path(out_dir, "last.pt"))
+        cfg = Config(**last["config"] | recipe | flags | {"out_dir": str(out_dir)})
+        refuse_changes(last["config"], asdict(cfg))
+    else:
+        cfg = Config(**recipe | flags)
+    out_dir = Path(cfg.out_dir)
+    if checkpoint.holds_run(out_dir) and not (args.resume or args.overwrite):
+        raise UserError(f"{out_dir} already holds a run: go on with it (--resume), replace it (--overwrite), or name "
+                        "another folder (--out_dir)")
+
+    # ---- data ----
+    data_dir = Path("data", cfg.dataset)
+    meta = read_meta(data_dir)
+    tokenizer = Tokenizer.load(data_dir)
+    train_split, val_split = (Split(data_dir, name, cfg.block_size) for name in ("train", "validation"))
+    order = TrainingOrder(train_split, cfg.seed)
+    eval_windows = {split: evaluation_windows(split, cfg.eval_iters * cfg.batch_size)
+                    for split in (train_split, val_split)}
+    if last and last["data_sha256"] != meta["splits"]["train"]["sha256"]:
+        raise UserError(f"{data_dir} is not the data that {out_dir} was trained on: prepare that again, or start a "
+                        "new run with another --out_dir")
+
+    # ---- model and optimizer ----
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
+    torch.manual_seed(cfg.seed)
+    model_config = GPTConfig(meta["vocab_size"], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
+                             cfg.bias)
+    model = GPT(model_config).to(device)
+    optimizer = make_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+    # ---- the plan, in words ----
+    updates = math.ceil(cfg.max_iters / cfg.gradient_accumulation_steps)
+    sequences = cfg.sequences_per_update
+    cut = cfg.batch_size if cfg.device_batch_size == "auto" else cfg.device_batch_size
+    update_tokens = sequences * cfg.block_size
+    epoch_tokens = order.windows_per_epoch * cfg.block_size
+    flops = 6 * model.num_parameters() * update_tokens * updates
+    use_compile, why_not = pick_compile(cfg.compile, device, flops)
+    print(f"{out_dir}: {model.num_parameters():,} parameters; {cfg.n_layer} layers, {cfg.n_head} heads, width "
+          f"{cfg.n_embd}, block {cfg.block_size}, vocabulary {meta['vocab_size']:,}\n"
+          f"{data_dir}: {len(train_split.tokens):,} training tokens, {len(val_split.tokens):,} validation tokens\n"
+          f"an update: {sequences:,} sequences = {update_tokens:,} tokens, {cut} sequences at a time\n"
+          f"the run: {updates:,} updates = {updates * update_tokens:,} tokens = "
+          f"{updates * update_tokens / epoch_tokens:.2f} epochs\n"
+          f"on {device}, in {str(dtype).split('.')[1]}, {'compiled' if use_compile else f'not compiled: {why_not}'}")
+    if cfg.min_lr > cfg.learning_rate:
+        print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup the "
+              "learning rate rises to the end and never decays")
+
+    # ---- a new run folder, or the one to go on in ----
+    update, best_val_loss, seconds_before = 0, math.inf, 0.0
+    if last:
+        update, best_val_loss, seconds_before = last["update"], last["best_val_loss"], last["seconds"]
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        set_random_state(last["random_state"], device)
+        checkpoint.cut_back(out_dir, last["iter"], last["figures"]["iter"])
+        print(f"going on after update {update:,} of {updates:,}")
+    else:
+        start_folder(out_dir, data_dir)
+    if update >= updates:
+        print(f"{out_dir} is at its end already: raise --max_iters to train on")
+        return
+    log = out_dir / "log.jsonl"
+    checkpoint.append_line(log, {
+        "kind": "run", "config": asdict(cfg), "resumed_at": update * cfg.gradient_accumulation_steps if last else None,
+        "parameters": model.num_parameters(), "device": describe(device), "dtype": str(dtype).split(".")[1],
+        "compiled": use_compile, "sequences_at_a_time": cut, "threads": torch.get_num_threads(), "git": git_commit(),
+        "data_sha256": {name: split["sha256"] for name, split in meta["splits"].items()},
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "seed": cfg.seed})
+
+    # ---- Ctrl-C and SIGTERM ask for an end after the current update ----
+    signals = []
+
+    def ask_to_stop(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        os.write(2, b"\nstopping after this update; once more stops at once\n")  # print is not safe in a handler
+
+    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    # ---- the loop ----
+    step_model = torch.compile(model) if use_compile else model  # for updates alone: the rest is a small part
+    figures = dict(last["figures"]) if last else {"iter": 0}  # of the last evaluation
+    saved, started = update, time.perf_counter()
+    log_time, log_update = started, update  # when and where the last log line was written
+    bar = tqdm(total=updates, initial=update, unit=" updates", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def snapshot():
+        return {"model": model.state_dict(), "model_config": asdict(model_config), "config": asdict(cfg),
+                "data_sha256": meta["splits"]["train"]["sha256"], "iter": iteration, "update": update,
+                "tokens": update * update_tokens, "figures": figures}
+
+    def save_last():
+        checkpoint.save(out_dir / "last.pt", snapshot() | {
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best_val_loss": best_val_loss,
+            "random_state": get_random_state(device), "seconds": seconds_before + time.perf_counter() - started})
+
+    try:
+        while True:
+            iteration = update * cfg.gradient_accumulation_steps
+            # Evaluation stands at the top so that a run that was stopped just before one begins with it.
+            if update and figures["iter"] < iteration and (
+                    update == updates or is_due(iteration, cfg.eval_interval, cfg)):
+                pause = time.perf_counter()
+                with autocast:
+                    train_loss, val_loss = (evaluate(model, split, starts, cfg.batch_size).mean().item()
+                                            for split, starts in eval_windows.items())
+                figures = {"iter": iteration, "tokens": update * update_tokens, "train_loss": train_loss,
+                           "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, val_split)}
+                tqdm.write(f"iteration {iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
+                           f"{figures['val_bpb']:.4f} bits per byte")
+                checkpoint.append_line(log, {"kind": "eval", **figures,
+                                             "seconds": seconds_before + time.perf_counter() - started})
+                with open(out_dir / "samples.md", "a", encoding="utf-8") as file:
+                    file.write(f"## iteration {iteration}: validation loss {val_loss:.4f}\n\n"
+                               f"{tell_story(model, tokenizer)}\n\n")
+                if val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    checkpoint.save(out_dir / "ckpt.pt", snapshot())
+                save_last()
+                saved = update
+                log_time += time.perf_counter() - pause  # the tokens a second are those of training alone
+            if update == updates or signals:
+                break
+
+            lr = learning_rate(iteration, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x, y = order.sequences(update * sequences, sequences)  # (sequences, T) each
+            loss = torch.zeros((), device=device)  # stays on the device: nothing waits for it but a log line
+            for i in range(0, sequences, cut):
+                with autocast:
+                    part = step_model(to(device, x[i:i + cut]), to(device, y[i:i + cut])) * (cut / sequences)
+                scaler.scale(part).backward()
+                loss += part.detach()
+            scaler.unscale_(optimizer)  # before clipping, which would else measure the scaled gradient
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            update += 1
+            iteration = update * cfg.gradient_accumulation_steps
+            bar.update()
+
+            log_due = update in (1, updates) or is_due(iteration, cfg.log_interval, cfg)
+            if not (log_due or signals or is_due(iteration, cfg.eval_interval, cfg)):
+                continue
+            # Before anything is saved: a loss that is not finite has spoilt the weights.
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss is {loss.item()} at iteration {iteration}: try a lower --learning_rate (now "
+                                f"{lr:.3g}), more --warmup_iters or --dtype=float32; checkpoints in {out_dir} are from "
+                                "before")
+            if log_due:
+                now = time.perf_counter()
+                speed = (update - log_update) * update_tokens / (now - log_time)
+                log_time, log_update = now, update
+                checkpoint.append_line(log, {
+                    "kind": "step", "iter": iteration, "update": update, "tokens": update * update_tokens,
+                    "epoch": update * update_tokens / epoch_tokens, "loss": loss.item(), "lr": lr,
+                    "grad_norm": grad_norm.item(), "tokens_per_s": speed, "seconds": seconds_before + now - started})
+                bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
+                if bar.disable:
+                    left = tqdm.format_interval((updates - update) * update_tokens / speed)
+                    print(f"iteration {iteration:,}: loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
+                          f"{left} left", flush=True)
+        if saved < update:
+            save_last()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, cut // 2)} (now {cut}), which "
+                        "changes the speed alone") from error
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    # ---- the end ----
+    seconds = seconds_before + time.perf_counter() - started
+    best = checkpoint.best_in(out_dir)
+    if update < updates:
+        print(f"stopped after update {update:,} of {updates:,}; go on with  "
+              f"python train.py {args.recipe or ''} --out_dir={out_dir} --resume")
+    print(f"best_val_loss: {best_val_loss:.4f}\nval_bits_per_byte: {bits_per_byte(best_val_loss, val_split):.4f}\n"
+          f"tokens: {update * update_tokens}\nseconds: {seconds:.1f}\n"
+          f"tokens_per_s: {update * update_tokens / seconds:.0f}\ncheckpoint: {best}\n"
+          f'sample: python sample.py --out_dir {out_dir} --start "{SAMPLE_PROMPT}"')
+
+
+def refuse_changes(stored, now):
+    """Say which settings differ from those that a run began with; raise UserError where that would break the run."""
+    for name in now:
+        if now[name] != stored[name] and name not in MAY_CHANGE:
+            raise UserError(f"{name} = {now[name]!r} cannot change in a run that goes on (it is {stored[name]!r}): "
+                            "leave it, or start a new run with another --out_dir")
+        if now[name] != stored[name]:
+            print(f"changed: {name} is now {now[name]!r}, was {stored[name]!r}")
+
+
+def make_optimizer(model, cfg):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) that decays matrices only: not biases, not norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def learning_rate(iteration, cfg):
+    """The rate of the update whose first iteration this is: linear warmup, then a cosine to min_lr, then min_lr."""
+    if iteration < cfg.warmup_iters:
+        return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
+    if iteration >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    way = (iteration - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)  # 0 to 1
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * way)) * (cfg.learning_rate - cfg.min_lr)
+
+
+def is_due(iteration, interval, cfg):
+    """Whether the update that ended at this iteration is the first one at or after a multiple of the interval."""
+    return iteration // interval > (iteration - cfg.gradient_accumulation_steps) // interval
+
+
+def to(device, array):
+    """A numpy array as a tensor on the device, copied without waiting where that is a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@torch.no_grad()
+def evaluate(model, split, starts, batch_size):
+    """The mean loss of each window of a split that begins at `starts` (N,), in nats a token: (N,), on the CPU."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()  # no dropout
+    losses = []
+    for i in range(0, len(starts), batch_size):
+        x, y = split.windows(starts[i:i + batch_size])  # (B, T) each
+        losses.append(model(to(device, x), to(device, y), reduction="none").float().mean(1))  # (B,)
+    model.train(was_training)
+    return torch.cat(losses).cpu()
+
+
+def bits_per_byte(loss, split):
+    """A loss in nats a token as bits a byte of the split's text: the figure that compares across tokenizers."""
+    return loss / math.log(2) / split.bytes_per_token
+
+
+def tell_story(model, tokenizer):
+    """A story from the fixed prompt and seed, so that one can read how the model learns."""
+    device = next(model.parameters()).device
+    prompt = tokenizer.encode(SAMPLE_PROMPT)
+    model.eval()
+    tokens = [int(token) for token in model.generate(
+        torch.tensor([[tokenizer.end_of_text, *prompt]], device=device), SAMPLE_TOKENS, temperature=0.8, top_k=200,
+        generator=torch.Generator(device).manual_seed(SAMPLE_SEED), end_of_text=tokenizer.end_of_text)]
+    model.train()
+    return tokenizer.decode([*prompt, *(token for token in tokens if token != tokenizer.end_of_text)])
+
+
+def start_folder(out_dir, data_dir):
+    """Make a run folder with the dataset's tokenizer and meta.json, without what an earlier run left there."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("ckpt.pt", "last.pt", "log.jsonl", "samples.md"):
+        (out_dir / name).unlink(missing_ok=True)
+    for name in ("tokenizer.tiktoken", "meta.json"):
+        shutil.copyfile(data_dir / name, out_dir / name)
+
+
+def get_random_state(device):
+    """The states of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state, device):
+    """Set the generators back; a device that the run was not on before keeps its fresh one."""
+    torch.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(state[device.type])
+
+
+def describe(device):
+    """The device in words: the GPU's name, or the processor's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}"
+
+
+def git_commit():
+    """The commit that the program is at, `+` behind it where files differ from it; None outside of git."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"], cwd=here,
+                                capture_output=True, text=True)
+    except OSError:
+        return None
+    return commit.stdout.strip() or None
+
+
+def measure(recipe, flags):
+    """--eval_only: the loss of a run's ckpt.pt on a whole validation split, printed as `key: value` lines."""
+    allowed = {"out_dir", "dataset", "device", "dtype", "batch_size"}
+    if wrong := flags.keys() - allowed:
+        raise UserError(f"--eval_only takes the run's own settings: leave out --{min(wrong)}")
+    out_dir = (recipe | flags).get("out_dir") or checkpoint.newest_run()
+    path = checkpoint.best_in(out_dir)
+    model, tokenizer, state = checkpoint.load_model(path)
+    cfg = Config(**state["config"] | flags)
+    data_dir = Path("data", cfg.dataset)
+    split = Split(data_dir, "validation", cfg.block_size)
+    if Tokenizer.load(data_dir) != tokenizer:
+        raise UserError(f"{data_dir} has another tokenizer than {out_dir}: prepare it with the run's")
+
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    model.to(device)
+    starts = evaluation_windows(split)
+    with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
+        losses = evaluate(model, split, starts, cfg.batch_size)  # (windows,)
+        loss, tokens = losses.mean().item(), losses.numel() * cfg.block_size
+        rest = len(split.tokens) - 1 - tokens  # what is left behind the last whole window
+        if rest:
+            tail_loss = evaluate(model, Split(data_dir, "validation", rest), [tokens], 1).item()
+            loss, tokens = (loss * tokens + tail_loss * rest) / (tokens + rest), tokens + rest
+    print(f"checkpoint: {path}\ndataset: {data_dir}\ntokens: {tokens}\nloss: {loss:.4f}\n"
+          f"perplexity: {math.exp(loss):.3f}\nbits_per_byte: {bits_per_byte(loss, split):.4f}\n"
+          f"standard_error: {(losses.std() / math.sqrt(losses.numel())).item():.4f}")
+
+
+if __name__ == "__main__":
+    main()
