@@ -29,7 +29,7 @@ PET_NAMES = {
         Maple | Luna | Olive | Cookie | Misty | Fern | Bonnie""",
 }
 TOY_NAMES = {
-    "he": "Bolt | Rocket | Tick | Captain Tin | Beep | Patch | Jingle | Bingo",
+    "he": "Bolt | Rocket | Tick | Domino | Beep | Patch | Jingle | Bingo",
     "she": "Dolly | Bluebell | Twinkle | Ribbon | Tessa | Buttercup | Trixie | Spark",
 }
 KINDS = {
@@ -53,8 +53,8 @@ ELDERS = {  # he or she / as others call the grown-up / as the hero does
 }
 LANDS = {
     "child": """a little village by the sea | a small town near the mountains | a tiny house at the edge of a forest | a
-        busy town | a yellow house by the river | a white house on a hill | a farm far from the city | a village with a
-        big clock | a house with a red door | a quiet street full of trees""",
+        busy town | a yellow house by the river | a white house on a hill | a farmhouse near the woods | a village with
+        a big clock | a house with a red door | a cottage with a blue door""",
     "animal": """a green forest | a quiet wood | a sunny meadow by a stream | a cozy den on a hill | a valley full of
         flowers | a warm home under an old oak tree | a forest by a blue lake | a field of tall grass | a snug little
         house of leaves | a village where all the animals were friends""",
@@ -79,7 +79,7 @@ COMMON = {
         stars | play outside | climb on rocks | draw pictures | collect shiny stones | chase butterflies | help others |
         explore new places | make up songs | build little houses out of sticks | run in the grass""",
     "nature": "full of ideas | ready to help | kind to everyone | full of questions | in a good mood | full of energy",
-    "happy": "very happy | so happy | full of joy | very glad | happy and proud",
+    "happy": "very happy | so happy | so lucky | very glad | happy and proud",
     "wow": "Wow | Hooray | Oh my | Yay | Look at that",
     "treat": """hot soup and bread | warm cookies and milk | pancakes with honey | apple pie | sweet berries and cream |
         warm bread with jam | a big bowl of noodles | cheese and grapes""",
@@ -87,7 +87,7 @@ COMMON = {
         | new adventures | soft clouds | a garden full of butterflies""",
     "game": "hide and seek | tag | catch | follow the leader | a guessing game | pirates",
 }
-DEARS = "dear | sweetie | little one | my dear | my love"
+DEARS = "dear | sweetie | little one | my dear"
 # A plot's day opens with one of these, and with one of LATER where the story's first words have named the day.
 DAYS = {
     "one_day": """one day | one day | one day | one morning | one afternoon | one Sunday | one Saturday | early one
@@ -182,8 +182,8 @@ place / seat = to the park / on a bench | to the pond / on a flat stone | up the
   on the soft grass | to the beach / on the warm sand | to the old bridge / on a log | to the meadow / among the flowers
 gift = sweet cherries | ripe plums | crunchy nuts | red berries | green grapes | apples | honey drops
 {Fine_day}, {elder} gave {him} {a_tasty} {snack}. | {Fine_day}, {elder} made {a_tasty} {snack} just for {him}.
-? "Thank you, {call}!" said {name}. | It smelled so good! | {He} could not wait to eat it.
-{He} took it {place} and sat down {seat}. | {He} walked {place} and found a nice spot {seat}.
+? "Thank you, {call}!" said {name}. | It smelled so good! | {name} could not wait to eat it.
+{name} took it {place} and sat down {seat}. | {name} walked {place} and found a nice spot {seat}.
 Just then, {his} friend {pal} came along. | Before {he} could take a bite, {his} friend {pal} walked up.
 "I forgot my lunch," {friend} said softly. | {friend} looked tired and hungry. | {friend} looked at the {snack} with big
   eyes. "That smells so good," {fhe} said. | "I am so hungry," said {friend}. "My tummy hurts."
@@ -250,7 +250,7 @@ A little {bird} lay {where}. One wing was hurt. | There, {where}, sat a {bird} w
 --
 {name} carried the {bird} home very gently. "{Call}, can we help?" {he} asked. | {name} picked up the {bird} and hurried
   home. "Look, {call}! This {bird} is hurt," {he} said.
-"Of course, {dear}," said {elder}. "We must be very gentle." | "First the {bird} needs a warm bed," said {elder}. |
+"We can help, {dear}," said {elder}. "We must be very gentle." | "First the {bird} needs a warm bed," said {elder}. |
   {Elder} nodded. "You did the right thing, {dear}," {ehe} said.
 {name} found {a_bed} and filled it with {soft}. | They put {soft} into {a_bed} to make a nest.
 ? {Elder} tied up the wing with a little bit of string. | {Elder} put a small bandage on the hurt wing.
@@ -278,7 +278,7 @@ spot = by the fence | behind the house | near the well | next to the wall | in a
   a kind neighbor gave {name} one small {seed} seed.
 ? "What can it do?" asked {name}. "It will grow if you take care of it," said {elder}. | "It is so small!" said {name}.
   "Just wait," said {elder}. "Small things can grow big."
-{name} dug a hole {spot} and put the seed inside. | {He} planted the seed {spot} and covered it with dirt. | So {he}
+{name} dug a hole {spot} and put the seed inside. | {name} planted the seed {spot} and covered it with dirt. | So {name}
   made a little hole {spot} and dropped the seed in.
 ? {He} gave it some water and sat down to wait. | Then {he} poured water on it. "Grow, little seed!" {he} said. | "Sleep
   well, little seed," {he} said, and {he} gave it a drink.
@@ -295,7 +295,7 @@ Then one morning, {he} saw a tiny green leaf. | At last, a little green shoot ca
 ? "{Wow}! It is growing!" shouted {name}. | "{Call}, come and see!" {he} called. | {name} danced all around it.
 It grew and grew until it was {a_plant}. | Week after week it grew, until {name} had {a_plant}.
 ? "You did it," said {elder}. "You were so patient." | {name} learned that good things come to those who wait. | {name}
-  was {happy} that {he} did not give up. | {name} saved some new seeds for the next year.
+  was glad that {he} did not give up. | {name} saved some new seeds for the next year.
 @HUG
 """),
 
@@ -310,7 +310,8 @@ reason = for the town fair | for a sick neighbor | for a big party | for the who
 ? "Can you help me, {call}?" {he} asked. "Of course," said {elder}. | "I will do the stirring!" said {name}. | "Let us
   begin," said {elder}, and {name} clapped.
 They put flour, eggs, and sugar into a big bowl. | First they washed up. Then they took out a bowl and a big spoon.
-Next they added {filling}. | Then {name} put in the {filling}. | {name} tasted the {filling}. "Yum!" {he} said.
+Next they added {filling}. | {name} put in the {filling} and stirred it round and round. | {name} tasted the {filling}.
+  "Yum!" {he} said.
 --
 But {name} was in a hurry, and {he} dropped an egg. It went splat on the floor. | But then {name} slipped and spilled
   the milk all over the table. | Then a cloud of flour flew up and made everything white, even {his} nose. | Suddenly,
@@ -344,7 +345,7 @@ Then there was a bright flash and a loud boom! | "Boom!" went the thunder. | The
 --
 {Elder} came to find {him}. "I am here," {ehe} said. | {Elder} sat down close by. "You are safe with me," {ehe} said. |
   "Come here, {dear}," said {elder}. "A storm is only noise and water."
-? "I do not like the thunder," said {name}. | "It is so loud," {name} whispered. | "Is the sky angry?" asked {name}.
+"I do not like the thunder," said {name}. | "It is so loud," {name} whispered. | "Is the sky angry?" asked {name}.
 "The clouds are just bumping into each other," said {elder}. | "The thunder cannot hurt us in here," said {elder}. | "It
   is only the sky playing a big drum," {elder} said with a smile.
 "Let us {calm}. It will help." So that is what they did. | "When I am scared, I like to {calm}." So they did it
@@ -380,7 +381,8 @@ First {he} learned to blow bubbles. "Blub, blub, blub!" | {friend} gave {him} {a
 ? "Try once more," said {friend}. "You are almost there." | "You can do it, {name}!" said {friend}.
 --
 {name} kicked as hard as {he} could. Then, all at once, {he} was swimming! | {name} tried again and again, and suddenly
-  {he} was moving through the water all by {himself}! | {Elder} let go, and {name} did not sink. {He} was swimming!
+  {he} was moving through the water all by {himself}! | One kick, two kicks, three kicks, and {name} did not sink. {He}
+  was swimming!
 ? "Look at me! I can swim!" {he} shouted. | "I am a fish!" {name} said, and everyone laughed.
 ? {Elder} clapped and cheered. | {friend} swam next to {him} all the way. | They splashed and played until it was time
   to go.
@@ -404,7 +406,7 @@ lock / inside = an old chest in the shed / a pile of picture books | a little gr
 ? First, {he} tried {wrong}. The key was too big. | {He} ran to {wrong}, but the key did not fit. | {He} tried to open
   {wrong}, but nothing happened.
 --
-{name} went to see {his} friend {pal}. | {name} did not give up. {He} asked {his} friend {pal} to help.
+{name} went to see {his} friend {pal}. | {name} asked {his} friend {pal} to help.
 ? "I have a key, but I do not know what it opens," said {name}. | "Will you help me find the lock?" asked {name}.
 "A mystery!" said {friend}. "I love those." | "Let us look together," said {friend}. | "Oh, this is fun!" said {friend}.
 They looked up, down, and all around. | They looked for a long time. | They searched and searched until they were tired.
@@ -441,8 +443,8 @@ Soon {elder} came in. "Where is my {vase}?" {ehe} asked. | When {elder} came hom
 --
 Then {name} could not keep it in. "I broke it," {he} said. "I am sorry." | At last, {he} told the truth. "It was me. I
   broke it, and I am very sorry." | "{Call}, I have to tell you something," {he} said. "I broke it."
-{Elder} was quiet. Then {ehe} gave {him} a hug. | "I am sad about the {vase}," said {elder}, "but I am glad you told
-  me." | {Elder} looked at {him} kindly.
+{Elder} was quiet. Then {ehe} gave {him} a hug. | {Elder} was sad about the {vase}, but {ehe} was glad to hear the
+  truth. | {Elder} looked at {him} kindly.
 "Thank you for telling the truth," {ehe} said. "That was very brave." | "A {vase} can be fixed," {ehe} said. "The truth
   matters more." | "It takes courage to tell the truth," {ehe} said.
 They got some glue and fixed the {vase} together. | Together they put the pieces back, one by one. | The next day,
@@ -486,8 +488,8 @@ spot = in the sandbox | by the fence | under a big tree | on the swing | near th
 item = picture book | kite | bag of marbles | paper boat | jump rope | toy train | yellow balloon | big ball
 made = a castle of sand and stones | a house out of sticks | a long chain of flowers | a tower as tall as they were | a
   boat out of an old box | a tent out of a blanket | a road for the ants
-{name} did not have anyone to play with. | {name} was often lonely. {He} wished for a friend. | {name} had many toys,
-  but no one to play with.
+{name} did not have anyone to play with. | {name} was often lonely. No one lived close by. | {name} had many toys, but
+  no one to play with.
 ? "I wish I had a friend," {he} told {elder}. "You will find one," said {elder}. | Every night, {he} looked at a star
   and wished for a friend.
 {Fine_day}, {name} went outside and saw someone new {spot}. | {Fine_day}, {he} saw {a_fkind} sitting all alone {spot}. |
@@ -556,8 +558,8 @@ creature = frog | duck | snail | worm | toad
   puddles," said {elder}, "and puddles are made for jumping."
 So {name} put on {color} boots and {a_coat}. | {Elder} gave {him} {color} boots and {a_coat}.
 --
-Outside, there were puddles everywhere. | There was a huge puddle by the gate. | Out they went, into the wet, shiny
-  world.
+Outside, there were puddles everywhere. | They went out and found a huge puddle by the gate. | Out they went, into the
+  wet, shiny world.
 {name} put one foot into a puddle. Splash! | Splash! {name} jumped right into the middle of it.
 ? "{Wow}! Look how high the water goes!" {he} shouted. | Water flew up and got {elder} wet, and they both laughed.
 Then {his} friend {pal} came out to play. | Soon {his} friend {pal} came to splash, too.
@@ -617,11 +619,11 @@ def split(text):
 
 
 def forms(slots):
-    """The slots with their capital and article forms: {"toy": "ball"} gains {"Toy": "Ball", "a_toy": "a ball"}, ..."""
+    """The slots with their capital and article forms: {"toy": "ball"} gains {"Toy": "Ball", "a_toy": "a ball"}."""
     out = {}
     for slot, value in slots.items():
         article = "an " if value[0] in "aeiou" else "a "
-        out |= {slot: value, "a_" + slot: article + value, "A_" + slot: article.capitalize() + value}
+        out |= {slot: value, "a_" + slot: article + value}
         out[slot[0].upper() + slot[1:]] = value[0].upper() + value[1:]
     return out
 
