@@ -42,8 +42,9 @@ class KVCache:
     def add(self, layer, k, v):
         """Put the keys and values (B, H, T, D) of new tokens behind the others; all of this layer's come back."""
         end = self.length + k.size(2)
-        keys, values = self.kv[layer]
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        keys, values = self.kv[layer, 0], self.kv[layer, 1]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]  # (B, H, end, D) each
 
 

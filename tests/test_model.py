@@ -1,0 +1,151 @@
+"""The model: its size, its first loss, causality, the cache, and what sampling may choose."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, KVCache, sample, window_start
+
+
+def small(**changes):
+    """A small model in eval mode with weights large enough that its choices differ."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**dict(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16) | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8)
+    return model
+
+
+@pytest.fixture(scope="module")
+def published():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=50257))
+
+
+def test_published_model_has_29995392_parameters(published):
+    assert published.num_parameters() == 29_995_392
+    assert len({p.data_ptr() for p in published.parameters()}) == len(list(published.parameters()))
+
+
+def test_first_loss_is_that_of_a_guess(published):
+    idx = torch.randint(50257, (2, 129), generator=torch.Generator().manual_seed(1))
+    loss = published(idx[:, :-1], idx[:, 1:]).item()
+    assert abs(loss - math.log(50257)) < 0.15
+
+
+def test_initialisation_is_gpt2s(published):
+    std = {name: p.std().item() for name, p in published.named_parameters()}
+    assert std["transformer.wte.weight"] == pytest.approx(0.02, rel=0.02)
+    assert std["transformer.h.3.mlp.c_fc.weight"] == pytest.approx(0.02, rel=0.02)
+    for name in ("transformer.h.3.mlp.c_proj.weight", "transformer.h.0.attn.c_proj.weight"):
+        assert std[name] == pytest.approx(0.02 / math.sqrt(12), rel=0.02)
+    assert all((p == 0).all() for name, p in published.named_parameters() if name.endswith("bias"))
+
+
+def test_without_bias_only_weights_are_left():
+    names = [name for name, _ in small(bias=False).named_parameters()]
+    assert names and not [name for name in names if name.endswith("bias")]
+
+
+def test_no_token_sees_a_later_one():
+    model, idx = small(), torch.randint(50, (1, 8))
+    logits = model(idx)
+    for t in range(1, 8):
+        changed = idx.clone()
+        changed[0, t:] = (changed[0, t:] + 1) % 50
+        assert torch.equal(model(changed)[0, :t], logits[0, :t])
+        assert not torch.allclose(model(changed)[0, t], logits[0, t])
+
+
+def test_loss_is_the_cross_entropy_of_the_logits():
+    model, idx = small(), torch.randint(50, (3, 9))
+    x, y = idx[:, :-1], idx[:, 1:]
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view(3, 8)
+    torch.testing.assert_close(model(x, y, reduction="none"), expected)
+    torch.testing.assert_close(model(x, y), expected.mean())
+
+
+@pytest.mark.parametrize("block_size", [2, 7, 8])
+@pytest.mark.parametrize("prompt", [1, 8, 21])
+def test_cached_logits_equal_uncached_ones_past_the_block(block_size, prompt):
+    model = small(block_size=block_size)
+    idx = torch.randint(50, (2, prompt))
+    cached = []
+    hook = model.register_forward_hook(lambda module, inputs, logits: cached.append(logits[:, -1].clone()))
+    tokens = list(model.generate(idx, 3 * block_size + 2, temperature=0))
+    hook.remove()
+    for logits, token in zip(cached, tokens, strict=True):
+        plain = model(idx[:, window_start(idx.size(1), block_size):])[:, -1]
+        torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
+        assert torch.equal(token, plain.argmax(-1))
+        idx = torch.cat([idx, token[:, None]], 1)
+
+
+def test_window_start_is_the_designs():
+    T, h = 8, 4
+    assert [window_start(n, T) for n in range(1, 20)] == [
+        0 if n <= T else h * math.ceil((n - T) / h) for n in range(1, 20)]
+    assert all(1 <= n - window_start(n, T) <= T for T in (2, 3, 8, 9) for n in range(1, 50))
+
+
+def test_cache_takes_one_token_as_it_takes_many():
+    model, idx = small(), torch.randint(50, (2, 8))
+    cache = KVCache(model.config, 2, "cpu", torch.float32)
+    model(idx[:, :5], cache=cache)
+    for t in range(5, 8):
+        logits = model(idx[:, t:t + 1], cache=cache)
+    assert cache.length == 8
+    torch.testing.assert_close(logits[:, -1], model(idx)[:, -1])
+
+
+def test_a_story_ends_at_end_of_text_and_generation_when_all_have():
+    model = small()
+    steps = torch.stack(list(model.generate(torch.zeros(4, 1, dtype=torch.long), 400, end_of_text=7,
+                                            generator=torch.Generator().manual_seed(0))), 1)  # (4, steps)
+    assert steps.size(1) < 400
+    ends = [row.tolist().index(7) for row in steps]
+    assert len(set(ends)) > 1 and max(ends) == steps.size(1) - 1
+    assert all((row[end:] == 7).all() for row, end in zip(steps, ends))
+
+
+def test_seed_decides_the_story():
+    def story(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [t.item() for t in small().generate(torch.zeros(1, 1, dtype=torch.long), 20, generator=generator)]
+    assert story(1) == story(1) != story(2)
+
+
+def drawn(logits, n=10_000, **settings):
+    """The share of each token among n choices from the same logits."""
+    options = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
+    tokens = sample(logits.expand(n, -1), **options, generator=torch.Generator().manual_seed(0))
+    return torch.bincount(tokens, minlength=logits.numel()) / n
+
+
+def test_sampling_follows_the_softmax_at_its_temperature():
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
+    for temperature in (0.5, 1.0, 2.0):
+        expected = F.softmax(logits / temperature, 0)
+        torch.testing.assert_close(drawn(logits, temperature=temperature), expected, atol=0.02, rtol=0)
+        torch.testing.assert_close(drawn(logits, temperature=temperature, top_k=4, top_p=0.99999), expected,
+                                   atol=0.02, rtol=0)
+
+
+def test_top_k_and_top_p_leave_out_the_rest():
+    logits = torch.tensor([0.1, 0.5, 0.1, 0.3]).log()
+    assert drawn(logits, top_k=2).nonzero().flatten().tolist() == [1, 3]
+    assert drawn(logits, top_k=1)[1] == 1
+    assert drawn(logits, top_k=99).nonzero().numel() == 4
+    assert drawn(logits, top_p=0.5)[1] == 1
+    assert drawn(logits, top_p=0.6).nonzero().flatten().tolist() == [1, 3]
+    assert drawn(logits, top_p=1e-9)[1] == 1
+    torch.testing.assert_close(drawn(logits, top_k=2)[1], torch.tensor(0.5 / 0.8), atol=0.02, rtol=0)
+
+
+def test_temperature_zero_and_near_zero_take_the_likeliest():
+    logits = torch.tensor([0.0, 80.0, 79.9, -5.0])
+    assert drawn(logits, temperature=0)[1] == 1
+    assert drawn(logits, temperature=1e-30)[1] == 1

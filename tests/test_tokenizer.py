@@ -1,0 +1,93 @@
+"""Text to tokens and back, with named and with trained vocabularies."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data import nursery
+from errors import UserError
+from tokenizer import END_OF_TEXT, Tokenizer
+
+TEXTS = ["Once upon a time, there was a fox.", "", " \n\n\t ", "naïve café – “quotes” 🦊🦊", "a" * 5000, " " * 5000,
+         "don't WE'LL x's 123,456", f"the end{END_OF_TEXT}not the end", "\x00\x01\ufeff\u2028"]
+
+
+def saved(tokenizer, folder):
+    """The folder, with the tokenizer as a dataset has it."""
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": tokenizer.describe()}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gpt2", "trained"])
+def tokenizer(request):
+    return Tokenizer.named("gpt2") if request.param == "gpt2" else Tokenizer.train(nursery.stories(200), 600)
+
+
+def test_text_comes_back(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_stories_have_one_end_of_text_each_and_cannot_bring_their_own(tokenizer):
+    expected = [token for text in TEXTS for token in [*tokenizer.encode(text), tokenizer.end_of_text]]
+    tokens = tokenizer.encode_stories(TEXTS)
+    assert tokens.dtype == np.uint32 and tokens.tolist() == expected
+    assert (tokens == tokenizer.end_of_text).sum() == len(TEXTS)
+    assert tokenizer.encode_stories([END_OF_TEXT]).tolist().count(tokenizer.end_of_text) == 1
+
+
+def test_saved_tokenizer_is_the_same_without_the_network(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "nothing"))
+    again = Tokenizer.load(saved(tokenizer, tmp_path / "x"))
+    assert again == tokenizer and again.name == tokenizer.name
+    assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
+    assert again.encode_stories(TEXTS).tolist() == tokenizer.encode_stories(TEXTS).tolist()
+
+
+def test_streaming_never_cuts_a_character(tokenizer):
+    text = "🦊 naïve 狐狸"
+    pieces = list(tokenizer.stream(tokenizer.encode(text)))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    fox = tokenizer.encode("🦊")
+    assert len(fox) > 1 and "".join(tokenizer.stream(fox[:-1])) == "\ufffd"  # a story that ends within one
+
+
+def test_gpt2_is_gpt2():
+    gpt2 = Tokenizer.named("gpt2")
+    assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
+    assert gpt2.encode("Once upon a time") == [7454, 2402, 257, 640]
+
+
+def test_trained_vocabulary_has_the_size_asked_for_and_is_the_same_each_time():
+    one, two = (Tokenizer.train(nursery.stories(200), 600) for _ in range(2))
+    assert one.vocab_size == 600 and one.end_of_text == 599 and one == two
+    assert len(one.encode("Once upon a time")) <= 6
+    assert one != Tokenizer.train(nursery.stories(200), 601)
+
+
+def test_too_little_text_for_a_vocabulary_says_which_size_would_do():
+    with pytest.raises(UserError, match="bpe:258 or less"):
+        Tokenizer.train(["abab"], 4096)
+    assert Tokenizer.train(["abab"], 258).vocab_size == 258
+
+
+def test_unknown_name_and_no_network_are_told(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt5': use one of .*gpt2"):
+        Tokenizer.named("gpt5")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="cannot get tokenizer 'r50k_base'.*TIKTOKEN_CACHE_DIR"):
+        Tokenizer.named("r50k_base")
+
+
+@pytest.mark.parametrize("damage", ["missing", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n", b"YQ==\n"])
+def test_damaged_file_is_refused_by_name(tokenizer, tmp_path, damage):
+    folder = saved(tokenizer, tmp_path / "x")
+    if damage == "missing":
+        (folder / "tokenizer.tiktoken").unlink()
+    else:
+        (folder / "tokenizer.tiktoken").write_bytes(damage)
+    with pytest.raises(UserError, match="tokenizer.tiktoken"):
+        Tokenizer.load(folder)

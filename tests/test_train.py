@@ -1,0 +1,329 @@
+"""train.py: what an update sees and computes, the logs, the checkpoints, stopping and going on."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from config import Config
+from conftest import ROOT, TINY, launch
+from dataset import Split, TrainingOrder, evaluation_windows
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+
+def weights(out_dir, name="last.pt"):
+    return checkpoint.load(Path(out_dir, name))["model"]
+
+
+def same(a, b):
+    """Whether two dicts of weights are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def records(out_dir, kind):
+    return [r for r in checkpoint.read_log(Path(out_dir, "log.jsonl")) if r["kind"] == kind]
+
+
+def test_the_run_folder_is_complete_in_itself(trained):
+    run, data = trained / "out/tiny", trained / "data/nursery-bpe300"
+    assert sorted(os.listdir(run)) == ["ckpt.pt", "last.pt", "log.jsonl", "meta.json", "samples.md",
+                                       "tokenizer.tiktoken"]
+    for name in ("meta.json", "tokenizer.tiktoken"):
+        assert (run / name).read_bytes() == (data / name).read_bytes()
+
+
+def test_the_model_learns(trained):
+    losses = [r["loss"] for r in records(trained / "out/tiny", "step")]
+    assert abs(losses[0] - math.log(300)) < 0.15 and losses[-1] < losses[0] - 0.5
+
+
+def test_log_has_the_run_its_steps_and_its_evaluations(trained):
+    (run,), steps, evals = (records(trained / "out/tiny", kind) for kind in ("run", "step", "eval"))
+    meta = json.loads((trained / "data/nursery-bpe300/meta.json").read_text())
+    assert Config(**run["config"]).max_iters == 24 and run["seed"] == 1337 and run["torch"] == torch.__version__
+    assert run["data_sha256"] == {split: meta["splits"][split]["sha256"] for split in ("train", "validation")}
+    assert {"git", "device", "dtype", "python", "parameters"} <= run.keys()
+    # An update is two iterations of 4 * 16 tokens; every fourth iteration is logged, and the first update.
+    assert [r["iter"] for r in steps] == [2, 4, 8, 12, 16, 20, 24]
+    assert all(r["update"] == r["iter"] / 2 and r["tokens"] == r["iter"] * 64 for r in steps)
+    windows = (meta["splits"]["train"]["tokens"] - 16) // 16
+    assert all(r["epoch"] == pytest.approx(r["tokens"] / (windows * 16)) for r in steps)
+    assert all(r["lr"] == pytest.approx(train.learning_rate(r["iter"] - 2, Config(**run["config"]))) for r in steps)
+    assert all(r["grad_norm"] > 0 and r["tokens_per_s"] > 0 for r in steps)
+    assert [r["iter"] for r in evals] == [8, 16, 24]
+    figures = meta["splits"]["validation"]
+    for r in evals:
+        assert r["val_bpb"] == pytest.approx(r["val_loss"] * figures["tokens"] / figures["bytes"] / math.log(2))
+    seconds = [r["seconds"] for r in checkpoint.read_log(trained / "out/tiny/log.jsonl")[1:]]
+    assert seconds == sorted(seconds)
+
+
+def test_ckpt_is_the_best_and_says_what_it_is(trained):
+    state = checkpoint.load(trained / "out/tiny/ckpt.pt")
+    best = min(records(trained / "out/tiny", "eval"), key=lambda r: r["val_loss"])
+    assert state["iter"] == best["iter"] and state["figures"]["val_loss"] == best["val_loss"]
+    assert "optimizer" not in state and state["model_config"]["vocab_size"] == 300
+    assert state["model"].keys() == {name for name, _ in GPT(GPTConfig(**state["model_config"])).named_parameters()}
+
+
+def test_samples_tell_a_story_at_each_evaluation(trained):
+    text = (trained / "out/tiny/samples.md").read_text()
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("## ")] == [
+        "## iteration 8", "## iteration 16", "## iteration 24"]
+    assert text.count("\n\nOnce upon a time") == 3
+
+
+def test_the_end_is_a_block_of_figures_and_the_command_that_samples(with_data, capsys):
+    train.main([*TINY, "--out_dir=out/x", "--max_iters=6"])
+    out = capsys.readouterr().out
+    assert "sequences = 128 tokens" in out and "3 updates = 384 tokens" in out and "on cpu, in float32" in out
+    end = dict(line.split(": ", 1) for line in out.splitlines()[-7:])
+    assert list(end) == ["best_val_loss", "val_bits_per_byte", "tokens", "seconds", "tokens_per_s", "checkpoint",
+                         "sample"]
+    assert end["tokens"] == "384" and end["checkpoint"] == "out/x/ckpt.pt"
+    assert end["sample"] == 'python sample.py --out_dir out/x --start "Once upon a time"'
+    assert float(end["best_val_loss"]) == pytest.approx(records("out/x", "eval")[0]["val_loss"], abs=1e-4)
+
+
+def test_a_rate_that_ends_higher_is_warned_of(with_data, capsys):
+    words = [*TINY, "--out_dir=out/x", "--max_iters=4", "--overwrite"]
+    train.main([*words, "--learning_rate=1e-4", "--min_lr=5e-4"])
+    assert "warning: min_lr = 0.0005 is above learning_rate = 0.0001" in capsys.readouterr().out
+    train.main(words)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_learning_rate_is_the_designs():
+    cfg = Config(learning_rate=1.0, min_lr=0.2, warmup_iters=9, lr_decay_iters=29, max_iters=100)
+    rate = [train.learning_rate(i, cfg) for i in range(100)]
+    assert rate[:9] == pytest.approx([(i + 1) / 10 for i in range(9)])
+    assert rate[9] == 1.0 and rate[19] == pytest.approx(0.6) and rate[14] == pytest.approx(0.6 + 0.4 * math.sqrt(0.5))
+    assert rate[29:] == [0.2] * 71
+    published = Config()
+    assert train.learning_rate(20_000 - 32, published) == pytest.approx(5e-4, rel=1e-3)  # it rises
+
+
+@pytest.mark.parametrize("cut", [1, 2, 8])
+def test_an_update_is_the_same_however_it_is_cut(with_data, cut):
+    words = [*TINY, "--max_iters=6", "--dropout=0"]
+    train.main([*words, "--out_dir=out/whole"])
+    train.main([*words, "--out_dir=out/cut", f"--device_batch_size={cut}"])
+    for name, w in weights("out/whole").items():
+        torch.testing.assert_close(weights("out/cut")[name], w, rtol=1e-3, atol=1e-5)
+    for a, b in zip(records("out/whole", "step"), records("out/cut", "step"), strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+
+
+def test_the_update_is_adamw_with_clipping_on_the_sequences_of_the_order(with_data):
+    """One update against the plain form of it: all sequences at once, and the formulas of AdamW."""
+    train.main([*TINY, "--max_iters=2", "--dropout=0", "--grad_clip=0.1", "--out_dir=out/x"])
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(300, 16, 2, 2, 16, 0.0))
+    x, y = TrainingOrder(Split("data/nursery-bpe300", "train", 16), 1337).sequences(0, 8)
+    loss = model(torch.from_numpy(x), torch.from_numpy(y))
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    step = records("out/x", "step")[0]
+    assert (step["loss"], step["grad_norm"]) == pytest.approx((loss.item(), norm), rel=1e-5) and norm > 0.1
+    lr = 1e-2 / 2  # the first of one warmup iteration
+    for name, p in model.named_parameters():
+        g = p.grad * 0.1 / norm
+        decayed = p * (1 - lr * 0.1) if p.dim() == 2 else p  # weight decay: matrices, not biases and norms
+        expected = decayed - lr * g / (g.abs() + 1e-8)  # the first AdamW step, its two means corrected for bias
+        torch.testing.assert_close(weights("out/x")[name], expected, rtol=1e-3, atol=2e-5)
+
+
+def test_evaluation_is_without_dropout_and_the_same_each_time(with_data):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(300, 16, 2, 2, 16, 0.5)).train()
+    split = Split("data/nursery-bpe300", "validation", 16)
+    starts = evaluation_windows(split, 12)
+    losses = train.evaluate(model, split, starts, batch_size=5)
+    assert model.training and losses.shape == (12,)
+    assert torch.allclose(losses, train.evaluate(model, split, starts, batch_size=12), atol=1e-5)
+    x, y = map(torch.from_numpy, split.windows(starts[3:4]))
+    assert losses[3].item() == pytest.approx(model.eval()(x, y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [2, 8, 14])
+def test_going_on_gives_the_run_that_was_never_stopped(with_data, stop):
+    """With dropout and accumulation, stopped at and between evaluations (every 8 iterations)."""
+    words = [*TINY, "--dropout=0.2", "--lr_decay_iters=24"]
+    train.main([*words, "--out_dir=out/whole"])
+    train.main([*words, "--out_dir=out/parts", f"--max_iters={stop}"])
+    train.main([*words, "--out_dir=out/parts", "--resume"])
+    a, b = (checkpoint.load(f"out/{name}/last.pt") for name in ("whole", "parts"))
+    assert same(a["model"], b["model"]) and a["update"] == b["update"] == 12
+    assert all(torch.equal(a["optimizer"]["state"][i][key], b["optimizer"]["state"][i][key])
+               for i in a["optimizer"]["state"] for key in ("exp_avg", "exp_avg_sq", "step"))
+    assert b["seconds"] > 0 and same(weights("out/whole", "ckpt.pt"), weights("out/parts", "ckpt.pt"))
+    whole = {r["iter"]: r["loss"] for r in records("out/whole", "step")}
+    assert all(r["loss"] == whole.get(r["iter"], r["loss"]) for r in records("out/parts", "step"))
+    evals = {r["iter"]: r["val_loss"] for r in records("out/parts", "eval")}
+    assert {r["iter"]: r["val_loss"] for r in records("out/whole", "eval")}.items() <= evals.items()
+
+
+def test_resume_needs_no_recipe_and_keeps_the_stored_settings(with_data, capsys):
+    train.main([*TINY, "--max_iters=4", "--out_dir=out/x"])
+    train.main(["--resume", "--max_iters=8"])  # the newest run
+    assert "changed: max_iters is now 8, was 4" in capsys.readouterr().out
+    state = checkpoint.load("out/x/last.pt")
+    assert state["update"] == 4 and state["config"]["n_embd"] == 16 and state["config"]["lr_decay_iters"] == 4
+    train.main(["--resume", "--out_dir=out/x"])
+    assert "at its end already: raise --max_iters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["n_layer=3", "dropout=0.3", "batch_size=8", "learning_rate=1.0", "seed=1"])
+def test_resume_refuses_a_setting_that_would_break_the_run(trained, monkeypatch, fails, change):
+    monkeypatch.chdir(trained)
+    line = fails(train.main, ["--resume", "--out_dir=out/tiny", f"--{change}"])
+    assert f"error: {change.split('=')[0]} = " in line and "cannot change" in line
+
+
+def test_resume_refuses_other_data_under_the_same_name(with_data, fails):
+    train.main([*TINY, "--max_iters=2", "--out_dir=out/x"])
+    data = with_data / "data/nursery-bpe300"
+    folder = data.resolve()
+    data.unlink()
+    data.mkdir()
+    for path in folder.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((data / "meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = "0" * 64
+    (data / "meta.json").write_text(json.dumps(meta))
+    assert "is not the data that out/x was trained on" in fails(
+        train.main, ["--resume", "--out_dir=out/x", "--max_iters=4"])
+
+
+def test_a_run_is_not_overwritten_unless_told(with_data, fails):
+    words = [*TINY, "--max_iters=2", "--out_dir=out/x"]
+    train.main(words)
+    before = Path("out/x/log.jsonl").read_text()
+    assert "out/x already holds a run" in fails(train.main, words)
+    assert Path("out/x/log.jsonl").read_text() == before
+    Path("out/x/notes.txt").write_text("mine")
+    train.main([*words, "--overwrite", "--seed=3"])
+    assert records("out/x", "run")[0]["seed"] == 3 and len(records("out/x", "run")) == 1
+    assert Path("out/x/notes.txt").read_text() == "mine"
+
+
+def test_nothing_to_resume(here, fails):
+    assert "no trained model under out/" in fails(train.main, ["--resume"])
+    assert "no checkpoint out/x/last.pt" in fails(train.main, ["--resume", "--out_dir=out/x"])
+
+
+def test_data_that_is_not_there_is_told_with_the_command_that_makes_it(here, fails):
+    line = fails(train.main, [str(ROOT / "config/quickstart.py")])
+    recipe = Config(**train.read_command_line([str(ROOT / "config/quickstart.py")], {})[0])
+    assert f"no data in data/{recipe.dataset}" in line and "python prepare.py nursery --tokenizer bpe:" in line
+    assert not Path("out").exists()
+
+
+def test_what_cannot_work_is_told_before_anything_starts(with_data, fails):
+    for words, complaint in [
+        (["--block_size=100000"], "block_size = 100000"),
+        (["--device=tpu"], "device = 'tpu' cannot be used"),
+        (["--device=cuda:99"], "device = 'cuda:99' cannot be used"),
+        (["--dtype=float16"], "dtype = 'float16' is for CUDA"),
+    ]:
+        assert complaint in fails(train.main, [*TINY, "--out_dir=out/x", *words])
+        assert not Path("out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoints(with_data, fails):
+    words = [*TINY, "--out_dir=out/x", "--grad_clip=0"]
+    train.main([*words, "--max_iters=8", "--lr_decay_iters=24"])
+    good = weights("out/x")
+    # Weights that overflow fp32: the next loss is not a number.
+    state = checkpoint.load("out/x/last.pt")
+    for name in state["model"]:
+        state["model"][name] *= 1e30
+    checkpoint.save("out/x/last.pt", state)
+    line = fails(train.main, [*words, "--lr_decay_iters=24", "--resume"])
+    assert "the loss is nan at iteration" in line and "lower --learning_rate" in line
+    assert same(weights("out/x", "ckpt.pt"), good)
+    assert [r["iter"] for r in records("out/x", "step")][-1] == 8  # no line without a number in it
+
+
+def test_eval_only_sweeps_the_whole_split(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    train.main(["--eval_only", "--out_dir=out/tiny", "--dtype=float32"])
+    figures = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    model, tokenizer, _ = checkpoint.load_model("out/tiny/ckpt.pt")
+    tokens = torch.from_numpy(np.fromfile("data/nursery-bpe300/validation.bin", np.uint16).astype(np.int64))
+    losses = [model(tokens[None, i:i + 16][:, :len(tokens) - 1 - i], tokens[None, i + 1:i + 17], reduction="none")
+              for i in range(0, len(tokens) - 1, 16)]
+    every = torch.cat([loss.flatten() for loss in losses])
+    assert int(figures["tokens"]) == len(tokens) - 1 == len(every)
+    loss = every.mean().item()
+    assert float(figures["loss"]) == pytest.approx(loss, abs=1e-4)
+    assert float(figures["perplexity"]) == pytest.approx(math.exp(loss), rel=1e-3)
+    split = json.loads(Path("data/nursery-bpe300/meta.json").read_text())["splits"]["validation"]
+    assert float(figures["bits_per_byte"]) == pytest.approx(
+        loss * split["tokens"] / split["bytes"] / math.log(2), abs=1e-4)
+    windows = torch.stack([l.mean() for l in losses if l.numel() == 16])
+    assert float(figures["standard_error"]) == pytest.approx(windows.std().item() / len(windows) ** 0.5, abs=1e-4)
+
+
+def test_eval_only_refuses_another_tokenizer_and_other_settings(with_data, nursery_data, fails):
+    import prepare
+    train.main([*TINY, "--max_iters=2", "--out_dir=out/x"])
+    prepare.main(["nursery", "--tokenizer", "bpe:310", "--max_stories", "60"])
+    assert "has another tokenizer" in fails(train.main, ["--eval_only", "--dataset=nursery-bpe310"])
+    assert "leave out --n_layer" in fails(train.main, ["--eval_only", "--n_layer=3"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_update_and_resume_goes_on(with_data, number):
+    words = [sys.executable, ROOT / "train.py", *TINY, "--out_dir=out/x", "--lr_decay_iters=100000", "--dropout=0.1"]
+    process = subprocess.Popen([*words, "--max_iters=100000", "--eval_interval=100000"], cwd=with_data, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (with_data / "out/x/log.jsonl").exists() or len(records("out/x", "step")) < 2:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopping after this update" in err and "Traceback" not in err
+    assert "--out_dir=out/x --resume" in out and not (with_data / "out/x/ckpt.pt").exists()
+    stopped = checkpoint.load("out/x/last.pt")["update"]
+    assert f"stopped after update {stopped:,} of 50,000" in out
+    ends = ["--lr_decay_iters=100000", "--dropout=0.1", f"--max_iters={2 * stopped + 6}", "--eval_interval=100000"]
+    train.main(["--resume", "--out_dir=out/x", *ends])
+    train.main([*TINY, "--out_dir=out/whole", *ends])
+    assert same(weights("out/x"), weights("out/whole"))
+
+
+def test_launched_as_a_user_does(with_data):
+    done = launch("train.py", *TINY, "--max_iters=8", "--out_dir=out/x", cwd=with_data)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "iteration 4: loss " in done.stdout and "tokens/s" in done.stdout  # plain lines without a terminal
+    done = launch("train.py", "--learning_rat=1", cwd=with_data)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_training_and_sampling_need_neither_datasets_nor_tokenizers(with_data):
+    code = ("import sys; sys.modules['datasets'] = sys.modules['tokenizers'] = None; sys.path.insert(0, sys.argv[1]); "
+            "import train, sample; train.main(sys.argv[2:]); sample.main(['--max_new_tokens=5'])")
+    done = subprocess.run([sys.executable, "-c", code, ROOT, *TINY, "--max_iters=2", "--out_dir=out/x"],
+                          cwd=with_data, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiled_training_gives_the_same_losses(with_data):
+    for wish in ("False", "True"):
+        train.main([*TINY, "--max_iters=8", "--dropout=0", "--n_layer=1", f"--compile={wish}", f"--out_dir=out/{wish}"])
+    losses = {wish: [r["loss"] for r in records(f"out/{wish}", "step")] for wish in ("False", "True")}
+    assert losses["True"] == pytest.approx(losses["False"], rel=1e-3)
+    assert not any("orig_mod" in name for name in weights("out/True"))
+    assert records("out/True", "run")[0]["compiled"]
