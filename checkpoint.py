@@ -22,7 +22,10 @@ from tokenizer import Tokenizer
 
 
 def save(path, state):
-    """Write a checkpoint so that under its name there is always a whole one: the new one or the one before."""
+    """Write a checkpoint so that under its name there is always a whole one: the new one or the one before.
+
+    Raises UserError where it cannot be written, as on a full disk.
+    """
     path = Path(path)
     temporary = path.with_suffix(".tmp")
     try:
@@ -31,9 +34,12 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name changes hands, or a power cut could leave neither
         temporary.replace(path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a write that failed
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path} ({reason}): what was there before is kept; make room, then --resume"
+                        ) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def load(path):

@@ -27,7 +27,8 @@ def exit_with_one_line(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             message, code = None, 141
         except OSError as error:
-            message, code = f"error: {error.filename or main.__module__}: {error.strerror or error}", 1
+            where = f"{error.filename}: " if error.filename else ""
+            message, code = f"error: {where}{error.strerror or error}", 1
         except KeyboardInterrupt:
             message, code = "stopped", 130
         if message:

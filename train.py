@@ -47,6 +47,8 @@ SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250
 def main(argv=None):
     """Train, or with --eval_only measure; `argv` as on the command line. Raises UserError for what a user can mend."""
     recipe, flags, args = read_command_line(argv, ACTIONS)
+    if args.resume + args.overwrite + args.eval_only > 1:
+        raise UserError("--resume, --overwrite and --eval_only exclude each other: choose one")
     if args.eval_only:
         return measure(recipe, flags)
 
@@ -105,7 +107,8 @@ def main(argv=None):
           f"an update: {sequences:,} sequences = {update_tokens:,} tokens, {cut} sequences at a time\n"
           f"the run: {updates:,} updates = {updates * update_tokens:,} tokens = "
           f"{updates * update_tokens / epoch_tokens:.2f} epochs\n"
-          f"on {device}, in {str(dtype).split('.')[1]}, {'compiled' if use_compile else f'not compiled: {why_not}'}")
+          f"on {device}, in {str(dtype).split('.')[1]}, "
+          + ("compiled (the first update waits for that)" if use_compile else f"not compiled: {why_not}"))
     if cfg.min_lr > cfg.learning_rate:
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup the "
               "learning rate rises to the end and never decays")
@@ -226,9 +229,9 @@ def main(argv=None):
                     "grad_norm": grad_norm.item(), "tokens_per_s": speed, "seconds": seconds_before + now - started})
                 bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
                 if bar.disable:
-                    left = tqdm.format_interval((updates - update) * update_tokens / speed)
-                    print(f"iteration {iteration:,}: loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
-                          f"{left} left", flush=True)
+                    left = (updates - update) * update_tokens / speed  # the first update may have waited to compile
+                    print(f"iteration {iteration:,}: loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
+                          + (f", {tqdm.format_interval(left)} left" if update > 1 else ""), flush=True)
         if saved < update:
             save_last()
     except torch.OutOfMemoryError as error:

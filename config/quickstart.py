@@ -1,26 +1,28 @@
-"""A tiny model on the embedded corpus: from nothing to a story in about two minutes on a laptop's CPU.
+"""A small model on the embedded corpus: from nothing to a story in about two minutes on two CPU cores.
 
-python prepare.py nursery --tokenizer bpe:1024 && python train.py config/quickstart.py
+python prepare.py nursery --tokenizer bpe:2048 && python train.py config/quickstart.py
 """
 
-dataset = "nursery-bpe1024"
+dataset = "nursery-bpe2048"  # nearly every word of the corpus is one token, so whole words come at once
 
-n_layer = 4  # 2.0 M parameters
+n_layer = 2  # wide and flat learns faster here than narrow and deep
 n_head = 4
-n_embd = 192
-block_size = 256  # most stories of the corpus fit whole
-dropout = 0.0
+n_embd = 256
+block_size = 256  # most stories fit whole
+dropout = 0.0  # a third of one epoch cannot be learnt by heart
 
-batch_size = 8  # 2,048 tokens an update
+# Many small updates: in two minutes, eight sequences at a time learn less than four.
+batch_size = 4
 gradient_accumulation_steps = 1
-max_iters = 500
+max_iters = 1_300
 
-learning_rate = 2e-3
-min_lr = 1e-4
+learning_rate = 3e-3
+min_lr = 0.0
 warmup_iters = 50
+beta2 = 0.99  # small batches have noisy gradients: average their squares for longer
 grad_clip = 1.0
 
-eval_interval = 125
+eval_interval = 325
 eval_iters = 20
 log_interval = 25
 
