@@ -42,15 +42,21 @@ def save(path, state):
         temporary.unlink(missing_ok=True)
 
 
-def load(path):
-    """Read a checkpoint into CPU memory; no code in the file is run. Raises UserError where it is missing or broken."""
+def load(path, needed=("model", "model_config", "config", "tokens", "figures")):
+    """Read a checkpoint, a dict with at least the keys needed, into CPU memory; no code in the file is run.
+
+    Raises UserError where it is missing, broken or something else.
+    """
     path = Path(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train a model first, or name its folder with --out_dir") from error
     except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is broken or not a checkpoint: use another run, or train again") from error
+    if not isinstance(state, dict) or not state.keys() >= set(needed):
+        raise UserError(f"{path} is not a checkpoint of this program: use another run, or train again")
+    return state
 
 
 def holds_run(out_dir):
@@ -87,7 +93,7 @@ def load_model(path):
     try:
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is not a checkpoint of this program: use another run, or train again") from error
     return model.eval(), Tokenizer.load(Path(path).parent), state
 
@@ -113,8 +119,10 @@ def cut_back(out_dir, iteration, evaluated):
         replace_text(log, "".join(json.dumps(record) + "\n" for record in kept))
     samples = Path(out_dir, "samples.md")
     if samples.exists():
-        sections = re.split(r"(?m)^(?=## iteration \d+:)", samples.read_text(encoding="utf-8"))
-        replace_text(samples, "".join(s for s in sections if s and int(re.search(r"\d+", s)[0]) <= evaluated))
+        # text before the first heading, then a heading's iteration and its section in turn
+        start, *rest = re.split(r"(?m)^## iteration (\d+):", samples.read_text(encoding="utf-8"))
+        kept = [f"## iteration {i}:{section}" for i, section in zip(rest[::2], rest[1::2]) if int(i) <= evaluated]
+        replace_text(samples, "".join([start, *kept]))
 
 
 def replace_text(path, text):

@@ -5,15 +5,19 @@ import re
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 
 from errors import UserError
 
 
 def prepare_command(name):
     """The command that makes a dataset, as far as its name tells: `nursery-bpe1024` needs `--tokenizer bpe:1024`."""
-    source, bpe = re.fullmatch(r"(.+?)(?:-bpe(\d+))?", Path(name).name).groups()
+    encodings = "|".join(tiktoken.list_encoding_names())
+    source, tokenizer = re.fullmatch(rf"(.*?)(?:-(bpe\d+|{encodings}))?", name).groups()
     words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {name}")
-    return f"python prepare.py{words}" + (f" --tokenizer bpe:{bpe}" if bpe else "")
+    return f"python prepare.py{words}" + (f" --tokenizer {tokenizer.replace('bpe', 'bpe:', 1)}"
+                                          if tokenizer and tokenizer.startswith("bpe") else
+                                          f" --tokenizer {tokenizer}" if tokenizer else "")
 
 
 def read_meta(folder):
@@ -23,10 +27,11 @@ def read_meta(folder):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         meta["vocab_size"], meta["end_of_text"], meta["dtype"], meta["splits"]["train"], meta["splits"]["validation"]
     except FileNotFoundError as error:
-        raise UserError(f"no data in {folder}: make it with  {prepare_command(folder.name)}") from error
+        remove = f"remove {folder} and " if folder.exists() else ""
+        raise UserError(f"no data in {folder}: {remove}make it with  {prepare_command(folder.name)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged: make it again with  "
-                        f"{prepare_command(folder.name)} --force") from error
+        raise UserError(f"{folder / 'meta.json'} is damaged: remove {folder} and make it again with  "
+                        f"{prepare_command(folder.name)}") from error
     return meta
 
 

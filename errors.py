@@ -1,5 +1,7 @@
 """How a script tells its user what went wrong: one line on stderr and an exit code, never a traceback."""
 
+import argparse
+import difflib
 import functools
 import os
 import sys
@@ -35,3 +37,22 @@ def exit_with_one_line(main):
             print(" ".join(message.split()), file=sys.stderr)
         sys.exit(code)
     return wrapped
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line (exit code 2), and which suggests the nearest flag."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_args(argv)
+        for word in unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(word.split("=")[0].replace("-", "_").replace("__", "--", 1), flags, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+            self.error(f"unknown argument {word}: {hint}")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())}\n")

@@ -146,22 +146,10 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return F.linear(x, self.transformer.wte.weight)  # (B, T, V)
-        logits = self._padded_logits(x)  # (B, T, V rounded up)
+        # Tensor cores are slow on odd shapes such as 50,257 columns.
+        logits = padded_logits(x, self.transformer.wte.weight, 64 if x.is_cuda else 1)  # (B, T, V rounded up)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view(B, T)
-
-    def _padded_logits(self, x):
-        """Logits for the loss, (B, T, V rounded up): on a GPU the head's matrix has a multiple of 64 columns.
-
-        Tensor cores are slow on odd shapes such as 50,257. The extra columns have a logit of -inf, so they take no
-        probability and get no gradient, and they exist only here.
-        """
-        weight = self.transformer.wte.weight
-        padding = -weight.size(0) % 64 if x.is_cuda else 0
-        if not padding:
-            return F.linear(x, weight)
-        bias = F.pad(weight.new_zeros(weight.size(0)), (0, padding), value=-math.inf)
-        return F.linear(x, F.pad(weight, (0, 0, 0, padding)), bias)
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, end_of_text=None):
@@ -184,7 +172,7 @@ class GPT(nn.Module):
                 start = window_start(idx.size(1), block_size)
                 cache = KVCache(self.config, B, weight.device, weight.dtype)
             logits = self(idx[:, start + cache.length:], cache=cache)[:, -1]  # (B, V)
-            token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            token = choose_token(logits, temperature, top_k, top_p, generator)  # (B,)
             if end_of_text is not None:
                 token = token.masked_fill(ended, end_of_text)
                 ended |= token == end_of_text
@@ -192,6 +180,18 @@ class GPT(nn.Module):
             if end_of_text is not None and ended.all():
                 return
             idx = torch.cat([idx, token[:, None]], dim=1)
+
+
+def padded_logits(x, weight, multiple):
+    """Logits (B, T, V rounded up to a multiple) of hidden states x (B, T, C) and a head's weight (V, C), for the loss.
+
+    The extra columns have a logit of -inf, so they take no probability and get no gradient, and exist only here.
+    """
+    padding = -weight.size(0) % multiple
+    if not padding:
+        return F.linear(x, weight)
+    bias = F.pad(weight.new_zeros(weight.size(0)), (0, padding), value=-math.inf)
+    return F.linear(x, F.pad(weight, (0, 0, 0, padding)), bias)
 
 
 def window_start(n, block_size):
@@ -203,9 +203,9 @@ def window_start(n, block_size):
     return 0 if n <= block_size else half * math.ceil((n - block_size) / half)
 
 
-def sample(logits, temperature, top_k, top_p, generator):
+def choose_token(logits, temperature, top_k, top_p, generator):
     """Choose one token for each row of logits (B, V): (B,). The settings are those of `GPT.generate`."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so near that dividing by it overflows
         return logits.argmax(-1)
     k = min(top_k, logits.size(-1)) if top_k else logits.size(-1)
     if k < logits.size(-1) or top_p < 1:

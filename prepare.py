@@ -28,22 +28,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import Parser
-from errors import UserError, exit_with_one_line
+from errors import Parser, UserError, exit_with_one_line
 from tokenizer import END_OF_TEXT, Tokenizer
 
 HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # unless --max_stories says otherwise: the grammar has no end of its own
 BATCH_CHARACTERS = 1 << 20  # text that goes to the tokenizer at once
 SAMPLE_CHARACTERS = 16 << 20  # text that a vocabulary is trained on, at most
+LONGEST_STORY = 1 << 26  # characters of a .txt file without a separator that are believed to be one story
 FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # ending → what `datasets` calls it
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Prepare a dataset; `argv` as on the command line. Raises UserError for what a user can mend."""
+    """Prepare a dataset; `argv` as on the command line. What a user can mend ends in one line."""
     args = parse_args(argv)
     folder = Path("data", args.name or default_name(args.source, args.tokenizer))
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # a run with --force died between the two renames below
+        old.rename(folder)
     made_with = {name: value for name, value in vars(args).items() if name not in ("name", "force")}
     if folder.exists():
         before = read_made_with(folder)
@@ -53,7 +56,6 @@ def main(argv=None):
                                 ": --force makes it again, --name puts this beside it")
             return print(f"{folder} is there already; --force makes it again")
 
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for leftover in (partial, old):  # of a run that died
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -72,10 +74,12 @@ def main(argv=None):
 
 def parse_args(argv):
     """The command line as a namespace; exits with code 2 for wrong flags, raises UserError for a wrong name."""
-    def above_zero(text):
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-        return value
+    def at_least(low):
+        def whole_number(text):
+            if (value := int(text)) < low:
+                raise argparse.ArgumentTypeError(f"{text} is not {low} or more")
+            return value
+        return whole_number
 
     def fraction(text):
         if not 0 < (value := float(text)) < 1:
@@ -95,9 +99,9 @@ def parse_args(argv):
     parser.add_argument("--validation_fraction", type=fraction, default=0.01,
                         help="share of the stories, drawn at random, that makes the validation split where the source "
                              "has none (default: 0.01)")
-    parser.add_argument("--max_stories", type=above_zero, help="take only the first so many (default: all; "
+    parser.add_argument("--max_stories", type=at_least(1), help="take only the first so many (default: all; "
                                                                f"of nursery {NURSERY_STORIES:,})")
-    parser.add_argument("--seed", type=int, default=1337, help="of the draw, and of nursery (default: 1337)")
+    parser.add_argument("--seed", type=at_least(0), default=1337, help="of the draw, and of nursery (default: 1337)")
     parser.add_argument("--force", action="store_true", help="make the dataset again where it is there already")
     args = parser.parse_args(argv)
     if args.name is not None and not is_plain_name(args.name):
@@ -106,7 +110,7 @@ def parse_args(argv):
 
 
 def is_plain_name(name):
-    """Whether a name can be a folder under data/ on any system."""
+    """Whether a name can be a folder under data/: no separators, nothing hidden, nothing that a shell would cut."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
 
 
@@ -140,17 +144,17 @@ def write_dataset(folder, args, made_with):
     tokenizer = None if trained_size else Tokenizer.named(args.tokenizer)  # first: it may fail, and costs little
 
     corpus = Corpus(args)
-    stories, characters = survey(corpus)
+    counts, characters = survey(corpus)
     for split in corpus.splits:
-        if not stories[split]:
+        if not counts[split]:
             raise UserError(f"{args.source}: the {split} split has no story in it that is not empty")
     if "validation" not in corpus.splits:
-        corpus.draw_validation(stories["train"], args.validation_fraction, args.seed)
+        corpus.draw_validation(counts["train"], args.validation_fraction, args.seed)
 
     if trained_size:
-        tokenizer = train_tokenizer(corpus, trained_size, stories.total(), characters)
+        tokenizer = train_tokenizer(corpus, trained_size, counts.total(), characters)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    splits = encode(corpus, tokenizer, dtype, folder, stories.total())
+    splits = encode(corpus, tokenizer, dtype, folder, counts.total())
 
     tokenizer.save(folder)
     meta = {"source": args.source, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size,
@@ -158,7 +162,7 @@ def write_dataset(folder, args, made_with):
             "empty_stories_dropped": corpus.empty, "made_with": made_with}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:
             os.fsync(file.fileno())  # on the disk before the folder gets its name
     return meta
 
@@ -204,17 +208,17 @@ class Corpus:
             else:
                 self.empty += 1
 
-    def draw_validation(self, stories, fraction, seed):
+    def draw_validation(self, count, fraction, seed):
         """Set a share of that many training stories aside as the validation split: those that a shuffle puts first.
 
         Raises UserError where there is only one story.
         """
-        if stories < 2:
+        if count < 2:
             raise UserError(f"{self.args.source} has only one story, and some must be kept for validation: a .txt file "
                             f"has a line {END_OF_TEXT} between its stories")
-        wanted = min(max(1, round(stories * fraction)), stories - 1)
-        self.in_validation = np.zeros(stories, bool)
-        self.in_validation[np.random.default_rng(seed).choice(stories, wanted, replace=False, shuffle=False)] = True
+        wanted = min(max(1, round(count * fraction)), count - 1)
+        self.in_validation = np.zeros(count, bool)
+        self.in_validation[np.random.default_rng(seed).choice(count, wanted, replace=False, shuffle=False)] = True
 
 
 def open_source(args):
@@ -222,39 +226,53 @@ def open_source(args):
 
     Raises UserError where the source is none of the kinds that `--help` lists, or cannot be reached.
     """
-    if args.source == "nursery":
+    source, column = args.source, args.text_column
+    if source == "nursery":
         from data import nursery
         return {"train": lambda: nursery.stories(args.max_stories or NURSERY_STORIES, args.seed)}
 
-    path = Path(args.source).expanduser()
+    path = Path(source).expanduser()
     if path.is_file() and not path.stat().st_size:
         raise UserError(f"{path} is empty")
-    if path.is_dir() and any(path.glob("*.txt")) and not any(path.rglob("*.parquet")):
-        texts = sorted(path.glob("*.txt"))
-        return {"train": lambda: itertools.chain.from_iterable(read_text(text, args) for text in texts)}
-    if path.is_file() and path.suffix == ".txt":
-        return {"train": lambda: read_text(path, args)}
     if path.is_file() and path.suffix not in FORMATS:
         raise UserError(f"{path}: a file must be {', '.join(FORMATS)}")
-    if not path.exists() and (path.suffix in FORMATS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", args.source)):
+    if not path.exists() and (path.suffix in FORMATS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
         raise UserError(f"{path} does not exist: name a file, a folder, a dataset on the hub, or nursery")
 
+    if texts := text_files(path):
+        return {split: lambda paths=paths: itertools.chain.from_iterable(map(read_text, paths))
+                for split, paths in texts.items()}
     if path.is_file():
-        splits = load(args, FORMATS[path.suffix], data_files=glob.escape(str(path)), streaming=True)
+        splits = load(source, FORMATS[path.suffix], data_files=glob.escape(str(path)), streaming=True)
     elif path.is_dir():
-        splits = load(args, str(path), streaming=True)
+        splits = load(source, str(path), streaming=True)
     else:
-        print(f"getting {args.source} from the Hugging Face hub", file=sys.stderr)
-        splits = load(args, args.source)  # downloaded and kept in the library's cache, so that it need not come twice
+        print(f"getting {source} from the Hugging Face hub", file=sys.stderr)
+        splits = load(source, source)  # downloaded and kept in the library's cache, so that it need not come twice
     if "train" not in splits:
-        raise UserError(f"{args.source} has no split 'train', only {', '.join(splits)}")
-    return {split: lambda split=split: read_column(splits[split], args)
+        raise UserError(f"{source} has no split 'train', only {', '.join(splits)}")
+    return {split: lambda split=split: read_column(splits[split], column, source)
             for split in ("train", "validation") if split in splits}
 
 
-def load(args, *words, **options):
-    """`datasets.load_dataset`, whose many errors become one UserError."""
-    with reading(args.source):
+def text_files(path):
+    """A .txt file, or a folder of nothing else, as split → paths; {} for any other source.
+
+    In a folder, a name that ends in valid or validation (TinyStories-valid.txt) is the validation split.
+    """
+    if path.is_file():
+        return {"train": [path]} if path.suffix == ".txt" else {}
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    if not files or any(file.suffix != ".txt" for file in files):
+        return {}
+    validation = [file for file in files if re.search(r"(^|[-_.])valid(ation)?$", file.stem)]
+    train = [file for file in files if file not in validation]
+    return {"train": train} | ({"validation": validation} if validation else {})
+
+
+def load(source, *words, **options):
+    """`datasets.load_dataset`, whose many errors become one UserError about the source."""
+    with reading(source):
         import datasets  # here, because it takes seconds and --help and nursery do without
 
         for library in ("datasets", "huggingface_hub"):
@@ -274,60 +292,73 @@ def reading(source):
         raise UserError(f"cannot reach {source} on the Hugging Face hub: check the name and the network, or give a "
                         "local file or folder, or nursery") from error
     except Exception as error:
-        if not type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow")) and not isinstance(
-                error, (OSError, ValueError)):
+        known = type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow"))
+        if not known and not isinstance(error, (OSError, ValueError)):
             raise
         raise UserError(f"cannot read {source}, it is broken or not what its name says: {error}") from error
 
 
-def read_column(dataset, args):
+def read_column(dataset, column, source):
     """Yield the stories of a `datasets` dataset. Raises UserError where the column is missing or a file is broken."""
-    with reading(args.source):
+    with reading(source):
         for table in dataset.with_format("arrow").iter(batch_size=1000):
-            if args.text_column not in table.column_names:
-                raise UserError(f"{args.source} has no column '{args.text_column}': name one of "
-                                f"{', '.join(table.column_names)} with --text_column")
-            yield from table[args.text_column].to_pylist()
+            if column not in table.column_names:
+                raise UserError(f"{source} has no column '{column}': name one of {', '.join(table.column_names)} with "
+                                "--text_column")
+            yield from table[column].to_pylist()
 
 
-def read_text(path, args):
-    """Yield the stories of a text file: what stands between lines of `<|endoftext|>`, which `datasets` reads."""
-    lines = load(args, "text", data_files=glob.escape(str(path)), encoding="utf-8-sig", streaming=True)["train"]
-    story = []
-    for line in read_column(lines, argparse.Namespace(source=path, text_column="text")):
+def read_text(path):
+    """Yield the stories of a text file: what stands between lines of `<|endoftext|>`; `datasets` reads the lines.
+
+    Raises UserError where a story is so long that the file must be something else: it would fill the memory.
+    """
+    lines = load(path, "text", data_files=glob.escape(str(path)), encoding="utf-8-sig", streaming=True)["train"]
+    story, size = [], 0
+    for line in read_column(lines, "text", path):
         if line.strip() == END_OF_TEXT:
             yield "\n".join(story)
-            story = []
-        else:
-            story.append(line)
+            story, size = [], 0
+            continue
+        story.append(line)
+        size += len(line) + 1
+        if size > LONGEST_STORY:
+            raise UserError(f"{path} has no line {END_OF_TEXT} in {size:,} characters: put one between its stories")
     if any(story):  # nothing but line ends behind the last separator is no story
         yield "\n".join(story)
 
 
 def survey(corpus):
-    """Read the corpus once: stories of each split, and characters of text in all."""
-    stories, characters = Counter(), 0
-    with progress(corpus, "counting") as bar:
-        for split, story in bar:
-            stories[split] += 1
-            characters += len(story)
-    return stories, characters
+    """Read the corpus once: how many stories each split has, and how many characters there are in all."""
+    counts, characters = Counter(), 0
+    for split, story in progress(corpus, "counting"):
+        counts[split] += 1
+        characters += len(story)
+    return counts, characters
 
 
-def train_tokenizer(corpus, size, stories, characters):
+def train_tokenizer(corpus, size, count, characters):
     """A vocabulary trained on training stories taken evenly from the whole corpus, SAMPLE_CHARACTERS at most."""
     step = math.ceil(characters / SAMPLE_CHARACTERS)
-    with progress(corpus, f"sampling for bpe:{size}", stories) as bar:
-        sample = (story for i, (split, story) in enumerate(bar) if i % step == 0 and split == "train")
-        return Tokenizer.train(sample, size, show_progress=not bar.disable)
+    labelled = enumerate(progress(corpus, f"sampling for bpe:{size}", count))
+    sample = (story for i, (split, story) in labelled if i % step == 0 and split == "train")
+    return Tokenizer.train(sample, size, show_progress=sys.stderr.isatty())
 
 
-def progress(corpus, doing, total=None):
-    """A bar over one reading of the corpus; none without a terminal."""
-    return tqdm(corpus, doing, total, unit=" stories", unit_scale=True, dynamic_ncols=True, disable=None)
+def progress(corpus, doing, count=None):
+    """Go through the corpus behind a bar (stories, MB/s, time left where the count is known); none off a terminal."""
+    with tqdm(desc=doing, total=count, unit=" stories", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
+        started, characters = time.perf_counter(), 0
+        for i, (split, story) in enumerate(corpus, 1):
+            characters += len(story)
+            if i % 1000 == 0:  # not each time: the bar must not cost more than the work
+                bar.set_postfix_str(f"{characters / 1e6 / (time.perf_counter() - started):.1f} MB/s", refresh=False)
+                bar.update(i - bar.n)
+            yield split, story
+        bar.update(i - bar.n if characters else 0)
 
 
-def encode(corpus, tokenizer, dtype, folder, stories):
+def encode(corpus, tokenizer, dtype, folder, count):
     """Encode the corpus on all cores into <split>.bin files; the figures of each split, as meta.json has them, come
     back. Threads are enough: tiktoken works outside of Python's lock.
     """
@@ -338,10 +369,9 @@ def encode(corpus, tokenizer, dtype, folder, stories):
     def work(batch):
         return tokenizer.encode_stories(batch).astype(little_endian), sum(len(story.encode()) for story in batch)
 
-    with (ExitStack() as files, ThreadPoolExecutor(os.cpu_count()) as pool,
-          progress(corpus, "encoding", stories) as bar):
+    with ExitStack() as files, ThreadPoolExecutor(os.cpu_count()) as pool:
         file = {split: files.enter_context(open(folder / f"{split}.bin", "wb")) for split in figures}
-        pending, started = deque(), time.perf_counter()
+        pending = deque()
 
         def write_oldest():
             split, batch, result = pending.popleft()
@@ -350,10 +380,8 @@ def encode(corpus, tokenizer, dtype, folder, stories):
             hashes[split].update(tokens)
             for name, value in (("stories", len(batch)), ("tokens", len(tokens)), ("bytes", size)):
                 figures[split][name] += value
-            done = sum(f["bytes"] for f in figures.values())
-            bar.set_postfix_str(f"{done / 1e6 / (time.perf_counter() - started):.1f} MB/s")
 
-        for split, batch in batches(bar):
+        for split, batch in batches(progress(corpus, "encoding", count)):
             pending.append((split, batch, pool.submit(work, batch)))
             if len(pending) > 2 * os.cpu_count():  # enough to keep every core busy, and a bound on memory
                 write_oldest()

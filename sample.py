@@ -16,8 +16,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from config import Parser
-from errors import UserError, exit_with_one_line
+from errors import Parser, UserError, exit_with_one_line
 from hardware import DTYPES, pick_device, pick_dtype
 from model import window_start
 from tokenizer import END_OF_TEXT
@@ -25,7 +24,8 @@ from tokenizer import END_OF_TEXT
 
 @exit_with_one_line
 def main(argv=None):
-    """Print stories; `argv` as on the command line. Raises UserError for what a user can mend."""
+    """Print stories; `argv` as on the command line. What a user can mend ends in one line."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the system's own is: prepare.py reads UTF-8
     args = parse_args(argv)
     prompt = read_prompt(args.start)
     path = checkpoint.best_in(args.out_dir or checkpoint.newest_run())
@@ -127,7 +127,7 @@ def tell_many(prompt, tokenizer, steps):
     made = 0
     for i, tokens in enumerate(zip(*steps)):
         story = list(itertools.takewhile(lambda token: token != tokenizer.end_of_text, tokens))
-        made += len(story)
+        made += min(len(story) + 1, len(tokens))  # the end of text too, where there is one
         print(f"{END_OF_TEXT}\n" * (i > 0) + prompt + tokenizer.decode(story))
     return made
 

@@ -4,6 +4,7 @@ import base64
 import codecs
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,8 @@ class Tokenizer:
             described = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))["tokenizer"]
             pairs = (line.split() for line in path.read_bytes().splitlines())
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            if len(ranks) != described["mergeable_tokens"]:
+                raise ValueError("cut short")
             return cls(tiktoken.Encoding(described["name"], pat_str=described["pattern"], mergeable_ranks=ranks,
                                          special_tokens=described["special_tokens"]))
         except FileNotFoundError as error:
@@ -101,8 +104,9 @@ class Tokenizer:
         (Path(folder) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
 
     def describe(self):
-        """What meta.json keeps of the tokenizer: its name, its pattern and its special tokens."""
+        """What meta.json keeps of the tokenizer: its name, its pattern, its special tokens, how many others there are."""
         return {"name": self.name, "pattern": self.encoding._pat_str,
+                "mergeable_tokens": len(self.encoding._mergeable_ranks),
                 "special_tokens": self.encoding._special_tokens}
 
     def __eq__(self, other):
@@ -112,7 +116,8 @@ class Tokenizer:
                 and mine._special_tokens == others._special_tokens)
 
     def encode(self, text):
-        """A list of token ids of ordinary text."""
+        """A list of token ids of ordinary text. Raises UserError for white space without end, as `encode_stories`."""
+        refuse_endless_space(text)
         return self.encoding.encode_ordinary(text)
 
     def encode_stories(self, stories):
@@ -120,8 +125,11 @@ class Tokenizer:
 
         All stories go to tiktoken in one call, with the end-of-text token between them: it works without Python's
         lock, so threads use all cores. A story that has the token's characters in it is encoded by itself.
+        Raises UserError for a story that tiktoken cannot encode.
         """
         pieces = []
+        for story in stories:
+            refuse_endless_space(story)
         for holds_token_text, group in itertools.groupby(stories, lambda story: END_OF_TEXT in story):
             if holds_token_text:
                 pieces += [np.array([*self.encode(story), self.end_of_text], np.uint32) for story in group]
@@ -147,6 +155,13 @@ class Tokenizer:
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:
             return b""
+
+
+def refuse_endless_space(text, longest=300_000):
+    """Raise UserError for a run of white space over which tiktoken's regular expressions would overflow the stack."""
+    if len(text) > longest and (run := re.search(rf"\s{{{longest}}}", text)):
+        raise UserError(f"a text has more than {longest:,} white-space characters on end, behind "
+                        f"{text[:run.start()][-30:]!r}: take them out")
 
 
 def _byte_of_character():

@@ -38,14 +38,16 @@ ACTIONS = {
     "eval_only": "only measure the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
 }
 # What may differ from the stored settings when a run goes on: nothing here changes what an update computes.
-MAY_CHANGE = {"out_dir", "max_iters", "eval_interval", "eval_iters", "log_interval", "device", "dtype", "compile",
+MAY_CHANGE = {"out_dir", "max_iters", "eval_interval", "log_interval", "device", "dtype", "compile",
               "device_batch_size"}
+LAST_HAS = ("model", "config", "iter", "update", "figures", "optimizer", "scaler", "best_val_loss", "random_state",
+            "seconds", "data_sha256")
 SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Train, or with --eval_only measure; `argv` as on the command line. Raises UserError for what a user can mend."""
+    """Train, or with --eval_only measure; `argv` as on the command line. What a user can mend ends in one line."""
     recipe, flags, args = read_command_line(argv, ACTIONS)
     if args.resume + args.overwrite + args.eval_only > 1:
         raise UserError("--resume, --overwrite and --eval_only exclude each other: choose one")
@@ -56,15 +58,16 @@ def main(argv=None):
     last = None  # the checkpoint to go on from
     if args.resume:
         out_dir = (recipe | flags).get("out_dir") or checkpoint.newest_run()
-        last = checkpoint.load(Path(out_dir, "last.pt"))
-        cfg = Config(**last["config"] | recipe | flags | {"out_dir": str(out_dir)})
-        refuse_changes(last["config"], asdict(cfg))
+        last = checkpoint.load(Path(out_dir, "last.pt"), needed=LAST_HAS)
+        cfg = Config(**last["config"] | flags | {"out_dir": str(out_dir)})
+        refuse_changes(last["config"], asdict(cfg), recipe)
     else:
         cfg = Config(**recipe | flags)
     out_dir = Path(cfg.out_dir)
     if checkpoint.holds_run(out_dir) and not (args.resume or args.overwrite):
-        raise UserError(f"{out_dir} already holds a run: go on with it (--resume), replace it (--overwrite), or name "
-                        "another folder (--out_dir)")
+        go_on = "go on with it (--resume), " if (out_dir / "last.pt").exists() else ""
+        raise UserError(f"{out_dir} already holds a run: {go_on}replace it (--overwrite), or name another folder "
+                        "(--out_dir)")
 
     # ---- data ----
     data_dir = Path("data", cfg.dataset)
@@ -74,7 +77,8 @@ def main(argv=None):
     order = TrainingOrder(train_split, cfg.seed)
     eval_windows = {split: evaluation_windows(split, cfg.eval_iters * cfg.batch_size)
                     for split in (train_split, val_split)}
-    if last and last["data_sha256"] != meta["splits"]["train"]["sha256"]:
+    data_sha256 = {name: figures["sha256"] for name, figures in meta["splits"].items()}
+    if last and last["data_sha256"] != data_sha256:
         raise UserError(f"{data_dir} is not the data that {out_dir} was trained on: prepare that again, or start a "
                         "new run with another --out_dir")
 
@@ -119,7 +123,8 @@ def main(argv=None):
         update, best_val_loss, seconds_before = last["update"], last["best_val_loss"], last["seconds"]
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
+        if last["scaler"]:  # empty where the run was not in fp16 before
+            scaler.load_state_dict(last["scaler"])
         set_random_state(last["random_state"], device)
         checkpoint.cut_back(out_dir, last["iter"], last["figures"]["iter"])
         print(f"going on after update {update:,} of {updates:,}")
@@ -133,8 +138,7 @@ def main(argv=None):
         "kind": "run", "config": asdict(cfg), "resumed_at": update * cfg.gradient_accumulation_steps if last else None,
         "parameters": model.num_parameters(), "device": describe(device), "dtype": str(dtype).split(".")[1],
         "compiled": use_compile, "sequences_at_a_time": cut, "threads": torch.get_num_threads(), "git": git_commit(),
-        "data_sha256": {name: split["sha256"] for name, split in meta["splits"].items()},
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "seed": cfg.seed})
+        "data_sha256": data_sha256, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "seed": cfg.seed})
 
     # ---- Ctrl-C and SIGTERM ask for an end after the current update ----
     signals = []
@@ -156,8 +160,14 @@ def main(argv=None):
 
     def snapshot():
         return {"model": model.state_dict(), "model_config": asdict(model_config), "config": asdict(cfg),
-                "data_sha256": meta["splits"]["train"]["sha256"], "iter": iteration, "update": update,
+                "data_sha256": data_sha256, "iter": iteration, "update": update,
                 "tokens": update * update_tokens, "figures": figures}
+
+    def stop_if_not_finite(value, what):
+        if not math.isfinite(value):
+            raise UserError(f"the {what} is {value} at iteration {iteration}: try a lower --learning_rate (now "
+                            f"{learning_rate(iteration, cfg):.3g}), more --warmup_iters or --dtype=float32; checkpoints in {out_dir} are from "
+                            "before")
 
     def save_last():
         checkpoint.save(out_dir / "last.pt", snapshot() | {
@@ -169,11 +179,12 @@ def main(argv=None):
             iteration = update * cfg.gradient_accumulation_steps
             # Evaluation stands at the top so that a run that was stopped just before one begins with it.
             if update and figures["iter"] < iteration and (
-                    update == updates or is_due(iteration, cfg.eval_interval, cfg)):
+                    update == updates or not signals and is_due(iteration, cfg.eval_interval, cfg)):
                 pause = time.perf_counter()
                 with autocast:
-                    train_loss, val_loss = (evaluate(model, split, starts, cfg.batch_size).mean().item()
+                    train_loss, val_loss = (evaluate(model, split, starts, cut).mean().item()
                                             for split, starts in eval_windows.items())
+                stop_if_not_finite(val_loss, "validation loss")
                 figures = {"iter": iteration, "tokens": update * update_tokens, "train_loss": train_loss,
                            "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, val_split)}
                 tqdm.write(f"iteration {iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
@@ -214,11 +225,11 @@ def main(argv=None):
             log_due = update in (1, updates) or is_due(iteration, cfg.log_interval, cfg)
             if not (log_due or signals or is_due(iteration, cfg.eval_interval, cfg)):
                 continue
-            # Before anything is saved: a loss that is not finite has spoilt the weights.
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at iteration {iteration}: try a lower --learning_rate (now "
-                                f"{lr:.3g}), more --warmup_iters or --dtype=float32; checkpoints in {out_dir} are from "
-                                "before")
+            # Before anything is logged or saved. The scaler skips an update whose gradient overflows in fp16; anywhere
+            # else such a gradient has spoilt the weights.
+            stop_if_not_finite(loss.item(), "loss")
+            if not scaler.is_enabled():
+                stop_if_not_finite(grad_norm.item(), "norm of the gradient")
             if log_due:
                 now = time.perf_counter()
                 speed = (update - log_update) * update_tokens / (now - log_time)
@@ -226,13 +237,13 @@ def main(argv=None):
                 checkpoint.append_line(log, {
                     "kind": "step", "iter": iteration, "update": update, "tokens": update * update_tokens,
                     "epoch": update * update_tokens / epoch_tokens, "loss": loss.item(), "lr": lr,
-                    "grad_norm": grad_norm.item(), "tokens_per_s": speed, "seconds": seconds_before + now - started})
+                    "grad_norm": grad_norm.item() if math.isfinite(grad_norm.item()) else None, "tokens_per_s": speed, "seconds": seconds_before + now - started})
                 bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
                 if bar.disable:
                     left = (updates - update) * update_tokens / speed  # the first update may have waited to compile
                     print(f"iteration {iteration:,}: loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
                           + (f", {tqdm.format_interval(left)} left" if update > 1 else ""), flush=True)
-        if saved < update:
+        if saved < update or not (out_dir / "last.pt").exists():
             save_last()
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, cut // 2)} (now {cut}), which "
@@ -243,25 +254,27 @@ def main(argv=None):
             signal.signal(number, handler)
 
     # ---- the end ----
-    seconds = seconds_before + time.perf_counter() - started
-    best = checkpoint.best_in(out_dir)
     if update < updates:
         print(f"stopped after update {update:,} of {updates:,}; go on with  "
-              f"python train.py {args.recipe or ''} --out_dir={out_dir} --resume")
-    print(f"best_val_loss: {best_val_loss:.4f}\nval_bits_per_byte: {bits_per_byte(best_val_loss, val_split):.4f}\n"
-          f"tokens: {update * update_tokens}\nseconds: {seconds:.1f}\n"
-          f"tokens_per_s: {update * update_tokens / seconds:.0f}\ncheckpoint: {best}\n"
+              f"python train.py --out_dir={out_dir} --resume")
+    if math.isfinite(best_val_loss):
+        print(f"best_val_loss: {best_val_loss:.4f}\nval_bits_per_byte: {bits_per_byte(best_val_loss, val_split):.4f}")
+    tokens, seconds = update * update_tokens, seconds_before + time.perf_counter() - started
+    print(f"tokens: {tokens}\nseconds: {seconds:.1f}\ntokens_per_s: {tokens / seconds:.0f}\n"
+          f"checkpoint: {checkpoint.best_in(out_dir)}\n"
           f'sample: python sample.py --out_dir {out_dir} --start "{SAMPLE_PROMPT}"')
 
 
-def refuse_changes(stored, now):
-    """Say which settings differ from those that a run began with; raise UserError where that would break the run."""
+def refuse_changes(stored, now, recipe):
+    """Say which settings differ from those of the run that goes on; raise UserError where that would break it."""
     for name in now:
         if now[name] != stored[name] and name not in MAY_CHANGE:
             raise UserError(f"{name} = {now[name]!r} cannot change in a run that goes on (it is {stored[name]!r}): "
                             "leave it, or start a new run with another --out_dir")
         if now[name] != stored[name]:
             print(f"changed: {name} is now {now[name]!r}, was {stored[name]!r}")
+        elif recipe.get(name, stored[name]) != stored[name]:
+            print(f"note: the run keeps {name} = {stored[name]!r}, though the recipe says {recipe[name]!r}")
 
 
 def make_optimizer(model, cfg):
@@ -289,7 +302,7 @@ def is_due(iteration, interval, cfg):
 
 def to(device, array):
     """A numpy array as a tensor on the device, copied without waiting where that is a GPU."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(array).contiguous()  # a view would be copied twice
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -334,18 +347,22 @@ def start_folder(out_dir, data_dir):
 
 
 def get_random_state(device):
-    """The states of the generators that dropout draws from."""
+    """The states of the generators that the initial weights and dropout draw from."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = getattr(torch, device.type).get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
 def set_random_state(state, device):
     """Set the generators back; a device that the run was not on before keeps its fresh one."""
     torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state[device.type])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def describe(device):
@@ -371,6 +388,8 @@ def measure(recipe, flags):
         raise UserError(f"--eval_only takes the run's own settings: leave out --{min(wrong)}")
     out_dir = (recipe | flags).get("out_dir") or checkpoint.newest_run()
     path = checkpoint.best_in(out_dir)
+    if path.name == "last.pt":
+        print(f"{out_dir} has no ckpt.pt yet: measuring last.pt", file=sys.stderr)
     model, tokenizer, state = checkpoint.load_model(path)
     cfg = Config(**state["config"] | flags)
     data_dir = Path("data", cfg.dataset)

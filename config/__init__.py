@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from errors import UserError
+import numpy as np
+
+from errors import Parser, UserError
 
 
 def setting(default, meaning, low=-math.inf, high=math.inf):
@@ -34,7 +36,8 @@ class Config:
 
     dataset: str = setting("tinystories", "the data to train on: a folder under data/")
     out_dir: str = setting("out/tinystories", "the run's folder; a recipe's own is out/<its name>")
-    seed: int = setting(1337, "fixes the initial weights, the order of the data and the dropout masks", low=0)
+    seed: int = setting(1337, "fixes the initial weights, the order of the data and the dropout masks", low=0,
+                         high=2**63 - 1)
 
     n_layer: int = setting(6, "number of blocks", low=1)
     n_head: int = setting(6, "attention heads in each block", low=1)
@@ -126,32 +129,13 @@ def read_recipe(path):
         line = next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__))
                      if Path(frame.filename) == path), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-    values = {name: value for name, value in names.items()
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in names.items()
               if not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
     try:
         _check_each(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return values
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line (exit code 2), and which suggests the nearest flag."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_args(self, argv=None):
-        args, unknown = self.parse_known_args(argv)
-        for word in unknown:
-            flag = word.split("=")[0]
-            near = difflib.get_close_matches(flag.replace("-", "_"), [s.replace("-", "_") for s in self._option_string_actions], 1)
-            hint = f"did you mean --{near[0].lstrip('_')}?" if flag.startswith("-") and near else "--help lists all flags"
-            self.error(f"unknown argument {word}: {hint}")
-        return args
-
-    def error(self, message):
-        self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def _words_and_type(f):
@@ -194,7 +178,10 @@ def _check_each(values):
             raise UserError(f"unknown setting {name}: {hint} (a helper's name starts with an underscore)")
         f = settings[name]
         words, kind = _words_and_type(f)
-        right_type = type(value) is kind or (kind is float and type(value) is int)
-        in_bounds = right_type and (kind not in (int, float) or f.metadata["low"] <= value <= f.metadata["high"])
-        if not (value in words or in_bounds and value == value and value not in (math.inf, -math.inf)):
+        allowed = value in words
+        if kind in (bool, str):
+            allowed |= type(value) is kind and value != ""
+        elif kind in (int, float) and type(value) in (int, kind):
+            allowed |= math.isfinite(value) and f.metadata["low"] <= value <= f.metadata["high"]
+        if not allowed:
             raise UserError(f"{name} = {value!r} is not allowed: it takes {_allowed(f)}")

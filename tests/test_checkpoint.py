@@ -13,7 +13,7 @@ from errors import UserError
 def test_what_is_saved_comes_back(tmp_path):
     state = {"model": {"w": torch.arange(6.0)}, "config": {"n_layer": 2, "compile": "auto", "bias": True}, "iter": 3}
     checkpoint.save(tmp_path / "last.pt", state)
-    again = checkpoint.load(tmp_path / "last.pt")
+    again = checkpoint.load(tmp_path / "last.pt", needed=state)
     assert torch.equal(again["model"].pop("w"), state["model"].pop("w")) and again == state
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -22,7 +22,15 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
     checkpoint.save(tmp_path / "last.pt", {"iter": 1})
     with pytest.raises(AttributeError):
         checkpoint.save(tmp_path / "last.pt", {"iter": lambda: 2})  # no checkpoint can hold a function
-    assert checkpoint.load(tmp_path / "last.pt") == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+    assert checkpoint.load(tmp_path / "last.pt", ["iter"]) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_one_before(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", {"iter": 1})
+    (tmp_path / "last.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*last.pt .*what was there before is kept"):
+        checkpoint.save(tmp_path / "last.pt", {"iter": 2, "model": torch.zeros(100_000)})
+    assert checkpoint.load(tmp_path / "last.pt", ["iter"]) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "short", "text"])
@@ -49,8 +57,10 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_is_run(here):
     assert os.listdir() == ["ckpt.pt"]
 
 
-def test_a_foreign_checkpoint_is_refused(here):
-    torch.save({"weights": torch.zeros(3)}, "ckpt.pt")
+@pytest.mark.parametrize("state", [{"weights": torch.zeros(3)}, torch.zeros(3), dict.fromkeys(
+    ("model", "model_config", "config", "tokens", "figures"), {})])
+def test_a_foreign_checkpoint_is_refused(here, state):
+    torch.save(state, "ckpt.pt")
     with pytest.raises(UserError, match="ckpt.pt is not a checkpoint of this program"):
         checkpoint.load_model("ckpt.pt")
 
@@ -74,8 +84,8 @@ def test_a_torn_last_line_is_passed_over_and_logs_are_cut_back(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind": "st')
     assert checkpoint.read_log(tmp_path / "log.jsonl") == records
-    (tmp_path / "samples.md").write_text("## iteration 2: x\n\nTwo ## iteration 9\n\n## iteration 3: x\n\nThree\n\n")
+    (tmp_path / "samples.md").write_text("mine\n## iteration 2: x\n\nTwo ## iteration 9\n\n## iteration 3: x\n\nThree\n\n")
     checkpoint.cut_back(tmp_path, iteration=3, evaluated=2)
     assert checkpoint.read_log(tmp_path / "log.jsonl") == records[:-1]
     assert (tmp_path / "log.jsonl").read_text() == "".join(json.dumps(r) + "\n" for r in records[:-1])
-    assert (tmp_path / "samples.md").read_text() == "## iteration 2: x\n\nTwo ## iteration 9\n\n"
+    assert (tmp_path / "samples.md").read_text() == "mine\n## iteration 2: x\n\nTwo ## iteration 9\n\n"

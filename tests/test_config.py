@@ -8,6 +8,7 @@ import pytest
 
 from config import Config, read_command_line, read_recipe
 from conftest import ROOT
+from dataset import prepare_command
 from errors import UserError
 
 
@@ -27,8 +28,9 @@ def test_defaults_are_the_published_recipe_number_for_number():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[a-z]*.py")), ids=lambda path: path.stem)
-def test_every_recipe_is_sound_and_its_dataset_can_be_made(path):
+def test_every_recipe_is_sound_and_its_docstring_has_the_commands(path):
     cfg = settings(str(path))
+    assert f"\n{prepare_command(cfg.dataset)} && python train.py config/{path.name}\n" in path.read_text()
     assert cfg.out_dir == f"out/{path.stem}"
     assert cfg.min_lr < cfg.learning_rate or path.stem == "tinystories"
 
@@ -36,10 +38,11 @@ def test_every_recipe_is_sound_and_its_dataset_can_be_made(path):
 def test_flags_come_after_the_recipe_in_both_forms(tmp_path):
     recipe = tmp_path / "mine.py"
     recipe.write_text("import math\n_tokens = 4096\ndef helper(): pass\nbatch_size = _tokens // 128\ndropout = 0\n"
-                      "learning_rate = math.sqrt(1e-6)\n")
+                      "learning_rate = math.sqrt(1e-6)\nimport numpy\nweight_decay = numpy.float64(0.5)\n")
     cfg = settings(str(recipe), "--n_layer=2", "--min_lr", "1e-5", "--compile=False", "--dtype", "bfloat16")
     assert (cfg.batch_size, cfg.n_layer, cfg.min_lr, cfg.compile, cfg.dtype) == (32, 2, 1e-5, False, "bfloat16")
     assert cfg.learning_rate == pytest.approx(1e-3) and cfg.dropout == 0 and cfg.out_dir == "out/mine"
+    assert cfg.weight_decay == 0.5 and type(cfg.weight_decay) is float
     assert settings("--batch_size=7", str(recipe)).batch_size == 7
     assert settings(str(recipe), "--out_dir=elsewhere").out_dir == "elsewhere"
     assert settings("--compile=true").compile is True and settings("--compile=auto").compile == "auto"
@@ -67,6 +70,8 @@ def test_wrong_flags_are_told_in_one_line_with_code_2(capsys):
     assert "learning_rate = nan" in refused(capsys, "--learning_rate=nan")
     assert "learning_rate = inf" in refused(capsys, "--learning_rate=inf")
     assert "--n_layer" in refused(capsys, "--n_layer")
+    assert "out_dir = '' is not allowed" in refused(capsys, "--out_dir=")
+    assert "seed = " in refused(capsys, f"--seed={2**70}")
 
 
 @pytest.mark.parametrize("text, complaint", [

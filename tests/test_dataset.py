@@ -97,4 +97,6 @@ def test_the_command_that_makes_a_dataset():
     assert prepare_command("tinystories") == "python prepare.py"
     assert prepare_command("tinystories-bpe4096") == "python prepare.py --tokenizer bpe:4096"
     assert prepare_command("nursery-bpe1024") == "python prepare.py nursery --tokenizer bpe:1024"
+    assert prepare_command("tinystories-cl100k_base") == "python prepare.py --tokenizer cl100k_base"
+    assert prepare_command("mine-bpe300") == "python prepare.py SOURCE --name mine-bpe300 --tokenizer bpe:300"
     assert prepare_command("mine") == "python prepare.py SOURCE --name mine"

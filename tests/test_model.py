@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, sample, window_start
+from model import GPT, GPTConfig, KVCache, choose_token, padded_logits, window_start
 
 
 def small(**changes):
@@ -68,6 +68,20 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     torch.testing.assert_close(model(x, y), expected.mean())
 
 
+def test_padding_the_head_changes_neither_loss_nor_gradients():
+    torch.manual_seed(0)
+    x, weight, y = torch.randn(2, 3, 16), torch.randn(50, 16), torch.randint(50, (6,))
+    results = []
+    for multiple in (1, 64):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logits = padded_logits(*leaves, multiple)
+        loss = F.cross_entropy(logits.flatten(0, 1), y)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+        assert logits.size(-1) == {1: 50, 64: 64}[multiple]
+    for plain, padded in zip(*results, strict=True):
+        torch.testing.assert_close(plain, padded)
+
+
 @pytest.mark.parametrize("block_size", [2, 7, 8])
 @pytest.mark.parametrize("prompt", [1, 8, 21])
 def test_cached_logits_equal_uncached_ones_past_the_block(block_size, prompt):
@@ -121,7 +135,7 @@ def test_seed_decides_the_story():
 def drawn(logits, n=10_000, **settings):
     """The share of each token among n choices from the same logits."""
     options = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
-    tokens = sample(logits.expand(n, -1), **options, generator=torch.Generator().manual_seed(0))
+    tokens = choose_token(logits.expand(n, -1), **options, generator=torch.Generator().manual_seed(0))
     return torch.bincount(tokens, minlength=logits.numel()) / n
 
 
@@ -148,4 +162,4 @@ def test_top_k_and_top_p_leave_out_the_rest():
 def test_temperature_zero_and_near_zero_take_the_likeliest():
     logits = torch.tensor([0.0, 80.0, 79.9, -5.0])
     assert drawn(logits, temperature=0)[1] == 1
-    assert drawn(logits, temperature=1e-30)[1] == 1
+    assert drawn(logits, temperature=1e-30)[1] == drawn(logits, temperature=1e-5)[1] == 1

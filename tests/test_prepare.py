@@ -71,12 +71,41 @@ def test_folder_laid_out_as_on_the_hub(here):
     assert prepared("repo")[1] == {"train": STORIES[:12], "validation": STORIES[15:]}
 
 
+def test_a_dataset_from_the_hub_is_read_as_the_folder_is(here, monkeypatch):
+    """The hub cannot be reached here; what its download gives, a dataset that is not streamed, can be made."""
+    monkeypatch.setenv("HF_HOME", str(here / "cache"))
+    write(here / "repo/data/train-00000-of-00001.parquet", STORIES)
+    splits = prepare.load("repo", "repo", cache_dir=str(here / "cache"))
+    assert list(prepare.read_column(splits["train"], "text", "repo")) == STORIES
+
+
 def test_folder_of_text_files(here):
     write(here / "books/b.txt", STORIES[3:6])
-    write(here / "books/a.txt", STORIES[:3])
+    write(here / "books/more/a.txt", STORIES[:3])
     prepare.main(["books"])
     stories = prepared("books")[1]
     assert len(stories["validation"]) == 1 and sorted(stories["train"] + stories["validation"]) == sorted(STORIES[:6])
+
+
+def test_folder_of_text_files_with_a_validation_split(here):
+    write(here / "books/My-train.txt", STORIES[:6])
+    write(here / "books/My-valid.txt", STORIES[6:9])
+    prepare.main(["books"])
+    assert prepared("books")[1] == {"train": STORIES[:6], "validation": STORIES[6:9]}
+
+
+def test_text_beside_the_data_of_a_hub_folder_is_no_story(here):
+    write(here / "repo/data/train.jsonl", STORIES[:6])
+    write(here / "repo/data/validation.jsonl", STORIES[6:9])
+    (here / "repo/LICENSE.txt").write_text("All rights reserved.")
+    prepare.main(["repo"])
+    assert prepared("repo")[1] == {"train": STORIES[:6], "validation": STORIES[6:9]}
+
+
+def test_a_text_without_separators_does_not_fill_the_memory(here, fails, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST_STORY", 1000)
+    (here / "a.txt").write_text("A line.\n" * 1000)
+    assert "a.txt has no line <|endoftext|> in 1,00" in fails(prepare.main, ["a.txt"])
 
 
 def test_white_space_line_ends_and_empty_stories(here, capsys):
@@ -139,6 +168,14 @@ def test_second_run_says_that_it_is_there_and_force_makes_it_again(here, capsys,
     assert "max_stories 30, now 31" in fails(prepare.main, ["nursery", "--max_stories", "31"])
     prepare.main(["nursery", "--max_stories", "31", "--force"])
     assert sum(s["stories"] for s in prepared("nursery")[0]["splits"].values()) == 31
+
+
+def test_a_run_with_force_that_died_between_its_renames_loses_nothing(here, capsys):
+    words = ["nursery", "--max_stories", "30"]
+    prepare.main(words)
+    os.rename("data/nursery", "data/.nursery.old")
+    prepare.main(words)
+    assert "data/nursery is there already" in capsys.readouterr().out and prepared("nursery")
 
 
 def test_a_folder_that_is_no_dataset_is_left_alone(here, fails):
@@ -243,6 +280,7 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_left(here, fails, monk
     (["--max_storys", "3"], "did you mean --max_stories?"),
     (["--max_stories", "0"], "0 is not 1 or more"),
     (["--max_stories", "x"], "--max_stories"),
+    (["--seed", "-1"], "-1 is not 0 or more"),
     (["--validation_fraction", "1"], "1 is not between 0 and 1"),
     (["a.txt", "b.txt"], "unknown argument b.txt"),
 ])

@@ -82,12 +82,22 @@ def test_unknown_name_and_no_network_are_told(monkeypatch, tmp_path):
         Tokenizer.named("r50k_base")
 
 
-@pytest.mark.parametrize("damage", ["missing", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n", b"YQ==\n"])
+def test_white_space_without_end_is_refused_and_a_lot_of_it_is_not(tokenizer):
+    for text in ("The end." + " " * 400_000, "\n" * 400_000):
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_stories(["One.", text])):
+            with pytest.raises(UserError, match="more than 300,000 white-space characters"):
+                encode(text)
+    assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
+
+
+@pytest.mark.parametrize("damage", ["missing", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n", b"YQ==\n", "short"])
 def test_damaged_file_is_refused_by_name(tokenizer, tmp_path, damage):
     folder = saved(tokenizer, tmp_path / "x")
     if damage == "missing":
         (folder / "tokenizer.tiktoken").unlink()
     else:
-        (folder / "tokenizer.tiktoken").write_bytes(damage)
+        path = folder / "tokenizer.tiktoken"
+        short = b"".join(path.read_bytes().splitlines(keepends=True)[:-10])  # cut where a line ends
+        path.write_bytes(short if damage == "short" else damage)
     with pytest.raises(UserError, match="tokenizer.tiktoken"):
         Tokenizer.load(folder)

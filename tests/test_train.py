@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import train
-from config import Config
+from config import Config, read_recipe
 from conftest import ROOT, TINY, launch
 from dataset import Split, TrainingOrder, evaluation_windows
 from model import GPT, GPTConfig
@@ -75,6 +75,20 @@ def test_ckpt_is_the_best_and_says_what_it_is(trained):
     assert state["iter"] == best["iter"] and state["figures"]["val_loss"] == best["val_loss"]
     assert "optimizer" not in state and state["model_config"]["vocab_size"] == 300
     assert state["model"].keys() == {name for name, _ in GPT(GPTConfig(**state["model_config"])).named_parameters()}
+
+
+def test_a_loss_that_rises_again_leaves_the_best_in_ckpt(with_data):
+    train.main([*TINY, "--out_dir=out/x", "--min_lr=3.0", "--grad_clip=0"])  # the rate rises to where it does harm
+    losses = {r["val_loss"]: r["iter"] for r in records("out/x", "eval")}
+    assert losses[min(losses)] == checkpoint.load("out/x/ckpt.pt")["iter"] < 24
+    assert checkpoint.load("out/x/last.pt")["best_val_loss"] == min(losses)
+
+
+def test_an_event_is_due_at_the_first_update_at_or_after_its_interval():
+    published = [i for i in range(32, 20_001, 32) if train.is_due(i, 500, Config())]
+    assert published[:4] == [512, 1024, 1504, 2016] and len(published) == 40
+    plain = Config(gradient_accumulation_steps=1)
+    assert [i for i in range(1, 31) if train.is_due(i, 10, plain)] == [10, 20, 30]
 
 
 def test_samples_tell_a_story_at_each_evaluation(trained):
@@ -169,9 +183,35 @@ def test_going_on_gives_the_run_that_was_never_stopped(with_data, stop):
                for i in a["optimizer"]["state"] for key in ("exp_avg", "exp_avg_sq", "step"))
     assert b["seconds"] > 0 and same(weights("out/whole", "ckpt.pt"), weights("out/parts", "ckpt.pt"))
     whole = {r["iter"]: r["loss"] for r in records("out/whole", "step")}
+    assert len(records("out/parts", "run")) == 2
     assert all(r["loss"] == whole.get(r["iter"], r["loss"]) for r in records("out/parts", "step"))
     evals = {r["iter"]: r["val_loss"] for r in records("out/parts", "eval")}
     assert {r["iter"]: r["val_loss"] for r in records("out/whole", "eval")}.items() <= evals.items()
+
+
+def test_going_on_cuts_the_logs_back_to_the_checkpoint(with_data):
+    """A run that was killed has logged more than its last.pt knows, and perhaps half a line."""
+    train.main([*TINY, "--out_dir=out/x", "--max_iters=8", "--lr_decay_iters=24"])
+    with open("out/x/log.jsonl", "a") as log, open("out/x/samples.md", "a") as samples:
+        log.write('{"kind": "step", "iter": 10, "loss": 0}\n{"kind": "eval", "iter": 16}\n{"kind": "st')
+        samples.write("## iteration 16: validation loss 0\n\nlost\n\n")
+    train.main(["--resume", "--out_dir=out/x", "--max_iters=24"])
+    assert [r["iter"] for r in records("out/x", "step")] == [2, 4, 8, 12, 16, 20, 24]
+    assert [r["iter"] for r in records("out/x", "eval")] == [8, 16, 24]
+    assert Path("out/x/samples.md").read_text().count("## iteration 16") == 1
+
+
+def test_resume_keeps_what_the_recipe_says_otherwise(with_data, capsys):
+    Path("tiny.py").write_text("".join(word.removeprefix("--").replace("=", "='", 1) + "'\n" if "data" in word or
+                                       "dtype" in word else word.removeprefix("--") + "\n" for word in TINY))
+    train.main(["tiny.py", "--max_iters=4"])
+    train.main(["tiny.py", "--max_iters=8", "--resume"])
+    out = capsys.readouterr().out
+    assert "changed: max_iters is now 8, was 4" in out and "note" not in out
+    Path("tiny.py").write_text(Path("tiny.py").read_text().replace("batch_size=4", "batch_size=5"))
+    train.main(["tiny.py", "--max_iters=12", "--resume"])
+    assert "note: the run keeps batch_size = 4, though the recipe says 5" in capsys.readouterr().out
+    assert checkpoint.load("out/tiny/last.pt")["tokens"] == 12 * 4 * 16
 
 
 def test_resume_needs_no_recipe_and_keeps_the_stored_settings(with_data, capsys):
@@ -225,7 +265,7 @@ def test_nothing_to_resume(here, fails):
 
 def test_data_that_is_not_there_is_told_with_the_command_that_makes_it(here, fails):
     line = fails(train.main, [str(ROOT / "config/quickstart.py")])
-    recipe = Config(**train.read_command_line([str(ROOT / "config/quickstart.py")], {})[0])
+    recipe = Config(**read_recipe(ROOT / "config/quickstart.py"))
     assert f"no data in data/{recipe.dataset}" in line and "python prepare.py nursery --tokenizer bpe:" in line
     assert not Path("out").exists()
 
@@ -252,8 +292,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoints(with
     checkpoint.save("out/x/last.pt", state)
     line = fails(train.main, [*words, "--lr_decay_iters=24", "--resume"])
     assert "the loss is nan at iteration" in line and "lower --learning_rate" in line
-    assert same(weights("out/x", "ckpt.pt"), good)
+    assert same(weights("out/x", "ckpt.pt"), good) and checkpoint.load("out/x/last.pt")["update"] == 4
     assert [r["iter"] for r in records("out/x", "step")][-1] == 8  # no line without a number in it
+
+
+def test_an_update_that_spoils_the_weights_stops_the_run_before_it_is_logged_or_saved(with_data, fails):
+    """The loss is of before the update, and may be finite when the weights no longer are."""
+    line = fails(train.main, [*TINY, "--out_dir=out/x", "--learning_rate=1e30", "--min_lr=1e29", "--warmup_iters=0",
+                              "--eval_interval=1"])
+    assert "the validation loss is nan at iteration 2" in line
+    assert records("out/x", "eval") == [] and not Path("out/x/last.pt").exists()
+    assert "already holds a run: replace it (--overwrite)" in fails(train.main, [*TINY, "--out_dir=out/x"])
 
 
 def test_eval_only_sweeps_the_whole_split(trained, monkeypatch, capsys):
@@ -295,12 +344,12 @@ def test_ctrl_c_finishes_the_update_and_resume_goes_on(with_data, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopping after this update" in err and "Traceback" not in err
-    assert "--out_dir=out/x --resume" in out and not (with_data / "out/x/ckpt.pt").exists()
+    assert "python train.py --out_dir=out/x --resume" in out and not (with_data / "out/x/ckpt.pt").exists()
     stopped = checkpoint.load("out/x/last.pt")["update"]
     assert f"stopped after update {stopped:,} of 50,000" in out
-    ends = ["--lr_decay_iters=100000", "--dropout=0.1", f"--max_iters={2 * stopped + 6}", "--eval_interval=100000"]
-    train.main(["--resume", "--out_dir=out/x", *ends])
-    train.main([*TINY, "--out_dir=out/whole", *ends])
+    ends = f"--max_iters={2 * stopped + 6}"
+    train.main(["--resume", "--out_dir=out/x", ends])
+    train.main([*TINY, "--out_dir=out/whole", "--lr_decay_iters=100000", "--dropout=0.1", "--eval_interval=100000", ends])
     assert same(weights("out/x"), weights("out/whole"))
 
 

@@ -1,0 +1,25 @@
+"""The README says what the program does: its commands are the ones that CI runs, its table has every setting."""
+
+import re
+from dataclasses import fields
+
+from config import Config
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ci_finds_both_commands_once_on_a_line_each():
+    for requirements in re.findall(r"requirements\S*\.txt", (ROOT / ".ci/run").read_text().split("for requirements")[1]):
+        assert len(re.findall(rf"^pip install -r {re.escape(requirements)} && python .*$", README, re.M)) == 1
+
+
+def test_the_table_has_every_setting_with_its_default_and_meaning():
+    rows = re.findall(r"^\| `(\w+)` \| (\S*) \| (.*) \|$", README, re.M)
+    assert rows == [(f.name, str(f.default), f.metadata["meaning"]) for f in fields(Config)]
+
+
+def test_every_file_at_the_top_has_its_place_in_the_plan():
+    plan = README.split("## The plan of the house")[1]
+    for path in [*ROOT.glob("*.py"), ROOT / "config", ROOT / "tests", ROOT / "data/nursery.py"]:
+        assert f"| `{path.relative_to(ROOT)}{'/' if path.is_dir() else ''}` |" in plan
