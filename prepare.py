@@ -52,8 +52,8 @@ def main(argv=None):
         before = read_made_with(folder)
         if not args.force:
             if before != made_with:
-                raise UserError(f"{folder} is there already, made with other settings ({differences(before, made_with)})"
-                                ": --force makes it again, --name puts this beside it")
+                raise UserError(f"{folder} is there already, made with {differences(before, made_with)}: --force makes "
+                                "it again, --name puts this beside it")
             return print(f"{folder} is there already; --force makes it again")
 
     for leftover in (partial, old):  # of a run that died

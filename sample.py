@@ -74,8 +74,8 @@ def parse_args(argv):
     parser = Parser(description="Tell stories with a trained model.")
     parser.add_argument("--start", default="", help="how the story begins, or FILE:prompt.txt (default: as it likes)")
     parser.add_argument("--out_dir", help="the run (default: the one under out/ with the newest checkpoint)")
-    parser.add_argument("--num_samples", type=number(int, 1, 1000, "from 1 to 1000"), default=1, help="how many stories, made as one batch "
-                                                                          "(default: 1, printed as it is made)")
+    parser.add_argument("--num_samples", type=number(int, 1, 1000, "from 1 to 1000"), default=1,
+                        help="how many stories, made as one batch (default: 1, printed as it is made)")
     parser.add_argument("--max_new_tokens", type=above_zero, default=400, help="longest story, in tokens without the "
                                                                                "prompt's (default: 400)")
     parser.add_argument("--temperature", type=number(float, 0, 100, "from 0 to 100"), default=0.8,

@@ -104,7 +104,7 @@ class Tokenizer:
         (Path(folder) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
 
     def describe(self):
-        """What meta.json keeps of the tokenizer: its name, its pattern, its special tokens, how many others there are."""
+        """What meta.json keeps of the tokenizer: its name, pattern, special tokens, and how many others it has."""
         return {"name": self.name, "pattern": self.encoding._pat_str,
                 "mergeable_tokens": len(self.encoding._mergeable_ranks),
                 "special_tokens": self.encoding._special_tokens}

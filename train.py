@@ -138,7 +138,8 @@ def main(argv=None):
         "kind": "run", "config": asdict(cfg), "resumed_at": update * cfg.gradient_accumulation_steps if last else None,
         "parameters": model.num_parameters(), "device": describe(device), "dtype": str(dtype).split(".")[1],
         "compiled": use_compile, "sequences_at_a_time": cut, "threads": torch.get_num_threads(), "git": git_commit(),
-        "data_sha256": data_sha256, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "seed": cfg.seed})
+        "data_sha256": data_sha256, "seed": cfg.seed, "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": np.__version__})
 
     # ---- Ctrl-C and SIGTERM ask for an end after the current update ----
     signals = []
@@ -166,8 +167,8 @@ def main(argv=None):
     def stop_if_not_finite(value, what):
         if not math.isfinite(value):
             raise UserError(f"the {what} is {value} at iteration {iteration}: try a lower --learning_rate (now "
-                            f"{learning_rate(iteration, cfg):.3g}), more --warmup_iters or --dtype=float32; checkpoints in {out_dir} are from "
-                            "before")
+                            f"{learning_rate(iteration, cfg):.3g}), more --warmup_iters or --dtype=float32; the "
+                            f"checkpoints in {out_dir} are from before")
 
     def save_last():
         checkpoint.save(out_dir / "last.pt", snapshot() | {
@@ -237,7 +238,8 @@ def main(argv=None):
                 checkpoint.append_line(log, {
                     "kind": "step", "iter": iteration, "update": update, "tokens": update * update_tokens,
                     "epoch": update * update_tokens / epoch_tokens, "loss": loss.item(), "lr": lr,
-                    "grad_norm": grad_norm.item() if math.isfinite(grad_norm.item()) else None, "tokens_per_s": speed, "seconds": seconds_before + now - started})
+                    "grad_norm": grad_norm.item() if math.isfinite(grad_norm.item()) else None,  # JSON has no inf
+                    "tokens_per_s": speed, "seconds": seconds_before + now - started})
                 bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
                 if bar.disable:
                     left = (updates - update) * update_tokens / speed  # the first update may have waited to compile

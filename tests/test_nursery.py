@@ -10,7 +10,7 @@ STORIES = list(nursery.stories(2000))
 
 def test_stories_are_the_same_on_every_machine():
     text = "\0".join([*nursery.stories(200, seed=5), nursery.story(10**9, seed=1)])
-    assert hashlib.sha256(text.encode()).hexdigest() == "a5261e91c040e46c225ddb25f69c8a189f542fd1eabe31503297cfe21da90d63"
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("a5261e91c040e46c225ddb25f69c8a18")
     assert nursery.story(7, seed=5) == list(nursery.stories(8, seed=5))[7] != nursery.story(7, seed=6)
 
 

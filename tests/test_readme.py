@@ -10,7 +10,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_ci_finds_both_commands_once_on_a_line_each():
-    for requirements in re.findall(r"requirements\S*\.txt", (ROOT / ".ci/run").read_text().split("for requirements")[1]):
+    loop = (ROOT / ".ci/run").read_text().split("for requirements")[1]
+    for requirements in re.findall(r"requirements\S*\.txt", loop):
         assert len(re.findall(rf"^pip install -r {re.escape(requirements)} && python .*$", README, re.M)) == 1
 
 

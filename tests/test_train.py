@@ -349,7 +349,8 @@ def test_ctrl_c_finishes_the_update_and_resume_goes_on(with_data, number):
     assert f"stopped after update {stopped:,} of 50,000" in out
     ends = f"--max_iters={2 * stopped + 6}"
     train.main(["--resume", "--out_dir=out/x", ends])
-    train.main([*TINY, "--out_dir=out/whole", "--lr_decay_iters=100000", "--dropout=0.1", "--eval_interval=100000", ends])
+    train.main([*TINY, "--out_dir=out/whole", "--lr_decay_iters=100000", "--dropout=0.1", "--eval_interval=100000",
+                ends])
     assert same(weights("out/x"), weights("out/whole"))
 
 
