@@ -1,5 +1,6 @@
 """train.py: what an update sees and computes, the logs, the checkpoints, stopping and going on."""
 
+import functools
 import json
 import math
 import os
@@ -358,8 +359,6 @@ def test_launched_as_a_user_does(with_data):
     done = launch("train.py", *TINY, "--max_iters=8", "--out_dir=out/x", cwd=with_data)
     assert done.returncode == 0 and done.stderr == ""
     assert "iteration 4: loss " in done.stdout and "tokens/s" in done.stdout  # plain lines without a terminal
-    done = launch("train.py", "--learning_rat=1", cwd=with_data)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_training_and_sampling_need_neither_datasets_nor_tokenizers(with_data):
@@ -370,9 +369,11 @@ def test_training_and_sampling_need_neither_datasets_nor_tokenizers(with_data):
     assert done.returncode == 0, done.stderr
 
 
-def test_compiled_training_gives_the_same_losses(with_data):
+def test_compiled_training_gives_the_same_losses(with_data, monkeypatch):
+    """The model is traced forwards and backwards; turning that into C++ would take half of all the tests' time."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for wish in ("False", "True"):
-        train.main([*TINY, "--max_iters=8", "--dropout=0", "--n_layer=1", f"--compile={wish}", f"--out_dir=out/{wish}"])
+        train.main([*TINY, "--max_iters=8", "--dropout=0", f"--compile={wish}", f"--out_dir=out/{wish}"])
     losses = {wish: [r["loss"] for r in records(f"out/{wish}", "step")] for wish in ("False", "True")}
     assert losses["True"] == pytest.approx(losses["False"], rel=1e-3)
     assert not any("orig_mod" in name for name in weights("out/True"))
