@@ -1,7 +1,7 @@
 """Turn stories into token files: data/<name>/ with train.bin, validation.bin, tokenizer.tiktoken and meta.json.
 
     python prepare.py                                     TinyStories, from the Hugging Face hub
-    python prepare.py nursery --tokenizer bpe:1024        the embedded corpus, with a vocabulary trained on it
+    python prepare.py nursery --tokenizer bpe:2048        the embedded corpus, with a vocabulary trained on it
     python prepare.py my_stories.txt                      your own text
 
 Stories are read as a stream, stripped of outer white space and encoded on all cores, one end-of-text token after
@@ -115,7 +115,7 @@ def is_plain_name(name):
 
 
 def default_name(source, tokenizer):
-    """The name of a dataset: `nursery` and bpe:1024 give `nursery-bpe1024`."""
+    """The name of a dataset: `nursery` and bpe:2048 give `nursery-bpe2048`."""
     path = Path(source)
     name = (path.stem if path.suffix in FORMATS else path.resolve().name).lower()
     name += "" if tokenizer == "gpt2" else "-" + tokenizer.replace(":", "")
@@ -127,7 +127,7 @@ def default_name(source, tokenizer):
 def read_made_with(folder):
     """The arguments that a dataset was made with. Raises UserError where the folder is something else."""
     try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["made_with"]
+        return dict(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["made_with"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is there but has no sound meta.json, so it is left alone: remove it, or give "
                         "another --name") from error
