@@ -36,8 +36,8 @@ def save(path, state):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a write that failed
         reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {path} ({reason}): what was there before is kept; make room, then --resume"
-                        ) from error
+        raise UserError(f"cannot write {path} ({reason}): what was there before is kept; make room, then --resume "
+                        "(--overwrite where there is no last.pt yet)") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -105,9 +105,19 @@ def append_line(path, record):
 
 
 def read_log(path):
-    """The records of a log.jsonl, oldest first; a torn last line, which a run that died can leave, is passed over."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # behind the last line end: nothing, or a torn line
+    """The records of a log.jsonl, oldest first; a torn last line, which a run that died can leave, is passed over.
+
+    Raises UserError for any other line that is no record.
+    """
+    records = []
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # behind the last line end: nothing, or a torn line
+        try:
+            records.append(json.loads(line))
+            records[-1]["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is damaged: take it out") from error
+    return records
 
 
 def cut_back(out_dir, iteration, evaluated):
@@ -115,7 +125,7 @@ def cut_back(out_dir, iteration, evaluated):
     until = {"run": 0, "step": iteration, "eval": evaluated}
     log = Path(out_dir, "log.jsonl")
     if log.exists():
-        kept = [record for record in read_log(log) if record.get("iter", 0) <= until[record["kind"]]]
+        kept = [record for record in read_log(log) if record.get("iter", 0) <= until.get(record["kind"], iteration)]
         replace_text(log, "".join(json.dumps(record) + "\n" for record in kept))
     samples = Path(out_dir, "samples.md")
     if samples.exists():

@@ -25,7 +25,9 @@ def read_meta(folder):
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        meta["vocab_size"], meta["end_of_text"], meta["dtype"], meta["splits"]["train"], meta["splits"]["validation"]
+        meta["vocab_size"], meta["end_of_text"], meta["splits"]["train"], meta["splits"]["validation"]
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(meta["dtype"])
     except FileNotFoundError as error:
         remove = f"remove {folder} and " if folder.exists() else ""
         raise UserError(f"no data in {folder}: {remove}make it with  {prepare_command(folder.name)}") from error
@@ -54,14 +56,20 @@ class Split:
         if len(self.tokens) != meta["splits"][split]["tokens"]:
             raise UserError(f"{path} has {len(self.tokens)} tokens where meta.json says "
                             f"{meta['splits'][split]['tokens']}: {again}")
-        self.block_size = block_size
+        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         self.path = path
         self.bytes_per_token = meta["splits"][split]["bytes"] / len(self.tokens)
 
     def windows(self, starts):
-        """Windows that start at the tokens `starts` (B,): inputs and targets, int64 arrays (B, T)."""
+        """Windows that start at the tokens `starts` (B,): inputs and targets, int64 arrays (B, T).
+
+        Raises UserError for a token beyond the vocabulary: the file is damaged, and the model could not read it.
+        """
         positions = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)  # (B, T + 1)
         window = self.tokens[positions].astype(np.int64)
+        if window.max() >= self.vocab_size:
+            raise UserError(f"{self.path} is damaged: it has token {window.max()}, and the vocabulary has only "
+                            f"{self.vocab_size}; make it again with  {prepare_command(self.path.parent.name)} --force")
         return window[:, :-1], window[:, 1:]
 
 

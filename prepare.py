@@ -45,6 +45,8 @@ def main(argv=None):
     args = parse_args(argv)
     folder = Path("data", args.name or default_name(args.source, args.tokenizer))
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give another --name")
     if old.exists() and not folder.exists():  # a run with --force died between the two renames below
         old.rename(folder)
     made_with = {name: value for name, value in vars(args).items() if name not in ("name", "force")}

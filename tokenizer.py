@@ -85,8 +85,8 @@ class Tokenizer:
             described = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))["tokenizer"]
             pairs = (line.split() for line in path.read_bytes().splitlines())
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-            if len(ranks) != described["mergeable_tokens"]:
-                raise ValueError("cut short")
+            if not len(ranks) == len(set(ranks.values())) == described["mergeable_tokens"]:
+                raise ValueError("tokens are missing, or two have one rank")
             return cls(tiktoken.Encoding(described["name"], pat_str=described["pattern"], mergeable_ranks=ranks,
                                          special_tokens=described["special_tokens"]))
         except FileNotFoundError as error:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import Config, read_command_line
-from dataset import Split, TrainingOrder, evaluation_windows, read_meta
+from dataset import Split, TrainingOrder, evaluation_windows, prepare_command, read_meta
 from errors import UserError, exit_with_one_line
 from hardware import pick_compile, pick_device, pick_dtype
 from model import GPT, GPTConfig
@@ -73,6 +73,9 @@ def main(argv=None):
     data_dir = Path("data", cfg.dataset)
     meta = read_meta(data_dir)
     tokenizer = Tokenizer.load(data_dir)
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise UserError(f"{data_dir / 'meta.json'} and the tokenizer beside it are not of one vocabulary: remove "
+                        f"{data_dir} and make it again with  {prepare_command(cfg.dataset)}")
     train_split, val_split = (Split(data_dir, name, cfg.block_size) for name in ("train", "validation"))
     order = TrainingOrder(train_split, cfg.seed)
     eval_windows = {split: evaluation_windows(split, cfg.eval_iters * cfg.batch_size)
@@ -148,7 +151,7 @@ def main(argv=None):
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        os.write(2, b"\nstopping after this update; once more stops at once\n")  # print is not safe in a handler
+        os.write(2, b"\nstopping after this update or evaluation; once more stops at once\n")  # print is not safe in a handler
 
     handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -411,8 +414,9 @@ def measure(recipe, flags):
             tail_loss = evaluate(model, Split(data_dir, "validation", rest), [tokens], 1).item()
             loss, tokens = (loss * tokens + tail_loss * rest) / (tokens + rest), tokens + rest
     print(f"checkpoint: {path}\ndataset: {data_dir}\ntokens: {tokens}\nloss: {loss:.4f}\n"
-          f"perplexity: {math.exp(loss):.3f}\nbits_per_byte: {bits_per_byte(loss, split):.4f}\n"
-          f"standard_error: {(losses.std() / math.sqrt(losses.numel())).item():.4f}")
+          f"perplexity: {math.exp(loss):.3f}\nbits_per_byte: {bits_per_byte(loss, split):.4f}")
+    if losses.numel() > 1:
+        print(f"standard_error: {(losses.std() / math.sqrt(losses.numel())).item():.4f}")
 
 
 if __name__ == "__main__":

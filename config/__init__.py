@@ -118,14 +118,14 @@ def read_recipe(path):
     """The settings that a recipe file assigns, as a dict. Raises UserError where it is missing, broken or wrong."""
     path = Path(path)
     if not path.is_file():
-        near = Path("config", path.stem + ".py")
-        hint = f"did you mean {near}?" if near.is_file() else "config/ has the recipes; settings start with --"
+        near = difflib.get_close_matches(path.stem, [recipe.stem for recipe in Path("config").glob("[a-z]*.py")], 1)
+        hint = f"did you mean config/{near[0]}.py?" if near else "config/ has the recipes; settings start with --"
         raise UserError(f"no recipe file {path}: {hint}")
     try:
         names = runpy.run_path(str(path))
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # a recipe is the user's own code and may fail in any way
+    except (Exception, SystemExit) as error:  # a recipe is the user's own code and may fail in any way
         line = next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__))
                      if Path(frame.filename) == path), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
@@ -182,6 +182,7 @@ def _check_each(values):
         if kind in (bool, str):
             allowed |= type(value) is kind and value != ""
         elif kind in (int, float) and type(value) in (int, kind):
-            allowed |= math.isfinite(value) and f.metadata["low"] <= value <= f.metadata["high"]
+            longest = 2**63 if kind is int else 1e300  # beyond these, arithmetic fails: among them infinity
+            allowed |= f.metadata["low"] <= value <= f.metadata["high"] and abs(value) <= longest
         if not allowed:
             raise UserError(f"{name} = {value!r} is not allowed: it takes {_allowed(f)}")

@@ -84,6 +84,9 @@ def test_a_torn_last_line_is_passed_over_and_logs_are_cut_back(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind": "st')
     assert checkpoint.read_log(tmp_path / "log.jsonl") == records
+    (tmp_path / "bad.jsonl").write_text('{"kind": "run"}\ngarbage\n')
+    with pytest.raises(UserError, match="bad.jsonl, line 2 is damaged"):
+        checkpoint.read_log(tmp_path / "bad.jsonl")
     kept = "mine\n## iteration 2: x\n\nTwo ## iteration 9\n\n"
     (tmp_path / "samples.md").write_text(kept + "## iteration 3: x\n\nThree\n\n")
     checkpoint.cut_back(tmp_path, iteration=3, evaluated=2)

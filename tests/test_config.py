@@ -79,6 +79,8 @@ def test_wrong_flags_are_told_in_one_line_with_code_2(capsys):
     ("n_layer = 2.0", "n_layer = 2.0 is not allowed: it takes a whole number from 1"),
     ("n_layer = True", "n_layer = True is not allowed"),
     ("bias = 1", "bias = 1 is not allowed"),
+    ("max_iters = 10**400", "max_iters = 1000"),
+    ("raise SystemExit(0)", "line 1: SystemExit"),
     ("batch_size = '8'", "batch_size = '8' is not allowed"),
     ("n_layer = 1\nbatch_size = = 2", "line 2: invalid syntax"),
     ("n_layer = 1\nbatch_size = n_laye", "line 2: NameError: name 'n_laye' is not defined"),
@@ -95,6 +97,8 @@ def test_missing_recipe_suggests_the_one_in_config(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match="did you mean config/quickstart.py?"):
         read_recipe("quickstart")
+    with pytest.raises(UserError, match="did you mean config/tinystories.py?"):
+        read_recipe("config/tinystory.py")
     with pytest.raises(UserError, match="no recipe file config/nothing.py"):
         read_recipe(Path("config/nothing.py"))
 

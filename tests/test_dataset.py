@@ -85,7 +85,15 @@ def test_a_damaged_token_file_is_refused_by_name(tmp_path, damage):
         Split(path.parent, "train", 16)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"splits": 3}', "\xff"])
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
+    path = write(tmp_path / "x", 100) / "train.bin"
+    np.full(100, 100, "uint16").tofile(path)
+    with pytest.raises(UserError, match="train.bin is damaged: it has token 100, and the vocabulary has only 100"):
+        Split(path.parent, "train", 16).windows([0])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"splits": 3}', "\xff", json.dumps(
+    {"vocab_size": 9, "end_of_text": 0, "dtype": "foo", "splits": {"train": {}, "validation": {}}})])
 def test_a_damaged_meta_json_is_refused_by_name(tmp_path, text):
     folder = write(tmp_path / "x", 100)
     (folder / "meta.json").write_text(text, encoding="latin1")

@@ -181,6 +181,8 @@ def test_a_run_with_force_that_died_between_its_renames_loses_nothing(here, caps
 def test_a_folder_that_is_no_dataset_is_left_alone(here, fails):
     (here / "data/mine").mkdir(parents=True)
     (here / "data/mine/thesis.txt").write_text("years of work")
+    (here / "data/program.py").touch()
+    assert "data/program.py is a file" in fails(prepare.main, ["nursery", "--name", "program.py", "--force"])
     assert "left alone" in fails(prepare.main, ["nursery", "--name", "mine", "--force"])
     assert os.listdir("data/mine") == ["thesis.txt"]
 

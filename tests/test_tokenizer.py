@@ -90,7 +90,7 @@ def test_white_space_without_end_is_refused_and_a_lot_of_it_is_not(tokenizer):
     assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
 
 
-@pytest.mark.parametrize("damage", ["missing", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n", b"YQ==\n", "short"])
+@pytest.mark.parametrize("damage", ["missing", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n", b"YQ==\n", "short", "twice"])
 def test_damaged_file_is_refused_by_name(tokenizer, tmp_path, damage):
     folder = saved(tokenizer, tmp_path / "x")
     if damage == "missing":
@@ -98,6 +98,7 @@ def test_damaged_file_is_refused_by_name(tokenizer, tmp_path, damage):
     else:
         path = folder / "tokenizer.tiktoken"
         short = b"".join(path.read_bytes().splitlines(keepends=True)[:-10])  # cut where a line ends
-        path.write_bytes(short if damage == "short" else damage)
+        twice = path.read_bytes().replace(b" 4\n", b" 3\n", 1)  # two tokens of one rank
+        path.write_bytes({"short": short, "twice": twice}.get(damage, damage))
     with pytest.raises(UserError, match="tokenizer.tiktoken"):
         Tokenizer.load(folder)

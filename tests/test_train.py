@@ -344,7 +344,7 @@ def test_ctrl_c_finishes_the_update_and_resume_goes_on(with_data, number):
         assert process.poll() is None
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopping after this update" in err and "Traceback" not in err
+    assert process.returncode == 0 and "stopping after this update or evaluation" in err and "Traceback" not in err
     assert "python train.py --out_dir=out/x --resume" in out and not (with_data / "out/x/ckpt.pt").exists()
     stopped = checkpoint.load("out/x/last.pt")["update"]
     assert f"stopped after update {stopped:,} of 50,000" in out
