@@ -151,7 +151,8 @@ def main(argv=None):
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        os.write(2, b"\nstopping after this update or evaluation; once more stops at once\n")  # print is not safe in a handler
+        # print is not safe in a handler
+        os.write(2, b"\nstopping after this update or evaluation; once more stops at once\n")
 
     handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
