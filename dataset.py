@@ -15,9 +15,7 @@ def prepare_command(name):
     encodings = "|".join(tiktoken.list_encoding_names())
     source, tokenizer = re.fullmatch(rf"(.*?)(?:-(bpe\d+|{encodings}))?", name).groups()
     words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {name}")
-    return f"python prepare.py{words}" + (f" --tokenizer {tokenizer.replace('bpe', 'bpe:', 1)}"
-                                          if tokenizer and tokenizer.startswith("bpe") else
-                                          f" --tokenizer {tokenizer}" if tokenizer else "")
+    return f"python prepare.py{words}" + (f" --tokenizer {tokenizer.replace('bpe', 'bpe:')}" if tokenizer else "")
 
 
 def read_meta(folder):

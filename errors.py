@@ -46,6 +46,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, argv=None):
+        """The command line as a namespace; exits with code 2 for a word that is no flag, naming the nearest one."""
         args, unknown = self.parse_known_args(argv)
         for word in unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

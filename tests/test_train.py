@@ -20,7 +20,6 @@ from config import Config, read_recipe
 from conftest import ROOT, TINY, launch
 from dataset import Split, TrainingOrder, evaluation_windows
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
 
 
 def weights(out_dir, name="last.pt"):
