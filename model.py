@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from layers import Dropout, Int8Linear, Linear, attend, head_loss, linear
+
 
 @dataclass
 class GPTConfig:
@@ -30,22 +32,30 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, for every layer, with room for one whole block.
 
-    So that a new token costs one token's work. `length` is how many tokens are in it.
+    So that a new token costs one token's work. Where it stands is kept on the device, and every step has the same
+    shapes: a GPU can then play a recorded step again and again.
     """
 
     def __init__(self, config, batch_size, device, dtype):
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_dim)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, 2, B, H, block_size, D)
-        self.length = 0
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, 2, B, H, block_size, D)
+        self.length = torch.zeros((), dtype=torch.long, device=device)  # tokens in the cache
+        self.slots = torch.arange(config.block_size, device=device)
+        self.positions = self.mask = None  # of the tokens that are being read: (T), (T, block_size)
+
+    def advance(self, T):
+        """Make ready for T more tokens, which go behind those that are there."""
+        self.positions = self.length + self.slots[:T]
+        self.mask = self.slots <= self.positions[:, None]  # each sees itself and what is before it
+        self.length += T
 
     def add(self, layer, k, v):
-        """Put the keys and values (B, H, T, D) of new tokens behind the others; all of this layer's come back."""
-        end = self.length + k.size(2)
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]  # (B, H, end, D) each
+        """Put in the keys and values (B, H, T, D) of new tokens; all slots of the layer come back, filled or not."""
+        keys, values = self.kv[layer]
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
+        return keys, values  # (B, H, block_size, D) each
 
 
 class CausalSelfAttention(nn.Module):
@@ -53,19 +63,23 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
+        self.n_head, self.layer = config.n_head, layer
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
-            k, v = cache.add(self.layer, k, v)  # (B, H, past + T, D)
-        # A single new token may look at everything in the cache; several stand at the start (see GPT.forward).
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+            y = F.scaled_dot_product_attention(q, *cache.add(self.layer, k, v), attn_mask=cache.mask)
+        elif self.training and x.device.type == "cpu":
+            y = attend(q, k, v, self.attn_dropout)
+        else:
+            dropout = self.attn_dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
@@ -75,9 +89,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # (B, T, C)
@@ -107,10 +121,11 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # also the weight of the head
             wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
+        self.int8_head = None  # see to_int8
         self.apply(self._init_weights)
         # GPT-2 scales what each block adds, so that the residual stream does not grow with depth.
         for name, p in self.named_parameters():
@@ -127,29 +142,39 @@ class GPT(nn.Module):
         """Number of parameters, all embeddings included (the head has none of its own)."""
         return sum(p.numel() for p in self.parameters())
 
+    def to_int8(self):
+        """Turn every matrix into int8, for generating on a CPU; the rest becomes bfloat16. Comes back itself.
+
+        Only `forward` with a cache, or without targets, works after it.
+        """
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Linear):
+                    setattr(module, name, Int8Linear(child.weight, child.bias))
+        self.int8_head = Int8Linear(self.transformer.wte.weight)
+        return self.bfloat16()
+
     def forward(self, idx, targets=None, cache=None, reduction="mean"):
         """Token ids (B, T) → logits (B, T, V); with targets (B, T), their cross-entropy in nats a token instead.
 
-        `reduction="none"` gives the loss of each token, (B, T). With a KVCache, which must be empty unless T is 1,
-        the tokens go on from those in it, and only the last token's logits come back, (B, 1, V).
+        `reduction="none"` gives the loss of each token, (B, T), without a gradient. With a KVCache the tokens go on
+        from those in it, and only the last token's logits come back, (B, 1, V).
         """
         B, T = idx.shape
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + T, device=idx.device)
+        if cache is not None:
+            cache.advance(T)
+        positions = cache.positions if cache is not None else torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
-            cache.length += T
             x = x[:, -1:]  # (B, 1, C)
         x = self.transformer.ln_f(x)
-        if targets is None:
-            return F.linear(x, self.transformer.wte.weight)  # (B, T, V)
-        # Tensor cores are slow on odd shapes such as 50,257 columns.
-        logits = padded_logits(x, self.transformer.wte.weight, 64 if x.is_cuda else 1)  # (B, T, V rounded up)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view(B, T)
+        if targets is not None:
+            mean, losses = head_loss(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
+            return mean if reduction == "mean" else losses.view(B, T)
+        return self.int8_head(x) if self.int8_head else linear(x, self.transformer.wte.weight)  # (B, T, V)
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, end_of_text=None):
@@ -166,13 +191,17 @@ class GPT(nn.Module):
         B, block_size = idx.size(0), self.config.block_size
         weight = self.transformer.wte.weight
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        start, cache = None, None
+        cache = KVCache(self.config, B, weight.device, weight.dtype)
+        read_one = self.record_step(cache) if weight.is_cuda else lambda token: self(token, cache=cache)
+        start = None
         for _ in range(max_new_tokens):
-            if start != window_start(idx.size(1), block_size):
+            if start == window_start(idx.size(1), block_size):
+                logits = read_one(idx[:, -1:])  # (B, 1, V)
+            else:
                 start = window_start(idx.size(1), block_size)
-                cache = KVCache(self.config, B, weight.device, weight.dtype)
-            logits = self(idx[:, start + cache.length:], cache=cache)[:, -1]  # (B, V)
-            token = choose_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                cache.length.zero_()
+                logits = self(idx[:, start:], cache=cache)
+            token = choose_token(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
             if end_of_text is not None:
                 token = token.masked_fill(ended, end_of_text)
                 ended |= token == end_of_text
@@ -181,17 +210,27 @@ class GPT(nn.Module):
                 return
             idx = torch.cat([idx, token[:, None]], dim=1)
 
+    def record_step(self, cache):
+        """Reading one token, recorded as a CUDA graph: a function of tokens (B, 1) → logits (B, 1, V).
 
-def padded_logits(x, weight, multiple):
-    """Logits (B, T, V rounded up to a multiple) of hidden states x (B, T, C) and a head's weight (V, C), for the loss.
+        A step is some two hundred small kernels, and launching them one by one takes longer than running them. The
+        cache must be empty; the logits are good until the next call.
+        """
+        tokens = torch.zeros(cache.kv.size(2), 1, dtype=torch.long, device=cache.kv.device)
+        stream = torch.cuda.Stream()  # a first run outside of the recording, as CUDA's libraries set themselves up in it
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self(tokens, cache=cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self(tokens, cache=cache)
 
-    The extra columns have a logit of -inf, so they take no probability and get no gradient, and exist only here.
-    """
-    padding = -weight.size(0) % multiple
-    if not padding:
-        return F.linear(x, weight)
-    bias = F.pad(weight.new_zeros(weight.size(0)), (0, padding), value=-math.inf)
-    return F.linear(x, F.pad(weight, (0, 0, 0, padding)), bias)
+        def read_one(new):
+            tokens.copy_(new)
+            graph.replay()
+            return logits
+        return read_one
 
 
 def window_start(n, block_size):
@@ -209,7 +248,7 @@ def choose_token(logits, temperature, top_k, top_p, generator):
         return logits.argmax(-1)
     k = min(top_k, logits.size(-1)) if top_k else logits.size(-1)
     if k < logits.size(-1) or top_p < 1:
-        logits, tokens = logits.topk(k)  # (B, k), largest first
+        logits, tokens = largest(logits, k)  # (B, k) each, largest first
     else:
         tokens = None
     logits = logits.float() - logits.amax(-1, keepdim=True)  # so that a tiny temperature cannot give inf - inf
@@ -219,3 +258,17 @@ def choose_token(logits, temperature, top_k, top_p, generator):
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
+
+
+def largest(logits, k, n=16):
+    """`logits.topk(k)` for few of many, several times faster: the values (B, k) and their tokens (B, k).
+
+    The logits stand in columns of n; the k largest are within the k columns whose best are the largest.
+    """
+    B, V = logits.shape
+    if 4 * n * k > V:
+        return logits.topk(k)
+    columns = F.pad(logits, (0, -V % n), value=-math.inf).view(B, n, -1)  # (B, n, V / n)
+    best = columns.amax(1).topk(k).indices  # (B, k)
+    values, places = columns.gather(2, best[:, None].expand(B, n, k)).flatten(1).topk(k)  # of (B, n * k)
+    return values, places // k * columns.size(2) + best.gather(1, places % k)
