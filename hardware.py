@@ -1,6 +1,4 @@
-"""What this machine can do, decided in one place: the device, the dtype of the arithmetic, whether to compile."""
-
-import shutil
+"""What this machine can do, decided in one place: the device, the dtype, whether to compile, how much at a time."""
 
 import torch
 
@@ -8,9 +6,8 @@ from errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Below this many floating-point operations, a run on that kind of device ends before the minute that compiling takes
-# is won back. CPU: about 200 seconds of eager bf16 work on two cores; CUDA: not measured.
-FLOPS_THAT_REPAY_COMPILING = {"cpu": 3e13, "cuda": 1e15}
+# Below this many floating-point operations, a run on a CUDA device ends before compiling is repaid. Not measured.
+FLOPS_THAT_REPAY_COMPILING = 1e15
 
 
 def pick_device(name):
@@ -52,14 +49,26 @@ def pick_compile(wish, device, flops):
     """
     if wish != "auto":
         return wish, "compile = False"
-    if device.type not in FLOPS_THAT_REPAY_COMPILING:
-        return False, f"torch.compile is young on {device.type}"
-    if flops < FLOPS_THAT_REPAY_COMPILING[device.type]:
+    if device.type != "cuda":
+        return False, f"it brings nothing on {device.type}"
+    if flops < FLOPS_THAT_REPAY_COMPILING:
         return False, "this run is too short to repay compiling"
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        return False, "there is no C++ compiler"
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # the compiler, its headers, Triton: whatever it is that fails, eager works
         return False, f"torch.compile does not work here ({type(error).__name__})"
     return True, ""
+
+
+def pick_device_batch_size(wish, sequences, shape, device):
+    """How many of an update's sequences go through the model of a GPTConfig at once: a divisor of their number.
+
+    auto: as many as take half of a GPU's memory or, on a CPU, 768 MiB, above which nothing gets faster.
+    """
+    if wish != "auto":
+        return wish
+    # Bytes that a token leaves for the backward pass, as measured on a CPU (docs/speed.md); on a GPU it is less.
+    token_bytes = shape.n_layer * (65 * shape.n_embd + 8 * shape.n_head * shape.block_size)
+    memory = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 768 * 2**20
+    most = max(1, memory // (token_bytes * shape.block_size))
+    return max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)

@@ -58,12 +58,16 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = weight.detach().float()
         scale = (weight.abs().amax(1).clamp_min(1e-30) / 127).bfloat16()  # rounded before it is divided by
+        self.padding = -weight.size(1) % 16  # torch's kernel reads sixteen columns at a time, be they there or not
+        weight = F.pad(weight, (0, self.padding))
         self.register_buffer("weight", (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().bfloat16())
 
     def forward(self, x):
-        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)  # (N, out)
+        if self.padding:
+            x = F.pad(x, (0, self.padding))
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.weight, self.scale)  # (N, out)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 

@@ -52,7 +52,7 @@ class KVCache:
 
     def add(self, layer, k, v):
         """Put in the keys and values (B, H, T, D) of new tokens; all slots of the layer come back, filled or not."""
-        keys, values = self.kv[layer]
+        keys, values = self.kv[layer, 0], self.kv[layer, 1]
         keys.index_copy_(2, self.positions, k)
         values.index_copy_(2, self.positions, v)
         return keys, values  # (B, H, block_size, D) each

@@ -33,12 +33,16 @@ def main(argv=None):
         print(f"{path.parent} has no ckpt.pt yet: using last.pt", file=sys.stderr)
     device = pick_device(args.device)
     model, tokenizer, state = checkpoint.load_model(path)
-    # On a CPU a story at a time is no faster in bfloat16, and float32 is exact.
-    dtype = torch.float32 if args.dtype == "auto" and device.type == "cpu" else pick_dtype(args.dtype, device)
-    model.to(device, dtype)
+    dtype = args.dtype
+    if dtype == "auto" and device.type == "cpu" and args.num_samples == 1:
+        dtype = "int8"  # one story waits for the weights to come from memory, and these are the smallest
+    if dtype == "int8" and device.type != "cpu":
+        raise UserError(f"dtype = 'int8' is for telling stories on a CPU; on {device.type} use auto")
+    model = model.to_int8() if dtype == "int8" else model.to(device, pick_dtype(dtype, device))
+    weights = "int8" if model.int8_head else str(model.transformer.wte.weight.dtype).split(".")[1]
     print(f"{path}: {state['tokens']:,} tokens of training" + (
-        f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else ""),
-        file=sys.stderr)
+        f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else "")
+        + f"; weights in {weights}", file=sys.stderr)
 
     # A story begins after an end of text, as in training.
     tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
@@ -87,7 +91,8 @@ def parse_args(argv):
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1, "from 0 to 2**63 - 1"),
                         help="the same seed tells the same story (default: a new one each time)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights (default: auto)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
+                        help="of the weights; auto: the fastest, which for one story on a CPU is int8 (default: auto)")
     return parser.parse_args(argv)
 
 

@@ -28,7 +28,7 @@ import checkpoint
 from config import Config, read_command_line
 from dataset import Split, TrainingOrder, evaluation_windows, prepare_command, read_meta
 from errors import UserError, exit_with_one_line
-from hardware import pick_compile, pick_device, pick_dtype
+from hardware import pick_compile, pick_device, pick_device_batch_size, pick_dtype
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def main(argv=None):
     # ---- the plan, in words ----
     updates = math.ceil(cfg.max_iters / cfg.gradient_accumulation_steps)
     sequences = cfg.sequences_per_update
-    cut = cfg.batch_size if cfg.device_batch_size == "auto" else cfg.device_batch_size
+    cut = pick_device_batch_size(cfg.device_batch_size, sequences, model_config, device)
     update_tokens = sequences * cfg.block_size
     epoch_tokens = order.windows_per_epoch * cfg.block_size
     flops = 6 * model.num_parameters() * update_tokens * updates
@@ -168,6 +168,9 @@ def main(argv=None):
                 "data_sha256": data_sha256, "iter": iteration, "update": update,
                 "tokens": update * update_tokens, "figures": figures}
 
+    def fetch(update):  # its sequences, on the device: x and y, (sequences, T) each
+        return [to(device, tokens) for tokens in order.sequences(update * sequences, sequences)]
+
     def stop_if_not_finite(value, what):
         if not math.isfinite(value):
             raise UserError(f"the {what} is {value} at iteration {iteration}: try a lower --learning_rate (now "
@@ -180,6 +183,7 @@ def main(argv=None):
             "random_state": get_random_state(device), "seconds": seconds_before + time.perf_counter() - started})
 
     try:
+        x, y = fetch(update)
         while True:
             iteration = update * cfg.gradient_accumulation_steps
             # Evaluation stands at the top so that a run that was stopped just before one begins with it.
@@ -211,11 +215,10 @@ def main(argv=None):
             lr = learning_rate(iteration, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            x, y = order.sequences(update * sequences, sequences)  # (sequences, T) each
             loss = torch.zeros((), device=device)  # stays on the device: nothing waits for it but a log line
             for i in range(0, sequences, cut):
                 with autocast:
-                    part = step_model(to(device, x[i:i + cut]), to(device, y[i:i + cut])) * (cut / sequences)
+                    part = step_model(x[i:i + cut], y[i:i + cut]) * (cut / sequences)
                 scaler.scale(part).backward()
                 loss += part.detach()
             scaler.unscale_(optimizer)  # before clipping, which would else measure the scaled gradient
@@ -225,6 +228,7 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=True)
             update += 1
             iteration = update * cfg.gradient_accumulation_steps
+            x, y = fetch(update)  # while a GPU is still at work on the last ones
             bar.update()
 
             log_due = update in (1, updates) or is_due(iteration, cfg.log_interval, cfg)

@@ -65,9 +65,9 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "what the arithmetic is done in; auto: bfloat16 where the hardware has it")
-    compile: Literal["auto"] | bool = setting("auto", "use torch.compile; auto: where it works and pays")
+    compile: Literal["auto"] | bool = setting("auto", "use torch.compile; auto: on CUDA, where it works and pays")
     device_batch_size: Literal["auto"] | int = setting(
-        "auto", "sequences that go through the model at once, a divisor of an update's; auto: batch_size", low=1)
+        "auto", "sequences that go through the model at once, a divisor of an update's; auto: what suits the memory", low=1)
 
     def __post_init__(self):
         _check_each(asdict(self))

@@ -25,5 +25,3 @@ grad_clip = 1.0
 eval_interval = 325
 eval_iters = 20
 log_interval = 25
-
-compile = False  # compiling would take longer than it saves

@@ -1,12 +1,13 @@
 """The model: its size, its first loss, causality, the cache, and what sampling may choose."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, choose_token, padded_logits, window_start
+from model import GPT, GPTConfig, KVCache, choose_token, largest, window_start
 
 
 def small(**changes):
@@ -68,20 +69,6 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     torch.testing.assert_close(model(x, y), expected.mean())
 
 
-def test_padding_the_head_changes_neither_loss_nor_gradients():
-    torch.manual_seed(0)
-    x, weight, y = torch.randn(2, 3, 16), torch.randn(50, 16), torch.randint(50, (6,))
-    results = []
-    for multiple in (1, 64):
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        logits = padded_logits(*leaves, multiple)
-        loss = F.cross_entropy(logits.flatten(0, 1), y)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-        assert logits.size(-1) == {1: 50, 64: 64}[multiple]
-    for plain, padded in zip(*results, strict=True):
-        torch.testing.assert_close(plain, padded)
-
-
 @pytest.mark.parametrize("block_size", [2, 7, 8])
 @pytest.mark.parametrize("prompt", [1, 8, 21])
 def test_cached_logits_equal_uncached_ones_past_the_block(block_size, prompt):
@@ -111,7 +98,7 @@ def test_cache_takes_one_token_as_it_takes_many():
     model(idx[:, :5], cache=cache)
     for t in range(5, 8):
         logits = model(idx[:, t:t + 1], cache=cache)
-    assert cache.length == 8
+    assert cache.length == 8 and cache.kv.size(4) == 8
     torch.testing.assert_close(logits[:, -1], model(idx)[:, -1])
 
 
@@ -163,3 +150,39 @@ def test_temperature_zero_and_near_zero_take_the_likeliest():
     logits = torch.tensor([0.0, 80.0, 79.9, -5.0])
     assert drawn(logits, temperature=0)[1] == 1
     assert drawn(logits, temperature=1e-30)[1] == drawn(logits, temperature=1e-5)[1] == 1
+
+
+def test_the_largest_are_those_of_topk():
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+    for k in (1, 7, 60, 78, 79, 5000):  # above 78 of 5,000 it is topk itself
+        for mine, torchs in zip(largest(logits, k), logits.topk(k), strict=True):
+            assert torch.equal(mine, torchs)
+
+
+def test_float32_tells_the_stories_of_the_plain_path():
+    """With the cache, matrix-vector products and filtering before the softmax: the same draws as without any."""
+    model = small(vocab_size=1000, block_size=16)
+    for B in (1, 3):
+        idx = torch.zeros(B, 1, dtype=torch.long)
+        told = torch.stack(list(model.generate(idx, 40, 0.9, 10, generator=torch.Generator().manual_seed(5))), 1)
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(40):
+            logits = model.eval()(idx[:, window_start(idx.size(1), 16):])[:, -1] / 0.9
+            best = logits.topk(10).indices  # the draw is among the ten, largest first
+            choice = torch.multinomial(logits.gather(1, best).softmax(-1), 1, generator=generator)
+            idx = torch.cat([idx, best.gather(1, choice)], 1)
+        assert torch.equal(told, idx[:, 1:])
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_bfloat16_and_int8_logits_are_near_those_of_float32(B):
+    torch.manual_seed(0)
+    idx, exact = torch.randint(300, (B, 16)), small(vocab_size=300, block_size=16, n_embd=64)
+    with torch.no_grad():
+        logits = exact(idx)
+        for other in (copy.deepcopy(exact).bfloat16(), copy.deepcopy(exact).to_int8()):
+            difference = (other(idx).float() - logits).abs()
+            assert difference.mean() < 0.03 * logits.std() and difference.max() > 0
+            cache = KVCache(exact.config, B, "cpu", torch.bfloat16)
+            stepwise = torch.cat([other(idx[:, t:t + 1], cache=cache) for t in range(16)], 1)
+            assert (stepwise.float() - logits).abs().mean() < 0.03 * logits.std()

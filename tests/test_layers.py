@@ -1,0 +1,112 @@
+"""The layers of our own against torch's: the same results, whatever they are quicker at."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import layers
+from layers import Dropout, Int8Linear, Linear, attend, head_loss
+
+
+@pytest.fixture(params=[1, 5, 7, 1000])
+def rows(request, monkeypatch):
+    """So many rows of logits at once, of 14."""
+    monkeypatch.setitem(layers.HEAD_ROWS, "cpu", request.param)
+
+
+def leaves(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def test_head_loss_and_its_gradients_are_those_of_plain_cross_entropy(rows):
+    y = torch.randint(50, (14,))
+    x, weight = leaves((14, 16), (50, 16))
+    plain = F.cross_entropy(x @ weight.T, y, reduction="none")
+    expected = plain, *torch.autograd.grad(3 * plain.mean(), (x, weight))
+    mean, losses = head_loss(x, weight, y)
+    assert not losses.requires_grad
+    torch.testing.assert_close(mean, losses.mean())
+    for mine, plain in zip((losses, *torch.autograd.grad(3 * mean, (x, weight))), expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(head_loss(x, weight, y)[1], losses)
+
+
+def test_head_loss_in_bfloat16_is_that_of_plain_autocast_to_rounding(rows):
+    y = torch.randint(50, (14,))
+    x, weight = leaves((14, 16), (50, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.cross_entropy(F.linear(x, weight), y)
+        mean, _ = head_loss(x, weight, y)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, plain, rtol=2e-3, atol=0)
+    for mine, expected in zip(torch.autograd.grad(mean, (x, weight)), torch.autograd.grad(plain, (x, weight))):
+        assert mine.dtype == torch.float32
+        assert (mine - expected).norm() < 0.01 * expected.norm()
+
+
+def test_head_loss_stays_finite_where_a_probability_vanishes():
+    x, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0]])
+    loss = head_loss(x, weight, torch.tensor([1]))[1]
+    assert 80 < loss.item() < 100  # 400 in truth; the gradient is exact
+    assert head_loss(x, weight, torch.tensor([0]))[1].item() == 0
+
+
+def test_head_loss_of_what_is_not_a_number_is_not_a_number():
+    assert head_loss(torch.full((3, 2), math.nan), torch.ones(5, 2), torch.zeros(3, dtype=torch.long))[0].isnan()
+
+
+def test_attention_is_torchs():
+    q, k, v = leaves(*[(2, 3, 9, 8)] * 3)
+    mine, torchs = attend(q, k, v, nn.Identity()), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(mine, torchs)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (mine, torchs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_everywhere_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(40, 1003, requires_grad=True)
+    y = Dropout(p)(x)
+    dropped = (y == 0).float()
+    assert dropped.mean().item() == pytest.approx(p, abs=0.01)
+    assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4) and y.unique().numel() == 2
+    lanes = dropped.flatten()[:40_000].view(-1, 4).mean(0)  # four masks come from one draw
+    assert (lanes - p).abs().max() < 0.02
+    assert torch.corrcoef(dropped.flatten()[:40_000].view(-1, 4).T).fill_diagonal_(0).abs().max() < 0.05
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert not torch.equal(Dropout(p)(x), y)
+    assert torch.equal(Dropout(p).eval()(x), x) and torch.equal(Dropout(0.0)(x), x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 1, 24), (1, 3, 24), (24,)])
+def test_linear_is_torchs(bias, shape):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 10, bias=bias), torch.randn(shape)
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    int8 = Int8Linear(layer.weight, layer.bias)(x.bfloat16())
+    assert int8.shape == expected.shape and (int8.float() - expected).abs().max() < 0.03
+
+
+def test_linear_of_a_single_row_has_its_gradients():
+    layer, x = Linear(24, 10), torch.randn(1, 24, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], layer.weight.detach().sum(0))
+    torch.testing.assert_close(layer.weight.grad, x.detach().expand(10, -1))
+
+
+def test_int8_weights_are_within_half_a_step():
+    weight = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    int8 = Int8Linear(weight)
+    assert int8.weight.dtype == torch.int8
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((int8.weight[:, :24] * int8.scale[:, None].float() - weight).abs() <= 0.9 * step + 1e-9).all()
