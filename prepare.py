@@ -311,23 +311,23 @@ def read_column(dataset, column, source):
 
 
 def read_text(path):
-    """Yield the stories of a text file: what stands between lines of `<|endoftext|>`; `datasets` reads the lines.
+    """Yield the stories of a text file: what stands between lines of `<|endoftext|>`.
 
     Raises UserError where a story is so long that the file must be something else: it would fill the memory.
     """
-    lines = load(path, "text", data_files=glob.escape(str(path)), encoding="utf-8-sig", streaming=True)["train"]
-    story, size = [], 0
-    for line in read_column(lines, "text", path):
-        if line.strip() == END_OF_TEXT:
-            yield "\n".join(story)
-            story, size = [], 0
-            continue
-        story.append(line)
-        size += len(line) + 1
-        if size > LONGEST_STORY:
-            raise UserError(f"{path} has no line {END_OF_TEXT} in {size:,} characters: put one between its stories")
-    if any(story):  # nothing but line ends behind the last separator is no story
-        yield "\n".join(story)
+    with reading(path), open(path, encoding="utf-8-sig") as file:
+        story, size = [], 0
+        for line in iter(lambda: file.readline(LONGEST_STORY), ""):
+            if line.strip() == END_OF_TEXT:
+                yield "".join(story)
+                story, size = [], 0
+                continue
+            story.append(line)
+            size += len(line)
+            if size >= LONGEST_STORY:
+                raise UserError(f"{path} has no line {END_OF_TEXT} in {size:,} characters: put one between its stories")
+        if any(map(str.strip, story)):  # nothing but line ends behind the last separator is no story
+            yield "".join(story)
 
 
 def survey(corpus):
