@@ -42,6 +42,19 @@ def pick_dtype(name, device):
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def pick_weights(name, device, stories):
+    """What to keep the weights in for telling so many stories at once: a torch.dtype or, on a CPU, "int8".
+
+    auto: the fastest. One story waits for the weights to come from memory, and int8 is the smallest; many are
+    arithmetic, which int8 has none of. Raises UserError as `pick_dtype` does, and for int8 anywhere but on a CPU.
+    """
+    if name == "auto" and device.type == "cpu" and stories == 1:
+        return "int8"
+    if name == "int8" and device.type != "cpu":
+        raise UserError(f"dtype = 'int8' is for telling stories on a CPU; on {device.type} use auto")
+    return name if name == "int8" else pick_dtype(name, device)
+
+
 def pick_compile(wish, device, flops):
     """Whether to use torch.compile, and why not where the answer is no: (bool, str).
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import checkpoint
 from errors import Parser, UserError, exit_with_one_line
-from hardware import DTYPES, pick_device, pick_dtype
+from hardware import DTYPES, pick_device, pick_weights
 from model import window_start
 from tokenizer import END_OF_TEXT
 
@@ -33,16 +33,11 @@ def main(argv=None):
         print(f"{path.parent} has no ckpt.pt yet: using last.pt", file=sys.stderr)
     device = pick_device(args.device)
     model, tokenizer, state = checkpoint.load_model(path)
-    dtype = args.dtype
-    if dtype == "auto" and device.type == "cpu" and args.num_samples == 1:
-        dtype = "int8"  # one story waits for the weights to come from memory, and these are the smallest
-    if dtype == "int8" and device.type != "cpu":
-        raise UserError(f"dtype = 'int8' is for telling stories on a CPU; on {device.type} use auto")
-    model = model.to_int8() if dtype == "int8" else model.to(device, pick_dtype(dtype, device))
-    weights = "int8" if model.int8_head else str(model.transformer.wte.weight.dtype).split(".")[1]
+    dtype = pick_weights(args.dtype, device, args.num_samples)
+    model = model.to_int8() if dtype == "int8" else model.to(device, dtype)
     print(f"{path}: {state['tokens']:,} tokens of training" + (
         f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else "")
-        + f"; weights in {weights}", file=sys.stderr)
+        + f"; weights in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
     # A story begins after an end of text, as in training.
     tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]

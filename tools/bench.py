@@ -1,0 +1,449 @@
+"""How fast this program is on this machine, next to a plain baseline and to what the machine could do.
+
+    python -m tools.bench                   everything, a few minutes a subject
+    python -m tools.bench train --json      one subject, as JSON
+
+Machines are noisy, so contenders take turns within one run, and ratios tell more than figures. Each training contender
+is a process of its own, which also gives its own peak of memory.
+"""
+
+import copy
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import checkpoint
+import model as model_py
+import train
+from data import nursery
+from dataset import Split, evaluation_windows
+from errors import Parser, UserError, exit_with_one_line
+from hardware import DTYPES, pick_device, pick_weights
+from model import GPT, GPTConfig, KVCache, choose_token
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = GPTConfig(vocab_size=50257)
+BATCH_SIZE = 32
+WIDTH = PUBLISHED.n_embd
+# (rows, inside, columns) of the products of a batch: the reference, then qkv, attention's output, the MLP's two, head.
+MATMULS = {"4096³": (4096, 4096, 4096), "c_attn": (4096, WIDTH, 3 * WIDTH), "attn.c_proj": (4096, WIDTH, WIDTH),
+           "c_fc": (4096, WIDTH, 4 * WIDTH), "mlp.c_proj": (4096, 4 * WIDTH, WIDTH), "head": (4096, WIDTH, 50257)}
+# Dense bf16 TFLOP/s by the makers' data sheets.
+PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+@exit_with_one_line
+def main(argv=None):
+    """Measure and print; `argv` as on the command line."""
+    parser = Parser(prog="python -m tools.bench", description="Measure this program's speed on this machine.")
+    parser.add_argument("subject", nargs="?", choices=SUBJECTS, help="one of them alone (default: all)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, in place of "
+                                                            "tables")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
+    parser.add_argument("--out_dir", help="generate: also this run's validation loss in each dtype")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"argument --rounds: {args.rounds} is not 1 or more")
+
+    device = pick_device(args.device)
+    result = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.rounds)}
+    for subject in [args.subject] if args.subject else SUBJECTS:
+        with tempfile.TemporaryDirectory() as folder:
+            result[subject] = SUBJECTS[subject](args, device, result["ceilings"], Path(folder))
+    if args.json:
+        return print(json.dumps(result, indent=2))
+    for subject, figures in result.items():
+        print_table(subject, figures)
+
+
+def describe_machine(device):
+    """The machine, versions and date, without which no figure means anything."""
+    return {"device": train.describe(device), "processor": processor_name(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "date": date.today().isoformat(), "git": train.git_commit()}
+
+
+def processor_name():
+    """The processor's name as Linux tells it, elsewhere as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def print_table(subject, figures):
+    """One table of a subject: a figure a line, with the lowest and highest of its rounds where there are some."""
+    print(f"\n{subject}")
+    spreads = figures.get("spreads", {})
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f"  {name}" * (name != "spreads"))
+            rows = value.items() if name != "spreads" else ()
+        else:
+            rows = [(name, value)]
+        for row, number in rows:
+            low, high = spreads.get(row, (None, None))
+            spread = f"   {low:,.4g} to {high:,.4g}" if low is not None and isinstance(value, (dict, float)) else ""
+            print(f"    {row:36}{number:>14,.4g}{spread}" if isinstance(number, float) else f"    {row:36}{number!s:>14}{spread}")
+
+
+def take_turns(contenders, rounds):
+    """Run each contender (name → function) once as a warm-up, then `rounds` times in turn: name → list of seconds.
+
+    A function may return the seconds itself, where it does more than is to be timed.
+    """
+    seconds = {name: [] for name in contenders}
+    for round in range(rounds + 1):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            own = run()
+            if round:
+                seconds[name].append(own if isinstance(own, float) else time.perf_counter() - started)
+    return seconds
+
+
+def rates(amounts, seconds):
+    """Medians and spreads (lowest, highest) of amounts a second: two dicts by name."""
+    each = {name: amounts[name] / np.array(values) for name, values in seconds.items()}
+    return ({name: float(np.median(values)) for name, values in each.items()},
+            {name: (float(values.min()), float(values.max())) for name, values in each.items()})
+
+
+def wait_for(device):
+    """Wait until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- what the machine can do ----
+
+
+def measure_ceilings(device, rounds):
+    """The rates of matrix products at this model's shapes and of reading memory; the best stand first."""
+    def multiply(a, b):
+        def run():
+            F.linear(a, b)
+            wait_for(device)
+        return run
+
+    def read():
+        block.sum()
+        wait_for(device)
+
+    contenders, flops = {}, {}
+    for dtype in ("fp32", "bf16"):
+        for name, (m, k, n) in MATMULS.items():
+            kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+            a, b = (torch.randn(shape, device=device, dtype=kind) for shape in ((m, k), (n, k)))
+            contenders[f"{dtype} {name}"] = multiply(a, b)
+            flops[f"{dtype} {name}"] = 2 * m * k * n / 1e9
+    block = torch.ones(2**28, device=device)  # 1 GiB: no cache holds it
+    contenders["read"], flops["read"] = read, 4 * 2**28 / 1e9
+    medians, spreads = rates(flops, take_turns(contenders, rounds))
+    best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
+    return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"], "read_gb_per_s": medians.pop("read"),
+            **{f"{name} gflops": rate for name, rate in medians.items()},
+            "spreads": {f"{name} gflops": spread for name, spread in spreads.items()}}
+
+
+# ---- training ----
+
+
+def torchs_dropout():
+    """Put torch's dropout in the place of this project's."""
+    model_py.Dropout = nn.Dropout
+
+
+def torchs_attention():
+    """Put torch's fused attention in the place of the one written out for training on a CPU."""
+    model_py.attend = lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                                              dropout_p=dropout.p)
+
+
+def whole_head():
+    """Put all logits at once, and torch's cross-entropy of them, in the place of the head's loss in parts."""
+    model_py.head_loss = lambda x, weight, targets: (F.cross_entropy(F.linear(x, weight), targets), None)
+
+
+# name → the pieces to take away, and the words for train.py; None: the plain loop, in bf16 and compiled, or not
+CONTENDERS = {
+    "plain": ([torchs_dropout, torchs_attention, whole_head], None),
+    "plain, bf16, compiled": ([torchs_dropout, torchs_attention, whole_head], None),
+    "this project": ([], []),
+    "… compiled": ([], ["--compile=True"]),
+    "… eager": ([], ["--compile=False"]),
+    "… in float32": ([], ["--dtype=float32"]),
+    "… dropout 0": ([], ["--dropout=0"]),
+    "… with torch's dropout": ([torchs_dropout], []),
+    "… with torch's attention": ([torchs_attention], []),
+    "… with all logits at once": ([whole_head], []),
+}
+
+
+def bench_train(args, device, ceilings, folder):
+    """The project's own update next to a plain loop's, and with each of its pieces changed or taken away."""
+    on_gpu = device.type == "cuda"
+    accumulation = 32 if on_gpu else 1  # the whole published update takes a CPU a minute
+    tokens = BATCH_SIZE * accumulation * PUBLISHED.block_size
+    write_random_dataset(folder / "data" / "bench")
+    same = "… compiled" if on_gpu else "… eager"  # what auto picks, so the project itself again
+    names = [name for name in CONTENDERS if name != same and not (on_gpu and name.endswith("attention"))]
+    # All side by side, in turn; but a GPU has not the memory for all, and is not as noisy: there one after the other.
+    seconds, peaks, starts = {}, {}, {}
+    for group in [[name] for name in names] if on_gpu else [names]:
+        seconds |= race(group, (str(folder), str(device), accumulation), args.rounds, peaks, starts)
+    medians, spreads = rates(dict.fromkeys(names, tokens), seconds)
+
+    flops_per_token = 6 * GPT(PUBLISHED).num_parameters() + 12 * PUBLISHED.n_layer * PUBLISHED.block_size * WIDTH
+    peak = bf16_peak(device, ceilings)
+    own, plain, compiled = (medians[name] for name in ("this project", "plain", "plain, bf16, compiled"))
+    return {"baseline_tokens_per_s": plain, "baseline_bf16_compiled_tokens_per_s": compiled, "tokens_per_s": own,
+            "times_baseline": own / plain, "times_baseline_bf16_compiled": own / compiled,
+            "mfu": own * flops_per_token / peak, "mfu_of_tflops": peak / 1e12,
+            "baseline_peak_mb": peaks["plain"], "peak_mb": peaks["this project"], "tokens_an_update": tokens,
+            "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_update_s_of_each": starts,
+            "spreads": spreads}
+
+
+def race(names, about, rounds, peaks, starts):
+    """Let contenders take turns, an update each; their seconds. Into `peaks` and `starts` go memory and first updates.
+
+    Raises UserError where one dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, children = {}, []
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        children.append(context.Process(target=contend, args=(theirs, name, *about), daemon=True))
+        children[-1].start()
+        theirs.close()
+
+    def turn(name):
+        try:
+            pipes[name].send("go")
+            seconds, peaks[name] = pipes[name].recv()
+        except (EOFError, OSError) as error:
+            raise UserError(f"the contender '{name}' died; what it died of stands above") from error
+        starts.setdefault(name, seconds)
+        return seconds
+
+    try:
+        return take_turns({name: functools.partial(turn, name) for name in names}, rounds)
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+
+
+def contend(pipe, name, folder, device, accumulation):
+    """A contender's process: one update each time the pipe says so, its seconds and the peak of memory sent back."""
+    os.chdir(folder)
+    sys.stdout = open(os.devnull, "w")
+    pieces, words = CONTENDERS[name]
+    for take_away in pieces:
+        take_away()
+    pipe.recv()
+    started = time.perf_counter()
+
+    def turn(*_):
+        nonlocal started
+        wait_for(torch.device(device))
+        pipe.send((time.perf_counter() - started, peak_mb(torch.device(device))))
+        pipe.recv()
+        started = time.perf_counter()
+
+    if words is None:
+        return plain_loop(torch.device(device), "compiled" in name, accumulation, turn)
+    # train.py's own loop: its log line, one an update, is where a turn ends.
+    checkpoint.append_line = lambda path, record: turn() if record["kind"] == "step" else None
+    train.main(["--dataset=bench", f"--out_dir=out/{os.getpid()}", f"--device={device}", "--min_lr=1e-5",
+                f"--gradient_accumulation_steps={accumulation}", "--log_interval=1", "--max_iters=1000000",
+                "--eval_interval=1000000", *words])
+
+
+def peak_mb(device):
+    """The most memory this process has held, in MB: on the GPU, or altogether."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    # in KiB, but on macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def plain_loop(device, compiled, accumulation, turn):
+    """What a straightforward script does: the same model of torch's own layers, one micro-batch at a time."""
+    torch.manual_seed(0)
+    model = GPT(PUBLISHED).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    step = torch.compile(model) if compiled else model
+    bf16 = compiled or device.type == "cuda"
+    while True:
+        for _ in range(accumulation):
+            x, y = torch.randint(PUBLISHED.vocab_size, (2, BATCH_SIZE, PUBLISHED.block_size)).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = step(x, y) / accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        turn()
+
+
+def bf16_peak(device, ceilings):
+    """FLOP/s that utilisation is measured against: a known GPU's data sheet, else the best product measured here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [tflops for part, tflops in PEAK_TFLOPS.items() if part in name]
+    return known[0] * 1e12 if known else ceilings["matmul_bf16_gflops"] * 1e9
+
+
+def write_random_dataset(folder):
+    """A dataset of random tokens, with a tokenizer of GPT-2's size whose tokens are any pairs of bytes."""
+    folder.mkdir(parents=True)
+    size = PUBLISHED.vocab_size
+    ranks = {bytes([i]) if i < 256 else bytes(divmod(i, 256)): i for i in range(size - 1)}
+    tokenizer = Tokenizer(tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                            special_tokens={END_OF_TEXT: size - 1}))
+    tokenizer.save(folder)
+    splits = {}
+    for split, count in (("train", 4_000_000), ("validation", 100_000)):
+        np.random.default_rng(0).integers(size, size=count, dtype=np.uint16).tofile(folder / f"{split}.bin")
+        splits[split] = {"stories": 1, "tokens": count, "bytes": 4 * count, "sha256": split}
+    meta = {"vocab_size": size, "end_of_text": size - 1, "dtype": "uint16", "splits": splits,
+            "tokenizer": tokenizer.describe()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+# ---- generation ----
+
+
+def bench_generate(args, device, ceilings, folder):
+    """Stories by one and by 32, with and without the cache, in each dtype; and the wait for the first token."""
+    torch.manual_seed(0)
+    net = GPT(PUBLISHED).eval()
+    models = {dtype: copy.deepcopy(net).to(device, DTYPES[dtype]) for dtype in ("float32", "bfloat16")}
+    if device.type == "cpu":
+        models["int8"] = copy.deepcopy(net).to_int8()
+    contenders, amounts = {}, {}
+    for dtype, model in models.items():
+        for stories in (1, 32):
+            idx = torch.zeros(stories, 1, dtype=torch.long, device=device)
+            contenders[f"{dtype} {stories}"] = functools.partial(with_cache, model, idx)
+            contenders[f"{dtype} {stories} no cache"] = functools.partial(without_cache, model, idx)
+            amounts[f"{dtype} {stories}"] = stories * (PUBLISHED.block_size - 2)
+            amounts[f"{dtype} {stories} no cache"] = stories * len(LENGTHS)
+    medians, spreads = rates(amounts, take_turns(contenders, args.rounds))
+
+    picked = {stories: dtype_name(pick_weights("auto", device, stories)) for stories in (1, 32)}
+    weights = net.num_parameters() * BYTES[picked[1]]
+    result = {"dtype_1": picked[1], "dtype_32": picked[32]}
+    for stories, dtype in picked.items():
+        result[f"tokens_per_s_{stories}"] = medians[f"{dtype} {stories}"]
+        result[f"no_cache_tokens_per_s_{stories}"] = medians[f"{dtype} {stories} no cache"]
+    result |= {"bandwidth_fraction_1": result["tokens_per_s_1"] * weights / 1e9 / ceilings["read_gb_per_s"],
+               "int8_tokens_per_s_1": medians.get("int8 1"),
+               "first_token_s": first_token_seconds(net, device, folder, args.rounds),
+               "tokens_per_s_of_each": medians, "spreads": spreads}
+    if args.out_dir:
+        result["validation_loss"] = losses_by_dtype(args.out_dir, device)
+    return result
+
+
+LENGTHS = range(8, PUBLISHED.block_size, 16)  # where a step without the cache is timed: 64 tokens on average
+
+
+@torch.inference_mode()
+def with_cache(model, idx):
+    """Tell stories of one block."""
+    for _ in model.generate(idx, PUBLISHED.block_size - 2, temperature=0.8, top_k=200):
+        pass
+    wait_for(idx.device)
+
+
+@torch.inference_mode()
+def without_cache(model, idx):
+    """One token at each of some lengths, the whole story read for it; the head on the last token alone."""
+    weight = model.transformer.wte.weight
+    for length in LENGTHS:
+        cache = KVCache(PUBLISHED, len(idx), idx.device, weight.dtype)  # empty: nothing is read from it
+        logits = model(idx.expand(-1, length), cache=cache)[:, -1]  # (B, V)
+        choose_token(logits, 0.8, 200, 1.0, None)
+    wait_for(idx.device)
+
+
+def dtype_name(dtype):
+    """`bfloat16` of torch.bfloat16; int8 is a word of its own."""
+    return str(dtype).removeprefix("torch.")
+
+
+def first_token_seconds(model, device, folder, rounds):
+    """From the command to the end of a story of one token, in a process of its own: the median."""
+    write_random_dataset(folder / "run")
+    checkpoint.save(folder / "run" / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(PUBLISHED),
+                                                 "config": {}, "tokens": 0, "figures": {}})
+    command = [sys.executable, ROOT / "sample.py", "--out_dir", folder / "run", "--start", "Once upon a time",
+               "--max_new_tokens", "1", "--device", str(device)]
+    runs = take_turns({"first": lambda: subprocess.run(command, check=True, capture_output=True)}, rounds)
+    return float(np.median(runs["first"]))
+
+
+@torch.inference_mode()
+def losses_by_dtype(out_dir, device, count=64):
+    """The loss of a run, in nats a token, over 64 windows of its validation split, with weights in each dtype."""
+    losses = {}
+    for dtype in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
+        model, _, state = checkpoint.load_model(checkpoint.best_in(out_dir))
+        model = model.to_int8() if dtype == "int8" else model.to(device, DTYPES[dtype])
+        split = Split(Path("data", state["config"]["dataset"]), "validation", model.config.block_size)
+        x, y = (torch.from_numpy(tokens).to(device) for tokens in split.windows(evaluation_windows(split, count)))
+        each = [F.cross_entropy(model(a[None])[0].float(), b) for a, b in zip(x, y)]
+        losses[dtype] = torch.stack(each).mean().item()
+    return losses
+
+
+# ---- preparation ----
+
+
+def bench_prepare(args, device, ceilings, folder):
+    """The whole of prepare.py on 100 MB of nursery stories, and the tokenizer alone on a part, in one thread."""
+    path, stories = folder / "nursery.txt", []
+    with open(path, "w", encoding="utf-8") as file:
+        for story in nursery.stories(140_000, seed=1):
+            file.write(f"{story}\n{END_OF_TEXT}\n")
+            stories.append(story)
+    whole = sum(len(story.encode()) for story in stories) / 1e6
+    try:
+        name, tokenizer = "gpt2", Tokenizer.named("gpt2")
+    except UserError:  # no network; a vocabulary trained here takes its training's time too
+        name, tokenizer = "bpe:4096", Tokenizer.train(stories[:20_000], 4096)
+    batches = [stories[i:i + 1000] for i in range(0, 20_000, 1000)]
+    part = sum(len(story.encode()) for batch in batches for story in batch) / 1e6
+    command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", name, "--force"]
+    medians, spreads = rates({"mb_per_s": whole, "tokenizer_mb_per_s": part}, take_turns({
+        "mb_per_s": lambda: subprocess.run(command, check=True, capture_output=True, cwd=folder),
+        "tokenizer_mb_per_s": lambda: [tokenizer.encode_stories(batch) for batch in batches]}, args.rounds))
+    return {"tokenizer": name, "mb_of_text": whole, **medians, "spreads": spreads}
+
+
+SUBJECTS = {"train": bench_train, "generate": bench_generate, "prepare": bench_prepare}
+
+if __name__ == "__main__":
+    main()
