@@ -83,7 +83,6 @@ def attend(q, k, v, dropout):
     return dropout(weights) @ v
 
 
-@torch.compiler.disable  # big products one after the other: there is nothing in it to fuse
 def head_loss(x, weight, targets):
     """Cross-entropy of a head of weight (V, C) over hidden states x (N, C), against targets (N), in nats a token.
 

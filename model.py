@@ -38,24 +38,29 @@ class KVCache:
 
     def __init__(self, config, batch_size, device, dtype):
         head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_dim)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, 2, B, H, block_size, D)
+        shape = (config.n_layer, 2, batch_size, config.block_size, config.n_head, head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, 2, B, block_size, H, D)
         self.length = torch.zeros((), dtype=torch.long, device=device)  # tokens in the cache
         self.slots = torch.arange(config.block_size, device=device)
-        self.positions = self.mask = None  # of the tokens that are being read: (T), (T, block_size)
+        self.positions = self.mask = None  # of the tokens that are being read: (T), (T, used)
+        self.used = config.block_size  # slots that attention goes over
 
     def advance(self, T):
         """Make ready for T more tokens, which go behind those that are there."""
         self.positions = self.length + self.slots[:T]
-        self.mask = self.slots <= self.positions[:, None]  # each sees itself and what is before it
+        later = self.slots > self.positions[:, None]  # a token sees itself and what is before it
+        self.mask = torch.zeros(later.shape, device=later.device, dtype=self.kv.dtype).masked_fill(later, -math.inf)
         self.length += T
+        if not self.kv.is_cuda:  # there the shapes stay the same
+            self.used = int(self.length)
+            self.mask = self.mask[:, :self.used]
 
     def add(self, layer, k, v):
-        """Put in the keys and values (B, H, T, D) of new tokens; all slots of the layer come back, filled or not."""
+        """Put in the keys and values (B, H, T, D) of new tokens; those of the layer's used slots come back."""
         keys, values = self.kv[layer, 0], self.kv[layer, 1]
-        keys.index_copy_(2, self.positions, k)
-        values.index_copy_(2, self.positions, v)
-        return keys, values  # (B, H, block_size, D) each
+        keys.index_copy_(1, self.positions, k.transpose(1, 2))
+        values.index_copy_(1, self.positions, v.transpose(1, 2))
+        return keys[:, :self.used].transpose(1, 2), values[:, :self.used].transpose(1, 2)  # (B, H, used, D) each
 
 
 class CausalSelfAttention(nn.Module):
@@ -115,6 +120,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model: token ids in, logits or the loss out."""
 
+    head_loss = staticmethod(head_loss)
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -172,7 +179,7 @@ class GPT(nn.Module):
             x = x[:, -1:]  # (B, 1, C)
         x = self.transformer.ln_f(x)
         if targets is not None:
-            mean, losses = head_loss(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
+            mean, losses = self.head_loss(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
             return mean if reduction == "mean" else losses.view(B, T)
         return self.int8_head(x) if self.int8_head else linear(x, self.transformer.wte.weight)  # (B, T, V)
 
@@ -268,7 +275,10 @@ def largest(logits, k, n=16):
     B, V = logits.shape
     if 4 * n * k > V:
         return logits.topk(k)
-    columns = F.pad(logits, (0, -V % n), value=-math.inf).view(B, n, -1)  # (B, n, V / n)
-    best = columns.amax(1).topk(k).indices  # (B, k)
-    values, places = columns.gather(2, best[:, None].expand(B, n, k)).flatten(1).topk(k)  # of (B, n * k)
-    return values, places // k * columns.size(2) + best.gather(1, places % k)
+    size = V // n  # columns; the last V % n tokens are in none
+    best = logits[:, :n * size].unflatten(1, (n, size)).amax(1).topk(k, sorted=False).indices  # (B, k)
+    tokens = (best[:, None] + torch.arange(0, n * size, size, device=best.device)[:, None]).flatten(1)  # (B, n * k)
+    rest = torch.arange(n * size, V, device=best.device).expand(B, -1)
+    tokens = torch.cat([tokens, rest], 1)
+    values, places = logits.gather(1, tokens).topk(k)
+    return values, tokens.gather(1, places)

@@ -29,6 +29,7 @@ from config import Config, read_command_line
 from dataset import Split, TrainingOrder, evaluation_windows, prepare_command, read_meta
 from errors import UserError, exit_with_one_line
 from hardware import pick_compile, pick_device, pick_device_batch_size, pick_dtype
+from layers import head_loss
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
@@ -157,7 +158,10 @@ def main(argv=None):
     handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     # ---- the loop ----
-    step_model = torch.compile(model) if use_compile else model  # for updates alone: the rest is a small part
+    step_model = model
+    if use_compile:
+        model.head_loss = torch.compiler.disable(head_loss)  # large products one by one: there is nothing to fuse
+        step_model = torch.compile(model)  # for updates alone: the rest is a small part
     figures = dict(last["figures"]) if last else {"iter": 0}  # of the last evaluation
     saved, started = update, time.perf_counter()
     log_time, log_update = started, update  # when and where the last log line was written

@@ -35,7 +35,7 @@ from data import nursery
 from dataset import Split, evaluation_windows
 from errors import Parser, UserError, exit_with_one_line
 from hardware import DTYPES, pick_device, pick_weights
-from model import GPT, GPTConfig, KVCache, choose_token
+from model import GPT, GPTConfig, KVCache, choose_token, window_start
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +182,8 @@ def torchs_attention():
 
 def whole_head():
     """Put all logits at once, and torch's cross-entropy of them, in the place of the head's loss in parts."""
-    model_py.head_loss = lambda x, weight, targets: (F.cross_entropy(F.linear(x, weight), targets), None)
+    train.head_loss = lambda x, weight, targets: (F.cross_entropy(F.linear(x, weight), targets), None)
+    GPT.head_loss = staticmethod(train.head_loss)
 
 
 # name → the pieces to take away, and the words for train.py; None: the plain loop, in bf16 and compiled, or not
@@ -348,7 +349,7 @@ def bench_generate(args, device, ceilings, folder):
             idx = torch.zeros(stories, 1, dtype=torch.long, device=device)
             contenders[f"{dtype} {stories}"] = functools.partial(with_cache, model, idx)
             contenders[f"{dtype} {stories} no cache"] = functools.partial(without_cache, model, idx)
-            amounts[f"{dtype} {stories}"] = stories * (PUBLISHED.block_size - 2)
+            amounts[f"{dtype} {stories}"] = stories * STORY
             amounts[f"{dtype} {stories} no cache"] = stories * len(LENGTHS)
     medians, spreads = rates(amounts, take_turns(contenders, args.rounds))
 
@@ -367,23 +368,23 @@ def bench_generate(args, device, ceilings, folder):
     return result
 
 
-LENGTHS = range(8, PUBLISHED.block_size, 16)  # where a step without the cache is timed: 64 tokens on average
+STORY = 2 * PUBLISHED.block_size  # tokens; a usual length, and the window moves on the way
+LENGTHS = [n - window_start(n, PUBLISHED.block_size) for n in range(16, STORY, 32)]  # what is read without a cache
 
 
-@torch.inference_mode()
 def with_cache(model, idx):
-    """Tell stories of one block."""
-    for _ in model.generate(idx, PUBLISHED.block_size - 2, temperature=0.8, top_k=200):
+    """Tell whole stories."""
+    for _ in model.generate(idx, STORY, temperature=0.8, top_k=200):
         pass
     wait_for(idx.device)
 
 
 @torch.inference_mode()
 def without_cache(model, idx):
-    """One token at each of some lengths, the whole story read for it; the head on the last token alone."""
+    """Tell one token at eight places of a story, its whole window read for it, the head on the last alone."""
     weight = model.transformer.wte.weight
     for length in LENGTHS:
-        cache = KVCache(PUBLISHED, len(idx), idx.device, weight.dtype)  # empty: nothing is read from it
+        cache = KVCache(PUBLISHED, len(idx), idx.device, weight.dtype)  # empty: nothing is taken from it
         logits = model(idx.expand(-1, length), cache=cache)[:, -1]  # (B, V)
         choose_token(logits, 0.8, 200, 1.0, None)
     wait_for(idx.device)
