@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,12 +40,14 @@ from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 ROOT = Path(__file__).parent.parent
 PUBLISHED = GPTConfig(vocab_size=50257)
 BATCH_SIZE = 32
+NURSERY_STORIES = 140_000  # 102 MB of text
 WIDTH = PUBLISHED.n_embd
 # (rows, inside, columns) of the products of a batch: the reference, then qkv, attention's output, the MLP's two, head.
 MATMULS = {"4096³": (4096, 4096, 4096), "c_attn": (4096, WIDTH, 3 * WIDTH), "attn.c_proj": (4096, WIDTH, WIDTH),
            "c_fc": (4096, WIDTH, 4 * WIDTH), "mlp.c_proj": (4096, 4 * WIDTH, WIDTH), "head": (4096, WIDTH, 50257)}
 # Dense bf16 TFLOP/s by the makers' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
+WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each"}  # tables, each row of which is a contender
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -96,15 +97,14 @@ def print_table(subject, figures):
     print(f"\n{subject}")
     spreads = figures.get("spreads", {})
     for name, value in figures.items():
+        if name == "spreads":
+            continue
         if isinstance(value, dict):
-            print(f"  {name}" * (name != "spreads"))
-            rows = value.items() if name != "spreads" else ()
-        else:
-            rows = [(name, value)]
-        for row, number in rows:
-            low, high = spreads.get(row, (None, None))
-            spread = f"   {low:,.4g} to {high:,.4g}" if low is not None and isinstance(value, (dict, float)) else ""
-            print(f"    {row:36}{number:>14,.4g}{spread}" if isinstance(number, float) else f"    {row:36}{number!s:>14}{spread}")
+            print(f"  {name}")
+        for row, number in value.items() if isinstance(value, dict) else [(name, value)]:
+            text = f"{number:,.5g}" if isinstance(number, float) else str(number)
+            low, high = spreads.get(row, (0, 0)) if name in WITH_SPREADS | {row} else (0, 0)
+            print(f"    {row:36}{text:>14}" + (f"   {low:,.5g} to {high:,.5g}" if high else ""))
 
 
 def take_turns(contenders, rounds):
@@ -162,8 +162,7 @@ def measure_ceilings(device, rounds):
     medians, spreads = rates(flops, take_turns(contenders, rounds))
     best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
     return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"], "read_gb_per_s": medians.pop("read"),
-            **{f"{name} gflops": rate for name, rate in medians.items()},
-            "spreads": {f"{name} gflops": spread for name, spread in spreads.items()}}
+            "gflops_of_each": medians, "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
 
 
 # ---- training ----
@@ -286,8 +285,12 @@ def peak_mb(device):
     """The most memory this process has held, in MB: on the GPU, or altogether."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    # in KiB, but on macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    try:  # getrusage on Linux would give the parent's, where that is higher
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource  # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 def plain_loop(device, compiled, accumulation, turn):
@@ -343,14 +346,17 @@ def bench_generate(args, device, ceilings, folder):
     models = {dtype: copy.deepcopy(net).to(device, DTYPES[dtype]) for dtype in ("float32", "bfloat16")}
     if device.type == "cpu":
         models["int8"] = copy.deepcopy(net).to_int8()
+    block_size = PUBLISHED.block_size
+    story = 2 * block_size  # a usual length, and the window moves on the way
+    lengths = [n - window_start(n, block_size) for n in range(block_size // 8, story, block_size // 4)]
     contenders, amounts = {}, {}
     for dtype, model in models.items():
         for stories in (1, 32):
             idx = torch.zeros(stories, 1, dtype=torch.long, device=device)
-            contenders[f"{dtype} {stories}"] = functools.partial(with_cache, model, idx)
-            contenders[f"{dtype} {stories} no cache"] = functools.partial(without_cache, model, idx)
-            amounts[f"{dtype} {stories}"] = stories * STORY
-            amounts[f"{dtype} {stories} no cache"] = stories * len(LENGTHS)
+            contenders[f"{dtype} {stories}"] = functools.partial(with_cache, model, idx, story)
+            contenders[f"{dtype} {stories} no cache"] = functools.partial(without_cache, model, idx, lengths)
+            amounts[f"{dtype} {stories}"] = stories * story
+            amounts[f"{dtype} {stories} no cache"] = stories * len(lengths)
     medians, spreads = rates(amounts, take_turns(contenders, args.rounds))
 
     picked = {stories: dtype_name(pick_weights("auto", device, stories)) for stories in (1, 32)}
@@ -368,22 +374,18 @@ def bench_generate(args, device, ceilings, folder):
     return result
 
 
-STORY = 2 * PUBLISHED.block_size  # tokens; a usual length, and the window moves on the way
-LENGTHS = [n - window_start(n, PUBLISHED.block_size) for n in range(16, STORY, 32)]  # what is read without a cache
-
-
-def with_cache(model, idx):
-    """Tell whole stories."""
-    for _ in model.generate(idx, STORY, temperature=0.8, top_k=200):
+def with_cache(model, idx, story):
+    """Tell whole stories, of so many tokens."""
+    for _ in model.generate(idx, story, temperature=0.8, top_k=200):
         pass
     wait_for(idx.device)
 
 
 @torch.inference_mode()
-def without_cache(model, idx):
-    """Tell one token at eight places of a story, its whole window read for it, the head on the last alone."""
+def without_cache(model, idx, lengths):
+    """Tell one token at some lengths of the window, all of which is read for it, the head on the last alone."""
     weight = model.transformer.wte.weight
-    for length in LENGTHS:
+    for length in lengths:
         cache = KVCache(PUBLISHED, len(idx), idx.device, weight.dtype)  # empty: nothing is taken from it
         logits = model(idx.expand(-1, length), cache=cache)[:, -1]  # (B, V)
         choose_token(logits, 0.8, 200, 1.0, None)
@@ -427,7 +429,7 @@ def bench_prepare(args, device, ceilings, folder):
     """The whole of prepare.py on 100 MB of nursery stories, and the tokenizer alone on a part, in one thread."""
     path, stories = folder / "nursery.txt", []
     with open(path, "w", encoding="utf-8") as file:
-        for story in nursery.stories(140_000, seed=1):
+        for story in nursery.stories(NURSERY_STORIES, seed=1):
             file.write(f"{story}\n{END_OF_TEXT}\n")
             stories.append(story)
     whole = sum(len(story.encode()) for story in stories) / 1e6
@@ -435,7 +437,7 @@ def bench_prepare(args, device, ceilings, folder):
         name, tokenizer = "gpt2", Tokenizer.named("gpt2")
     except UserError:  # no network; a vocabulary trained here takes its training's time too
         name, tokenizer = "bpe:4096", Tokenizer.train(stories[:20_000], 4096)
-    batches = [stories[i:i + 1000] for i in range(0, 20_000, 1000)]
+    batches = [stories[i:i + 1000] for i in range(0, min(len(stories), 20_000), 1000)]
     part = sum(len(story.encode()) for batch in batches for story in batch) / 1e6
     command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", name, "--force"]
     medians, spreads = rates({"mb_per_s": whole, "tokenizer_mb_per_s": part}, take_turns({

@@ -1,0 +1,103 @@
+"""The bench: it measures what it says, on a small model; no test looks at a time."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import model
+import train
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+from tools import bench
+
+
+@pytest.fixture
+def small(monkeypatch, here):
+    """The bench with a small model, and all that its contenders change put back after the test."""
+    monkeypatch.setattr(bench, "PUBLISHED", GPTConfig(300, 16, 2, 2, 32))
+    monkeypatch.setattr(bench, "MATMULS", {"head": (8, 32, 300), "c_fc": (8, 32, 128)})
+    for module, name in [(model, "Dropout"), (model, "attend"), (train, "head_loss"), (sys, "stdout"),
+                         (checkpoint, "append_line")]:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(GPT, "head_loss", staticmethod(GPT.head_loss))
+
+
+def test_contenders_take_turns_after_a_warm_up():
+    calls = []
+    seconds = bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.0}, rounds=3)
+    assert calls == ["a", "b"] * 4
+    assert len(seconds["a"]) == 3 and seconds["b"] == [2.0] * 3
+    medians, spreads = bench.rates({"b": 10}, {"b": [1.0, 2.0, 5.0]})
+    assert medians == {"b": 5.0} and spreads == {"b": (2.0, 10.0)}
+
+
+class Parent:
+    """The end of the pipe that a contender talks to: says `go` three times."""
+
+    def __init__(self):
+        self.left, self.turns = 3, []
+
+    def recv(self):
+        if not self.left:
+            raise EOFError
+        self.left -= 1
+
+    def send(self, turn):
+        self.turns.append(turn)
+
+
+@pytest.mark.parametrize("name", ["plain", "this project", "… with all logits at once"])
+def test_each_contender_trains_an_update_a_turn(small, here, monkeypatch, name):
+    bench.write_random_dataset(here / "data" / "bench")
+    parent, updates, step = Parent(), [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: updates.append(len(parent.turns)) or
+                        step(self, *args))
+    with pytest.raises(EOFError):
+        bench.contend(parent, name, str(here), "cpu", 1)
+    assert updates == [0, 1, 2]  # one before each report
+    assert all(seconds > 0 and mb > 10 for seconds, mb in parent.turns)
+
+
+def test_the_data_of_the_bench_is_a_dataset_with_a_tokenizer(small, here):
+    bench.write_random_dataset(here / "data" / "bench")
+    tokenizer = Tokenizer.load(here / "data" / "bench")
+    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode("a story")) == "a story"
+
+
+def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    bench.main(["generate", "--json", "--rounds", "1", "--out_dir", "out/tiny", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() == {"machine", "ceilings", "generate"}
+    assert all(result["ceilings"][key] > 0 for key in ("matmul_fp32_gflops", "matmul_bf16_gflops", "read_gb_per_s"))
+    assert result["generate"].keys() >= {
+        "tokens_per_s_1", "tokens_per_s_32", "no_cache_tokens_per_s_1", "no_cache_tokens_per_s_32",
+        "bandwidth_fraction_1", "int8_tokens_per_s_1", "first_token_s"}
+    assert result["generate"]["dtype_1"] == "int8" and len(result["generate"]["tokens_per_s_of_each"]) == 12
+    losses = result["generate"]["validation_loss"]
+    assert losses["int8"] == pytest.approx(losses["float32"], abs=0.01)
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.01)
+    assert len(set(losses.values())) == 3
+
+
+def test_prepare_and_train_keys_and_the_table(small, here, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "NURSERY_STORIES", 1500)
+    monkeypatch.setattr(bench, "race", lambda names, about, rounds, peaks, starts: (
+        peaks.update(dict.fromkeys(names, 1.0)), dict.fromkeys(names, np.array([2.0])))[1])
+    bench.main(["prepare", "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert "mb_per_s" in out and "matmul_bf16_gflops" in out and "gflops_of_each" in out
+    bench.main(["train", "--json", "--rounds", "1", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out)["train"]
+    assert result.keys() >= {"baseline_tokens_per_s", "baseline_bf16_compiled_tokens_per_s", "tokens_per_s", "mfu",
+                             "baseline_peak_mb", "peak_mb"}
+    assert result["tokens_per_s"] == 32 * 16 / 2.0
+
+
+@pytest.mark.parametrize("words", [["trian"], ["--rounds", "0"], ["--rounds", "x"], ["--device"]])
+def test_wrong_words_are_told(fails, words):
+    assert words[0].strip("-") in fails(bench.main, words, code=2)
