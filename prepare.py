@@ -9,6 +9,7 @@ each; memory does not grow with the corpus. Nothing stands under data/<name>/ be
 """
 
 import argparse
+import copy
 import glob
 import hashlib
 import itertools
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -368,8 +370,12 @@ def encode(corpus, tokenizer, dtype, folder, count):
     hashes = {split: hashlib.sha256() for split in figures}
     little_endian = np.dtype(dtype).newbyteorder("<")
 
+    mine = threading.local()
+
     def work(batch):
-        return tokenizer.encode_stories(batch).astype(little_endian), sum(len(story.encode()) for story in batch)
+        if not hasattr(mine, "tokenizer"):  # threads that share one wait for each other at its regular expressions
+            mine.tokenizer = copy.deepcopy(tokenizer)
+        return mine.tokenizer.encode_stories(batch).astype(little_endian), sum(len(story.encode()) for story in batch)
 
     with ExitStack() as files, ThreadPoolExecutor(os.cpu_count()) as pool:
         file = {split: files.enter_context(open(folder / f"{split}.bin", "wb")) for split in figures}
