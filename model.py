@@ -224,7 +224,7 @@ class GPT(nn.Module):
         cache must be empty; the logits are good until the next call.
         """
         tokens = torch.zeros(cache.kv.size(2), 1, dtype=torch.long, device=cache.kv.device)
-        stream = torch.cuda.Stream()  # a first run outside of the recording, as CUDA's libraries set themselves up in it
+        stream = torch.cuda.Stream()  # a first run outside of the recording: CUDA's libraries set themselves up in it
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self(tokens, cache=cache)

@@ -172,7 +172,7 @@ def main(argv=None):
                 "data_sha256": data_sha256, "iter": iteration, "update": update,
                 "tokens": update * update_tokens, "figures": figures}
 
-    def fetch(update):  # its sequences, on the device: x and y, (sequences, T) each
+    def fetch(update):  # its sequences, on the device: inputs and targets, (sequences, T) each
         return [to(device, tokens) for tokens in order.sequences(update * sequences, sequences)]
 
     def stop_if_not_finite(value, what):
@@ -232,7 +232,8 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=True)
             update += 1
             iteration = update * cfg.gradient_accumulation_steps
-            x, y = fetch(update)  # while a GPU is still at work on the last ones
+            if update < updates:
+                x, y = fetch(update)  # while a GPU is still at work on the last ones
             bar.update()
 
             log_due = update in (1, updates) or is_due(iteration, cfg.log_interval, cfg)

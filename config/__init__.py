@@ -67,7 +67,7 @@ class Config:
         "auto", "what the arithmetic is done in; auto: bfloat16 where the hardware has it")
     compile: Literal["auto"] | bool = setting("auto", "use torch.compile; auto: on CUDA, where it works and pays")
     device_batch_size: Literal["auto"] | int = setting(
-        "auto", "sequences that go through the model at once, a divisor of an update's; auto: what suits the memory", low=1)
+        "auto", "sequences that go through the model at once, a divisor of an update's; auto: by the memory", low=1)
 
     def __post_init__(self):
         _check_each(asdict(self))

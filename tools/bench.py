@@ -161,8 +161,8 @@ def measure_ceilings(device, rounds):
     contenders["read"], flops["read"] = read, 4 * 2**28 / 1e9
     medians, spreads = rates(flops, take_turns(contenders, rounds))
     best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
-    return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"], "read_gb_per_s": medians.pop("read"),
-            "gflops_of_each": medians, "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
+    return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"],
+            "read_gb_per_s": medians.pop("read"), "gflops_of_each": medians, "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
 
 
 # ---- training ----
@@ -250,9 +250,11 @@ def race(names, about, rounds, peaks, starts):
     try:
         return take_turns({name: functools.partial(turn, name) for name in names}, rounds)
     finally:
+        for pipe in pipes.values():
+            pipe.close()
         for child in children:
+            child.join(10)
             child.kill()
-            child.join()
 
 
 def contend(pipe, name, folder, device, accumulation):
@@ -262,18 +264,23 @@ def contend(pipe, name, folder, device, accumulation):
     pieces, words = CONTENDERS[name]
     for take_away in pieces:
         take_away()
-    pipe.recv()
-    started = time.perf_counter()
+    device = torch.device(device)
+    started = None
 
-    def turn(*_):
+    def turn():
         nonlocal started
-        wait_for(torch.device(device))
-        pipe.send((time.perf_counter() - started, peak_mb(torch.device(device))))
-        pipe.recv()
+        if started is not None:
+            wait_for(device)
+            pipe.send((time.perf_counter() - started, peak_mb(device)))
+        try:
+            pipe.recv()
+        except EOFError:  # the parent has had enough
+            sys.exit()
         started = time.perf_counter()
 
+    turn()
     if words is None:
-        return plain_loop(torch.device(device), "compiled" in name, accumulation, turn)
+        return plain_loop(device, "compiled" in name, accumulation, turn)
     # train.py's own loop: its log line, one an update, is where a turn ends.
     checkpoint.append_line = lambda path, record: turn() if record["kind"] == "step" else None
     train.main(["--dataset=bench", f"--out_dir=out/{os.getpid()}", f"--device={device}", "--min_lr=1e-5",
