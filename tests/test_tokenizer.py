@@ -112,7 +112,8 @@ def test_gpt2s_pattern_in_our_spelling_cuts_as_tiktokens():
     theirs, ours = tiktoken.get_encoding("gpt2"), Tokenizer.named("gpt2")
     assert ours.encoding._pat_str != theirs._pat_str
     draw = random.Random(0)
-    parts = [" ", "  ", "\n", "\n\n\n", "\t", "\r\n", "\xa0", "\u2028", "'s", "'ll", "'", "’t", "a", "Word", "é", "中文", "12",
+    parts = [" ", "  ", "\n", "\n\n\n", "\t", "\r\n", "\xa0", "\u2028", "'s", "'ll", "'", "’t", "a",
+             "Word", "é", "中文", "12",
              "٣", "!", "...", "\0", "🙂", "_", "-"]
     for _ in range(3000):
         text = "".join(draw.choices(parts, k=draw.randrange(1, 12)))
