@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 # Rows of logits that exist at once: on a CPU 100 MB of GPT-2's vocabulary, on a GPU enough for full-sized products.
 HEAD_ROWS = {"cpu": 1024, "cuda": 16384}
+# Their columns are padded to a multiple of this: tensor cores are slow on odd shapes such as 50,257.
+HEAD_MULTIPLE = {"cpu": 1, "cuda": 64}
 
 
 class Dropout(nn.Dropout):
@@ -107,7 +109,7 @@ class _HeadLoss(torch.autograd.Function):
         N, V = x.size(0), weight.size(0)
         ctx.x_dtype = x.dtype
         x = x.to(dtype)
-        padding = -V % 64 if x.is_cuda else 0  # tensor cores are slow on odd shapes such as 50,257 columns
+        padding = -V % HEAD_MULTIPLE.get(x.device.type, 1)
         # As (C, V'), in which both products below are quickest on a CPU.
         weight = F.pad(weight.to(dtype), (0, 0, 0, padding)).T.contiguous()
         rows = min(N, HEAD_ROWS.get(x.device.type, 1024))

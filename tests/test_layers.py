@@ -11,10 +11,11 @@ import layers
 from layers import Dropout, Int8Linear, Linear, attend, head_loss
 
 
-@pytest.fixture(params=[1, 5, 7, 1000])
+@pytest.fixture(params=[(1, 1), (5, 1), (7, 64), (1000, 64), (1000, 1)])
 def rows(request, monkeypatch):
-    """So many rows of logits at once, of 14."""
-    monkeypatch.setitem(layers.HEAD_ROWS, "cpu", request.param)
+    """So many rows of logits at once, of 14, and their columns, of 50, padded or not."""
+    for setting, value in zip((layers.HEAD_ROWS, layers.HEAD_MULTIPLE), request.param):
+        monkeypatch.setitem(setting, "cpu", value)
 
 
 def leaves(*shapes):
