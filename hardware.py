@@ -1,5 +1,7 @@
 """What this machine can do, decided in one place: the device, the dtype, whether to compile, how much at a time."""
 
+import math
+
 import torch
 
 from errors import UserError
@@ -20,6 +22,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device = {name!r} cannot be used on this machine: use auto, cpu, cuda, cuda:1 or mps"
                         ) from error
@@ -74,7 +78,7 @@ def pick_compile(wish, device, flops):
 
 
 def pick_device_batch_size(wish, sequences, shape, device):
-    """How many of an update's sequences go through the model of a GPTConfig at once: a divisor of their number.
+    """How many of an update's sequences go through the model of a GPTConfig at once: if possible a divisor of them.
 
     auto: as many as take half of a GPU's memory or, on a CPU, 768 MiB, above which nothing gets faster.
     """
@@ -84,4 +88,5 @@ def pick_device_batch_size(wish, sequences, shape, device):
     token_bytes = shape.n_layer * (65 * shape.n_embd + 8 * shape.n_head * shape.block_size)
     memory = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 768 * 2**20
     most = max(1, memory // (token_bytes * shape.block_size))
-    return max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
+    divisor = max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
+    return divisor if 2 * divisor > most else math.ceil(sequences / math.ceil(sequences / most))

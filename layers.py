@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 
 def linear(x, weight, bias=None):
     """x (…, in), weight (out, in), bias (out) or None → (…, out)."""
-    if x.numel() > x.size(-1):
+    if x.numel() > x.size(-1) or x.dtype != weight.dtype:  # the latter under autocast
         return F.linear(x, weight, bias)
     y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())  # (out)
     return y.view(*x.shape[:-1], -1)
@@ -125,10 +125,13 @@ class _HeadLoss(torch.autograd.Function):
             p = torch.mm(x_i, weight, out=buffer[:len(y)])  # (n, V')
             p[:, V:] = -math.inf
             torch.softmax(p, -1, out=p)
-            p_y = p.gather(1, y)
-            losses[i:i + rows] = -p_y[:, 0].float().clamp_min(smallest).log()
+            target = torch.arange(len(y), device=x.device), y[:, 0]
+            p_y = p[target].float()  # (n)
+            p[target] = 0
+            others = p.sum(-1)  # 1 - p_y, but not rounded to nothing where p_y is near 1
+            losses[i:i + rows] = torch.where(p_y > 0.5, -torch.log1p(-others.float()), -p_y.clamp_min(smallest).log())
             if with_gradient:
-                p[torch.arange(len(y), device=x.device), y[:, 0]] = p_y[:, 0] - 1  # p is N times the logits' gradient
+                p[target] = -others  # p is now N times the logits' gradient
                 grad_x[i:i + rows] = torch.mm(weight, p.T).T
                 grad_weight += summand.copy_(torch.mm(p.T, x_i, out=product))  # in float32: many parts are summed
         ctx.gradients = (grad_x, grad_weight[:V]) if with_gradient else None

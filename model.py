@@ -32,8 +32,8 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, for every layer, with room for one whole block.
 
-    So that a new token costs one token's work. Where it stands is kept on the device, and every step has the same
-    shapes: a GPU can then play a recorded step again and again.
+    So that a new token costs one token's work. Where it stands is kept on the device, and on a GPU every step has the
+    same shapes: it can then be recorded once and played again and again.
     """
 
     def __init__(self, config, batch_size, device, dtype):
@@ -44,6 +44,7 @@ class KVCache:
         self.slots = torch.arange(config.block_size, device=device)
         self.positions = self.mask = None  # of the tokens that are being read: (T), (T, used)
         self.used = config.block_size  # slots that attention goes over
+        self.fixed_shapes = self.kv.is_cuda
 
     def advance(self, T):
         """Make ready for T more tokens, which go behind those that are there."""
@@ -51,7 +52,7 @@ class KVCache:
         later = self.slots > self.positions[:, None]  # a token sees itself and what is before it
         self.mask = torch.zeros(later.shape, device=later.device, dtype=self.kv.dtype).masked_fill(later, -math.inf)
         self.length += T
-        if not self.kv.is_cuda:  # there the shapes stay the same
+        if not self.fixed_shapes:
             self.used = int(self.length)
             self.mask = self.mask[:, :self.used]
 

@@ -29,9 +29,6 @@ class Tokenizer:
 
     def __init__(self, encoding):
         """`encoding`: a tiktoken.Encoding whose special tokens include `<|endoftext|>`."""
-        if encoding._pat_str == TIKTOKENS_GPT2_PATTERN:
-            encoding = tiktoken.Encoding(encoding.name, pat_str=GPT2_PATTERN, special_tokens=encoding._special_tokens,
-                                         mergeable_ranks=encoding._mergeable_ranks)
         self.encoding = encoding
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
@@ -47,7 +44,8 @@ class Tokenizer:
             known = ", ".join(sorted(tiktoken.list_encoding_names()))
             raise UserError(f"unknown tokenizer '{name}': use one of {known}, or bpe:4096 to train one of 4096 tokens")
         try:
-            return cls(tiktoken.get_encoding(name))
+            theirs = tiktoken.get_encoding(name)
+            return cls(_encoding(theirs.name, theirs._pat_str, theirs._mergeable_ranks, theirs._special_tokens))
         except (OSError, ValueError) as error:  # no network, a proxy's page in place of the file, a damaged cache
             raise UserError(f"cannot get tokenizer '{name}': {type(error).__name__}. It is downloaded once: connect "
                             "to the network, set TIKTOKEN_CACHE_DIR to a folder that has it, or train your own with "
@@ -92,8 +90,7 @@ class Tokenizer:
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
             if not len(ranks) == len(set(ranks.values())) == described["mergeable_tokens"]:
                 raise ValueError("tokens are missing, or two have one rank")
-            return cls(tiktoken.Encoding(described["name"], pat_str=described["pattern"], mergeable_ranks=ranks,
-                                         special_tokens=described["special_tokens"]))
+            return cls(_encoding(described["name"], described["pattern"], ranks, described["special_tokens"]))
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is missing: make the folder again") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -160,6 +157,12 @@ class Tokenizer:
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:
             return b""
+
+
+def _encoding(name, pattern, ranks, special_tokens):
+    """A tiktoken.Encoding, GPT-2's pattern in the spelling that is fast."""
+    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN if pattern == TIKTOKENS_GPT2_PATTERN else pattern,
+                             mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def refuse_endless_space(text, longest=300_000):

@@ -222,7 +222,7 @@ def main(argv=None):
             loss = torch.zeros((), device=device)  # stays on the device: nothing waits for it but a log line
             for i in range(0, sequences, cut):
                 with autocast:
-                    part = step_model(x[i:i + cut], y[i:i + cut]) * (cut / sequences)
+                    part = step_model(x[i:i + cut], y[i:i + cut]) * (len(x[i:i + cut]) / sequences)
                 scaler.scale(part).backward()
                 loss += part.detach()
             scaler.unscale_(optimizer)  # before clipping, which would else measure the scaled gradient

@@ -93,9 +93,11 @@ def test_window_start_is_the_designs():
 
 
 @torch.no_grad()
-def test_cache_takes_one_token_as_it_takes_many():
+@pytest.mark.parametrize("fixed_shapes", [False, True])  # as on a CPU, as on a GPU
+def test_cache_takes_one_token_as_it_takes_many(fixed_shapes):
     model, idx = small(), torch.randint(50, (2, 8))
     cache = KVCache(model.config, 2, "cpu", torch.float32)
+    cache.fixed_shapes = fixed_shapes
     model(idx[:, :5], cache=cache)
     for t in range(5, 8):
         logits = model(idx[:, t:t + 1], cache=cache)

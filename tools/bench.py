@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"argument --rounds: {args.rounds} is not 1 or more")
+    if args.out_dir:
+        checkpoint.best_in(args.out_dir)  # now rather than after minutes
+    if args.subject in (None, "train") and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UserError("the training bench compares with torch.compile, which needs a C++ compiler: install one")
 
     device = pick_device(args.device)
     result = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.rounds)}
@@ -129,10 +134,19 @@ def rates(amounts, seconds):
             {name: (float(values.min()), float(values.max())) for name, values in each.items()})
 
 
+def run_quietly(command, **options):
+    """Run a script; its output is shown only where it fails, as the UserError's last line."""
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    if done.returncode:
+        raise UserError(f"{Path(command[1]).name} failed: {(done.stderr.splitlines() or ['no word of why'])[-1]}")
+
+
 def wait_for(device):
     """Wait until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 # ---- what the machine can do ----
@@ -411,7 +425,7 @@ def first_token_seconds(model, device, folder, rounds):
                                                  "config": {}, "tokens": 0, "figures": {}})
     command = [sys.executable, ROOT / "sample.py", "--out_dir", folder / "run", "--start", "Once upon a time",
                "--max_new_tokens", "1", "--device", str(device)]
-    runs = take_turns({"first": lambda: subprocess.run(command, check=True, capture_output=True)}, rounds)
+    runs = take_turns({"first": lambda: run_quietly(command)}, rounds)
     return float(np.median(runs["first"]))
 
 
@@ -448,7 +462,7 @@ def bench_prepare(args, device, ceilings, folder):
     part = sum(len(story.encode()) for batch in batches for story in batch) / 1e6
     command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", name, "--force"]
     medians, spreads = rates({"mb_per_s": whole, "tokenizer_mb_per_s": part}, take_turns({
-        "mb_per_s": lambda: subprocess.run(command, check=True, capture_output=True, cwd=folder),
+        "mb_per_s": lambda: run_quietly(command, cwd=folder),
         "tokenizer_mb_per_s": lambda: [tokenizer.encode_stories(batch) for batch in batches]}, args.rounds))
     return {"tokenizer": name, "mb_of_text": whole, **medians, "spreads": spreads}
 
