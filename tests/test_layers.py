@@ -63,7 +63,8 @@ def test_head_loss_in_bfloat16_is_as_good_as_autocasts_for_likely_tokens(target_
     for loss_of in (lambda: F.cross_entropy(F.linear(x, weight), y), lambda: head_loss(x, weight, y)[0]):
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of()
-        errors.append([(a - b).norm() / b.norm() for a, b in zip([loss, *torch.autograd.grad(loss, (x, weight))], exact)])
+        found = [loss, *torch.autograd.grad(loss, (x, weight))]
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)])
     for autocasts, ours in list(zip(*errors))[1:]:
         assert ours < 1.5 * autocasts + 1e-3
     assert errors[1][0] < errors[0][0] + 2e-3

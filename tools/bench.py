@@ -176,7 +176,8 @@ def measure_ceilings(device, rounds):
     medians, spreads = rates(flops, take_turns(contenders, rounds))
     best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
     return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"],
-            "read_gb_per_s": medians.pop("read"), "gflops_of_each": medians, "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
+            "read_gb_per_s": medians.pop("read"), "gflops_of_each": medians,
+            "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
 
 
 # ---- training ----
