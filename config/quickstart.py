@@ -1,4 +1,4 @@
-"""A small model on the embedded corpus: from nothing to a story in about two minutes on two CPU cores.
+"""A small model on the embedded corpus: from nothing to a story in a minute or two on two CPU cores.
 
 python prepare.py nursery --tokenizer bpe:2048 && python train.py config/quickstart.py
 """
