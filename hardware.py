@@ -49,8 +49,8 @@ def pick_dtype(name, device):
 def pick_weights(name, device, stories):
     """What to keep the weights in for telling so many stories at once: a torch.dtype or, on a CPU, "int8".
 
-    auto: the fastest. One story waits for the weights to come from memory, and int8 is the smallest; many are
-    arithmetic, which int8 has none of. Raises UserError as `pick_dtype` does, and for int8 anywhere but on a CPU.
+    auto: the fastest. One story waits for the weights to come from memory, and int8's are the smallest; many wait for
+    arithmetic, at which int8 is slower here. Raises UserError as `pick_dtype` does, and for int8 anywhere but on a CPU.
     """
     if name == "auto" and device.type == "cpu" and stories == 1:
         return "int8"

@@ -365,7 +365,9 @@ def bench_generate(args, device, ceilings, folder):
     """Stories by one and by 32, with and without the cache, in each dtype; and the wait for the first token."""
     torch.manual_seed(0)
     net = GPT(PUBLISHED).eval()
-    models = {dtype: copy.deepcopy(net).to(device, DTYPES[dtype]) for dtype in ("float32", "bfloat16")}
+    picked = {stories: str(pick_weights("auto", device, stories)).removeprefix("torch.") for stories in (1, 32)}
+    dtypes = sorted({"float32", "bfloat16", picked[32]})  # an older GPU's is float16
+    models = {dtype: copy.deepcopy(net).to(device, DTYPES[dtype]) for dtype in dtypes}
     if device.type == "cpu":
         models["int8"] = copy.deepcopy(net).to_int8()
     block_size = PUBLISHED.block_size
@@ -381,7 +383,6 @@ def bench_generate(args, device, ceilings, folder):
             amounts[f"{dtype} {stories} no cache"] = stories * len(lengths)
     medians, spreads = rates(amounts, take_turns(contenders, args.rounds))
 
-    picked = {stories: dtype_name(pick_weights("auto", device, stories)) for stories in (1, 32)}
     weights = net.num_parameters() * BYTES[picked[1]]
     result = {"dtype_1": picked[1], "dtype_32": picked[32]}
     for stories, dtype in picked.items():
@@ -412,11 +413,6 @@ def without_cache(model, idx, lengths):
         logits = model(idx.expand(-1, length), cache=cache)[:, -1]  # (B, V)
         choose_token(logits, 0.8, 200, 1.0, None)
     wait_for(idx.device)
-
-
-def dtype_name(dtype):
-    """`bfloat16` of torch.bfloat16; int8 is a word of its own."""
-    return str(dtype).removeprefix("torch.")
 
 
 def first_token_seconds(model, device, folder, rounds):
