@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from config import Config, read_command_line
+from config import Config, over, read_command_line
 from dataset import Split, TrainingOrder, evaluation_windows, prepare_command, read_meta
 from errors import UserError, exit_with_one_line
 from hardware import pick_compile, pick_device, pick_device_batch_size, pick_dtype
@@ -39,9 +39,9 @@ ACTIONS = {
     "eval_only": "only measure the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
 }
 # What may differ from the stored settings when a run goes on: nothing here changes what an update computes.
-MAY_CHANGE = {"out_dir", "max_iters", "eval_interval", "log_interval", "device", "dtype", "compile",
-              "device_batch_size"}
-LAST_HAS = ("model", "config", "iter", "update", "figures", "optimizer", "scaler", "best_val_loss", "random_state",
+MAY_CHANGE = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval", "device", "dtype",
+              "compile", "device_batch_size"}
+LAST_HAS = ("model", "config", "iter", "update", "figures", "optimizers", "scaler", "best_val_loss", "random_state",
             "seconds", "data_sha256")
 SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250
 
@@ -60,10 +60,10 @@ def main(argv=None):
     if args.resume:
         out_dir = (recipe | flags).get("out_dir") or checkpoint.newest_run()
         last = checkpoint.load(Path(out_dir, "last.pt"), needed=LAST_HAS)
-        cfg = Config(**last["config"] | flags | {"out_dir": str(out_dir)})
+        cfg = Config(**over(last["config"], flags) | {"out_dir": str(out_dir)})
         refuse_changes(last["config"], asdict(cfg), recipe)
     else:
-        cfg = Config(**recipe | flags)
+        cfg = Config(**over(recipe, flags))
     out_dir = Path(cfg.out_dir)
     if checkpoint.holds_run(out_dir) and not (args.resume or args.overwrite):
         go_on = "go on with it (--resume), " if (out_dir / "last.pt").exists() else ""
@@ -86,7 +86,7 @@ def main(argv=None):
         raise UserError(f"{data_dir} is not the data that {out_dir} was trained on: prepare that again, or start a "
                         "new run with another --out_dir")
 
-    # ---- model and optimizer ----
+    # ---- model and optimizers ----
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     if device.type == "cpu":  # so that a run that goes on equals one that was never stopped, bit for bit
@@ -97,25 +97,26 @@ def main(argv=None):
     model_config = GPTConfig(meta["vocab_size"], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
                              cfg.bias)
     model = GPT(model_config).to(device)
-    optimizer = make_optimizer(model, cfg)
+    optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
     # ---- the plan, in words ----
-    updates = math.ceil(cfg.max_iters / cfg.gradient_accumulation_steps)
+    updates = updates_in_all(cfg, last["update"] if last else 0, last["seconds"] if last else 0.0)
     sequences = cfg.sequences_per_update
     cut = pick_device_batch_size(cfg.device_batch_size, sequences, model_config, device)
     update_tokens = sequences * cfg.block_size
     epoch_tokens = order.windows_per_epoch * cfg.block_size
-    flops = 6 * model.num_parameters() * update_tokens * updates
+    flops = math.inf if cfg.max_minutes else 6 * model.num_parameters() * update_tokens * updates
     use_compile, why_not = pick_compile(cfg.compile, device, flops)
     print(f"{out_dir}: {model.num_parameters():,} parameters; {cfg.n_layer} layers, {cfg.n_head} heads, width "
           f"{cfg.n_embd}, block {cfg.block_size}, vocabulary {meta['vocab_size']:,}\n"
           f"{data_dir}: {len(train_split.tokens):,} training tokens, {len(val_split.tokens):,} validation tokens\n"
           f"an update: {sequences:,} sequences = {update_tokens:,} tokens, {cut} sequences at a time\n"
-          f"the run: {updates:,} updates = {updates * update_tokens:,} tokens = "
-          f"{updates * update_tokens / epoch_tokens:.2f} epochs\n"
-          f"on {device}, in {str(dtype).split('.')[1]}, "
+          + (f"the run: {cfg.max_minutes:g} minutes\n" if cfg.max_minutes else
+             f"the run: {updates:,} updates = {updates * update_tokens:,} tokens = "
+             f"{updates * update_tokens / epoch_tokens:.2f} epochs\n")
+          + f"on {device}, in {str(dtype).split('.')[1]}, "
           + ("compiled (the first update waits for that)" if use_compile else f"not compiled: {why_not}"))
     if cfg.min_lr > cfg.learning_rate:
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup the "
@@ -126,7 +127,8 @@ def main(argv=None):
     if last:
         update, best_val_loss, seconds_before = last["update"], last["best_val_loss"], last["seconds"]
         model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
+        for optimizer, state in zip(optimizers, last["optimizers"]):
+            optimizer.load_state_dict(state)
         if last["scaler"]:  # empty where the run was not in fp16 before
             scaler.load_state_dict(last["scaler"])
         set_random_state(last["random_state"], device)
@@ -135,7 +137,8 @@ def main(argv=None):
     else:
         start_folder(out_dir, data_dir)
     if update >= updates:
-        print(f"{out_dir} is at its end already: raise --max_iters to train on")
+        longer = "max_minutes" if cfg.max_minutes else "max_iters"
+        print(f"{out_dir} is at its end already: raise --{longer} to train on")
         return
     log = out_dir / "log.jsonl"
     checkpoint.append_line(log, {
@@ -167,6 +170,9 @@ def main(argv=None):
     log_time, log_update = started, update  # when and where the last log line was written
     bar = tqdm(total=updates, initial=update, unit=" updates", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
+    def seconds():  # spent on the run, evaluations included
+        return seconds_before + time.perf_counter() - started
+
     def snapshot():
         return {"model": model.state_dict(), "model_config": asdict(model_config), "config": asdict(cfg),
                 "data_sha256": data_sha256, "iter": iteration, "update": update,
@@ -177,14 +183,15 @@ def main(argv=None):
 
     def stop_if_not_finite(value, what):
         if not math.isfinite(value):
+            lr = learning_rate(iteration, cfg, updates)
             raise UserError(f"the {what} is {value} at iteration {iteration}: try a lower --learning_rate (now "
-                            f"{learning_rate(iteration, cfg):.3g}), more --warmup_iters or --dtype=float32; the "
-                            f"checkpoints in {out_dir} are from before")
+                            f"{lr:.3g}), more --warmup_iters or --dtype=float32; the checkpoints in {out_dir} are "
+                            "from before")
 
     def save_last():
         checkpoint.save(out_dir / "last.pt", snapshot() | {
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best_val_loss": best_val_loss,
-            "random_state": get_random_state(device), "seconds": seconds_before + time.perf_counter() - started})
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict(),
+            "best_val_loss": best_val_loss, "random_state": get_random_state(device), "seconds": seconds()})
 
     try:
         x, y = fetch(update)
@@ -202,8 +209,7 @@ def main(argv=None):
                            "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, val_split)}
                 tqdm.write(f"iteration {iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
                            f"{figures['val_bpb']:.4f} bits per byte")
-                checkpoint.append_line(log, {"kind": "eval", **figures,
-                                             "seconds": seconds_before + time.perf_counter() - started})
+                checkpoint.append_line(log, {"kind": "eval", **figures, "seconds": seconds()})
                 with open(out_dir / "samples.md", "a", encoding="utf-8") as file:
                     file.write(f"## iteration {iteration}: validation loss {val_loss:.4f}\n\n"
                                f"{tell_story(model, tokenizer)}\n\n")
@@ -216,24 +222,28 @@ def main(argv=None):
             if update == updates or signals:
                 break
 
-            lr = learning_rate(iteration, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = learning_rate(iteration, cfg, updates)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * lr / cfg.learning_rate
             loss = torch.zeros((), device=device)  # stays on the device: nothing waits for it but a log line
             for i in range(0, sequences, cut):
                 with autocast:
                     part = step_model(x[i:i + cut], y[i:i + cut]) * (len(x[i:i + cut]) / sequences)
                 scaler.scale(part).backward()
                 loss += part.detach()
-            scaler.unscale_(optimizer)  # before clipping, which would else measure the scaled gradient
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)  # before clipping, which would else measure the scaled gradient
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            scaler.step(optimizer)
+            if not scaler.is_enabled() or math.isfinite(grad_norm):  # all optimizers skip an update that overflows
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             update += 1
             iteration = update * cfg.gradient_accumulation_steps
-            if update < updates:
-                x, y = fetch(update)  # while a GPU is still at work on the last ones
+            x, y = fetch(update)  # while a GPU is still at work on the last ones
+            updates = bar.total = updates_in_all(cfg, update, seconds())
             bar.update()
 
             log_due = update in (1, updates) or is_due(iteration, cfg.log_interval, cfg)
@@ -252,7 +262,7 @@ def main(argv=None):
                     "kind": "step", "iter": iteration, "update": update, "tokens": update * update_tokens,
                     "epoch": update * update_tokens / epoch_tokens, "loss": loss.item(), "lr": lr,
                     "grad_norm": grad_norm.item() if math.isfinite(grad_norm.item()) else None,  # JSON has no inf
-                    "tokens_per_s": speed, "seconds": seconds_before + now - started})
+                    "tokens_per_s": speed, "seconds": seconds()})
                 bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
                 if bar.disable:
                     left = (updates - update) * update_tokens / speed  # the first update may have waited to compile
@@ -274,8 +284,8 @@ def main(argv=None):
               f"python train.py --out_dir={out_dir} --resume")
     if math.isfinite(best_val_loss):
         print(f"best_val_loss: {best_val_loss:.4f}\nval_bits_per_byte: {bits_per_byte(best_val_loss, val_split):.4f}")
-    tokens, seconds = update * update_tokens, seconds_before + time.perf_counter() - started
-    print(f"tokens: {tokens}\nseconds: {seconds:.1f}\ntokens_per_s: {tokens / seconds:.0f}\n"
+    tokens = update * update_tokens
+    print(f"tokens: {tokens}\nseconds: {seconds():.1f}\ntokens_per_s: {tokens / seconds():.0f}\n"
           f"checkpoint: {checkpoint.best_in(out_dir)}\n"
           f'sample: python sample.py --out_dir {out_dir} --start "{SAMPLE_PROMPT}"')
 
@@ -292,22 +302,51 @@ def refuse_changes(stored, now, recipe):
             print(f"note: the run keeps {name} = {stored[name]!r}, though the recipe says {recipe[name]!r}")
 
 
-def make_optimizer(model, cfg):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) that decays matrices only: not biases, not norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+def make_optimizers(model, cfg):
+    """The optimizers of a run, as a list; each parameter is in one of them, and matrices alone decay.
+
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) takes everything, or leaves the matrices of the blocks to Muon
+    (Jordan et al. 2024, kellerjordan.github.io/posts/muon), which gives all directions of an update equal weight.
+    """
+    hidden, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        is_hidden = cfg.optimizer == "muon" and name.startswith("transformer.h.")
+        (vectors if p.dim() < 2 else hidden if is_hidden else matrices).append(p)
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # torch's name for the rate that a schedule multiplies
+    return optimizers
 
 
-def learning_rate(iteration, cfg):
-    """The rate of the update whose first iteration this is: linear warmup, then a cosine to min_lr, then min_lr."""
+def updates_in_all(cfg, update, seconds):
+    """Updates in the whole run: by count, or as many as fit into max_minutes at the pace of the first `update`."""
+    if not cfg.max_minutes:
+        return math.ceil(cfg.max_iters / cfg.gradient_accumulation_steps)
+    share = seconds / (60 * cfg.max_minutes)
+    return update if share >= 1 else max(update + 1, int(update / share) if share else 0)
+
+
+def learning_rate(iteration, cfg, updates=0):
+    """AdamW's rate for the update whose first iteration this is; `updates` is how many a run of max_minutes will have.
+
+    Linear warmup, then the schedule down (or up) to min_lr, then min_lr. wsd (warmup, stable, decay) is the one of Hu
+    et al. 2024, arXiv 2404.06395, with a linear decay.
+    """
+    end = cfg.lr_decay_iters or updates * cfg.gradient_accumulation_steps
     if iteration < cfg.warmup_iters:
         return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
-    if iteration >= cfg.lr_decay_iters:
+    if iteration >= end:
         return cfg.min_lr
-    way = (iteration - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)  # 0 to 1
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * way)) * (cfg.learning_rate - cfg.min_lr)
+    left = (end - iteration) / (end - cfg.warmup_iters)  # 1 to 0
+    if cfg.lr_schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    elif cfg.lr_schedule == "wsd":
+        left = min(1, left / cfg.decay_fraction)
+    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
 def is_due(iteration, interval, cfg):

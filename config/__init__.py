@@ -20,6 +20,8 @@ import numpy as np
 
 from errors import Parser, UserError
 
+LENGTHS = ("max_iters", "max_tokens", "max_minutes")  # of a run, in three units
+
 
 def setting(default, meaning, low=-math.inf, high=math.inf):
     """A field of `Config`: its default, its meaning in one line, and the lowest and highest value allowed."""
@@ -49,11 +51,20 @@ class Config:
     batch_size: int = setting(32, "sequences in an iteration", low=1)
     gradient_accumulation_steps: int = setting(32, "iterations in an update", low=1)
     max_iters: int = setting(20_000, "iterations in the whole run", low=1)
-    learning_rate: float = setting(1e-4, "learning rate at the end of warmup", low=0)
-    min_lr: float = setting(5e-4, "learning rate at the end of the cosine, at lr_decay_iters", low=0)
+    max_tokens: int = setting(0, "tokens in the whole run, in place of max_iters", low=0)
+    max_minutes: float = setting(0.0, "minutes that the whole run takes, in place of max_iters", low=0)
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw for everything, or muon for the matrices of the blocks and adamw for the rest")
+    learning_rate: float = setting(1e-4, "AdamW's learning rate at the end of warmup", low=1e-9)
+    muon_lr: float = setting(0.02, "Muon's learning rate at the end of warmup; the same schedule multiplies it", low=0)
+    lr_schedule: Literal["cosine", "linear", "wsd"] = setting(
+        "cosine", "how the rate goes to min_lr after warmup; wsd: not before the last decay_fraction, then linearly")
+    min_lr: float = setting(5e-4, "AdamW's learning rate at the end of the schedule, at lr_decay_iters", low=0)
     warmup_iters: int = setting(1_000, "iterations over which the learning rate rises from zero", low=0)
-    lr_decay_iters: int = setting(0, "iteration at which the cosine ends; 0: max_iters", low=0)
-    weight_decay: float = setting(0.1, "AdamW's decay of weight matrices; biases and norms have none", low=0)
+    lr_decay_iters: int = setting(0, "iteration at which the schedule ends; 0: the end of the run", low=0)
+    decay_fraction: float = setting(0.5, "wsd: the last share of the way from warmup's end to lr_decay_iters", low=1e-6,
+                                    high=1)
+    weight_decay: float = setting(0.1, "decay of weight matrices; biases and norms have none", low=0)
     beta1: float = setting(0.9, "AdamW's momentum", low=0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's memory of squared gradients", low=0, high=0.99999)
     grad_clip: float = setting(0.5, "largest norm of an update's gradient; 0: no clipping", low=0)
@@ -73,11 +84,18 @@ class Config:
         _check_each(asdict(self))
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
-        if not self.lr_decay_iters:
-            object.__setattr__(self, "lr_decay_iters", self.max_iters)  # so that a longer run later keeps its schedule
-        if self.warmup_iters >= self.lr_decay_iters:
+        if self.max_tokens:  # as many whole updates as it pays for
+            update_tokens = self.sequences_per_update * self.block_size
+            if self.max_tokens < update_tokens:
+                raise UserError(f"max_tokens = {self.max_tokens} is less than one update of {update_tokens} tokens "
+                                "(batch_size * gradient_accumulation_steps * block_size)")
+            updates = self.max_tokens // update_tokens
+            object.__setattr__(self, "max_iters", updates * self.gradient_accumulation_steps)
+        if not self.lr_decay_iters and not self.max_minutes:  # so that a longer run later keeps its schedule
+            object.__setattr__(self, "lr_decay_iters", self.max_iters)
+        if self.lr_decay_iters and self.warmup_iters >= self.lr_decay_iters:
             raise UserError(f"warmup_iters = {self.warmup_iters} is not below lr_decay_iters = {self.lr_decay_iters} "
-                            f"(which follows max_iters = {self.max_iters} unless it is set)")
+                            "(which is the length of the run unless it is set)")
         if self.device_batch_size != "auto" and self.sequences_per_update % self.device_batch_size:
             raise UserError(f"device_batch_size = {self.device_batch_size} does not divide an update's "
                             f"{self.sequences_per_update} sequences (batch_size * gradient_accumulation_steps)")
@@ -86,6 +104,12 @@ class Config:
     def sequences_per_update(self):
         """Sequences that one optimizer step sees."""
         return self.batch_size * self.gradient_accumulation_steps
+
+
+def over(settings, flags):
+    """Settings with flags over them, as a dict. A flag that sets the run's length does so alone, in whatever unit."""
+    kept = {name: value for name, value in settings.items() if not (name in LENGTHS and _lengths(flags))}
+    return kept | flags
 
 
 def read_command_line(argv, actions):
@@ -108,6 +132,7 @@ def read_command_line(argv, actions):
     flags = {f.name: _from_text(f, getattr(args, f.name)) for f in fields(Config) if hasattr(args, f.name)}
     try:
         _check_each(flags)
+        _lengths(flags)
     except UserError as error:
         parser.error(str(error))
     recipe = {"out_dir": f"out/{Path(args.recipe).stem}"} | read_recipe(args.recipe) if args.recipe else {}
@@ -133,9 +158,18 @@ def read_recipe(path):
               if not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
     try:
         _check_each(values)
+        _lengths(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return values
+
+
+def _lengths(values):
+    """The settings among these that say how long the run is. Raises UserError where they are more than one."""
+    names = [name for name in LENGTHS if values.get(name)]
+    if len(names) > 1:
+        raise UserError(f"{names[0]} and {names[1]} are both set: a run has one length, so leave one of them out")
+    return names
 
 
 def _words_and_type(f):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, read_command_line, read_recipe
+from config import Config, over, read_command_line, read_recipe
 from conftest import ROOT
 from dataset import prepare_command
 from errors import UserError
@@ -14,7 +14,7 @@ from errors import UserError
 
 def settings(*argv):
     recipe, flags, args = read_command_line(list(argv), {"resume": "go on"})
-    return Config(**recipe | flags)
+    return Config(**over(recipe, flags))
 
 
 def test_defaults_are_the_published_recipe_number_for_number():
@@ -108,6 +108,8 @@ def test_missing_recipe_suggests_the_one_in_config(monkeypatch):
     (dict(max_iters=1000), "warmup_iters = 1000 is not below lr_decay_iters = 1000"),
     (dict(device_batch_size=33), "device_batch_size = 33 does not divide an update's 1024"),
     (dict(eval_iters=0), "eval_iters = 0"),
+    (dict(max_tokens=131_071), "max_tokens = 131071 is less than one update of 131072 tokens"),
+    (dict(max_tokens=1_000_000), "warmup_iters = 1000 is not below lr_decay_iters = 224"),
 ])
 def test_settings_that_contradict_each_other(changes, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -117,6 +119,23 @@ def test_settings_that_contradict_each_other(changes, complaint):
 def test_the_schedule_ends_with_the_run_unless_it_is_set():
     assert Config(max_iters=5000).lr_decay_iters == 5000
     assert Config(max_iters=5000, lr_decay_iters=2000).lr_decay_iters == 2000
+
+
+def test_a_run_has_one_length_and_a_flag_replaces_the_recipes(tmp_path, capsys):
+    recipe = tmp_path / "x.py"
+    recipe.write_text("max_tokens = 10_000_000")
+    stored, flags, _ = read_command_line([str(recipe), "--max_iters=3200"], {})
+    assert Config(**over(stored, flags)).max_iters == 3200 and over(stored, {"seed": 1})["max_tokens"] == 10_000_000
+    assert Config(**over(stored, {"max_minutes": 5.0})).max_tokens == 0
+    cfg = Config(**stored)
+    assert cfg.max_iters == cfg.lr_decay_iters == 10_000_000 // 131_072 * 32
+    # A run that is made longer keeps its schedule.
+    longer = Config(**over(asdict(cfg), {"max_iters": 6400}))
+    assert longer.max_iters == 6400 and longer.lr_decay_iters == cfg.max_iters
+    assert "max_iters and max_minutes are both set" in refused(capsys, "--max_minutes=1", "--max_iters=5")
+    recipe.write_text("max_tokens = 10_000_000\nmax_minutes = 5")
+    with pytest.raises(UserError, match="x.py: max_tokens and max_minutes are both set"):
+        read_recipe(recipe)
 
 
 def test_help_has_every_setting_with_its_default_and_bounds(capsys):

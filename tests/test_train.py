@@ -128,6 +128,94 @@ def test_the_learning_rate_is_the_designs():
     assert train.learning_rate(20_000 - 32, published) == pytest.approx(5e-4, rel=1e-3)  # it rises
 
 
+def test_linear_and_wsd_schedules():
+    linear = Config(lr_schedule="linear", learning_rate=1.0, min_lr=0.2, warmup_iters=9, lr_decay_iters=29)
+    assert [train.learning_rate(i, linear) for i in (0, 8, 9, 19, 24, 29, 99)] == pytest.approx(
+        [0.1, 0.9, 1.0, 0.6, 0.4, 0.2, 0.2])
+    wsd = Config(lr_schedule="wsd", decay_fraction=0.25, learning_rate=1.0, min_lr=0.2, warmup_iters=9,
+                 lr_decay_iters=29)
+    assert [train.learning_rate(i, wsd) for i in (0, 8, 9, 19, 24, 25, 28, 29, 99)] == pytest.approx(
+        [0.1, 0.9, 1.0, 1.0, 1.0, 0.84, 0.36, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_optimizer_and_matrices_alone_decay(optimizer):
+    model = GPT(GPTConfig(300, 16, 2, 2, 16))
+    names = {p: name for name, p in model.named_parameters()}
+    optimizers = train.make_optimizers(model, Config(optimizer=optimizer, learning_rate=3e-3, muon_lr=0.01))
+    groups = [(type(o).__name__, g, {names[p] for p in g["params"]}) for o in optimizers for g in o.param_groups]
+    everything = [name for _, _, group_names in groups for name in group_names]
+    assert sorted(everything) == sorted(names.values()) and sum(len(g["params"]) for _, g, _ in groups) == len(names)
+    hidden = {name for name in names.values() if name.startswith("transformer.h.") and ".weight" in name
+              and ".ln_" not in name}
+    assert len(hidden) == 2 * 4
+    in_muon = set().union(*(group_names for kind, _, group_names in groups if kind == "Muon"))
+    assert in_muon == (hidden if optimizer == "muon" else set())
+    assert {g["lr"] for kind, g, _ in groups if kind == "Muon"} <= {0.01}
+    assert {g["lr"] for kind, g, _ in groups if kind == "AdamW"} == {3e-3}
+    decayed = set().union(*(group_names for _, g, group_names in groups if g["weight_decay"] == 0.1))
+    assert decayed == hidden | {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert {g["weight_decay"] for _, g, _ in groups} == {0.1, 0.0}
+
+
+def test_one_schedule_multiplies_both_rates(with_data):
+    """Muon's step has the size of its rate, whatever the gradient: the largest change of a matrix tells it."""
+    train.main([*TINY, "--optimizer=muon", "--weight_decay=0", "--out_dir=out/x", "--max_iters=4", "--warmup_iters=3",
+                "--muon_lr=0.02", "--learning_rate=1e-2"])
+    state = checkpoint.load("out/x/last.pt", needed=train.LAST_HAS)
+    adamw, muon = state["optimizers"]
+    rate = train.learning_rate(2, Config(**state["config"]))  # of the second and last update: warmup's third of four
+    assert rate == pytest.approx(0.75e-2)
+    assert [g["lr"] for g in adamw["param_groups"]] == pytest.approx([rate, rate])
+    assert [g["lr"] for g in muon["param_groups"]] == pytest.approx([2 * rate])
+    torch.manual_seed(1337)
+    before = GPT(GPTConfig(300, 16, 2, 2, 16, 0.1)).state_dict()
+    name = "transformer.h.0.attn.c_proj.weight"
+    moved = torch.linalg.matrix_norm(weights("out/x")[name] - before[name], 2).item()
+    # Two steps of 0.25 and 0.75 of the rate, each an almost orthogonal matrix: its singular values are about 0.7 to 1.2.
+    assert 0.5 * 0.02 * 0.75 < moved < 1.25 * 0.02
+
+
+@pytest.mark.parametrize("flags, tokens", [
+    (["--max_tokens=1000"], 896),  # seven updates of 128 tokens; an eighth would go beyond
+    (["--max_tokens=128"], 128),
+    (["--max_iters=7"], 512),  # in iterations, rounded up to whole updates
+])
+def test_a_budget_of_tokens_or_iterations_ends_where_it_says(with_data, flags, tokens):
+    words = [word for word in TINY if "max_iters" not in word]
+    train.main([*words, "--warmup_iters=0", *flags, "--out_dir=out/x"])
+    assert checkpoint.load("out/x/last.pt")["tokens"] == records("out/x", "eval")[-1]["tokens"] == tokens
+    cfg = Config(**records("out/x", "run")[0]["config"])
+    assert cfg.lr_decay_iters == cfg.max_iters  # so the rate has decayed when the budget is spent
+    assert records("out/x", "step")[-1]["lr"] < 0.5 * cfg.learning_rate or tokens == 128
+
+
+def test_a_budget_of_minutes_ends_when_it_is_spent_with_the_rate_decayed(with_data, capsys):
+    words = [word for word in TINY if "max_iters" not in word]
+    words += ["--lr_schedule=linear", "--min_lr=0", "--log_interval=1", "--eval_interval=10000",
+              "--out_dir=out/x"]
+    train.main([*words, "--max_minutes=0.02"])
+    assert "the run: 0.02 minutes" in capsys.readouterr().out
+    state = checkpoint.load("out/x/last.pt", needed=train.LAST_HAS)
+    steps, evals = records("out/x", "step"), records("out/x", "eval")
+    assert steps[-2]["seconds"] < 1.2 <= state["seconds"] and evals[-1]["iter"] == state["iter"] == steps[-1]["iter"]
+    for before, step in zip(steps[3:], steps[4:]):  # the rate of an update is that of the moment at which it began
+        assert step["lr"] <= 1.1e-2 * (1 - before["seconds"] / 1.2) + 1e-3
+    assert steps[-1]["lr"] < 0.2e-2 < 0.8e-2 < max(step["lr"] for step in steps)
+    train.main(["--resume", "--out_dir=out/x"])
+    assert "at its end already: raise --max_minutes" in capsys.readouterr().out
+    train.main(["--resume", "--out_dir=out/x", "--max_minutes=0.03"])
+    assert "changed: max_minutes is now 0.03, was 0.02" in capsys.readouterr().out
+    assert checkpoint.load("out/x/last.pt", needed=train.LAST_HAS)["seconds"] >= 1.8
+
+
+def test_minutes_become_updates_at_the_pace_so_far():
+    cfg = Config(max_minutes=2.0, gradient_accumulation_steps=1)
+    assert [train.updates_in_all(cfg, 10, seconds) for seconds in (12, 60, 119.9, 120, 500)] == [100, 20, 11, 10, 10]
+    assert train.updates_in_all(cfg, 0, 0.0) == 1  # nothing is known yet
+    assert cfg.lr_decay_iters == 0 and train.learning_rate(1500, cfg, 2000) == pytest.approx(3e-4)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_an_update_is_the_same_however_it_is_cut(with_data, cut, monkeypatch):
     """Of 8 sequences at once; 3 leave a smaller last piece, as auto may."""
@@ -173,17 +261,20 @@ def test_evaluation_is_without_dropout_and_the_same_each_time(with_data):
     assert losses[3].item() == pytest.approx(model.eval()(x, y).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("stop", [2, 8, 14])
-def test_going_on_gives_the_run_that_was_never_stopped(with_data, stop):
+@pytest.mark.parametrize("stop, optimizer, schedule", [(2, "adamw", "cosine"), (8, "adamw", "wsd"), (14, "adamw", "linear"),
+                                                       (6, "muon", "wsd"), (14, "muon", "cosine")])
+def test_going_on_gives_the_run_that_was_never_stopped(with_data, stop, optimizer, schedule):
     """With dropout and accumulation, stopped at and between evaluations (every 8 iterations)."""
-    words = [*TINY, "--dropout=0.2", "--lr_decay_iters=24"]
+    words = [*TINY, "--dropout=0.2", "--lr_decay_iters=24", f"--optimizer={optimizer}", f"--lr_schedule={schedule}"]
     train.main([*words, "--out_dir=out/whole"])
     train.main([*words, "--out_dir=out/parts", f"--max_iters={stop}"])
     train.main([*words, "--out_dir=out/parts", "--resume"])
     a, b = (checkpoint.load(f"out/{name}/last.pt") for name in ("whole", "parts"))
     assert same(a["model"], b["model"]) and a["update"] == b["update"] == 12
-    assert all(torch.equal(a["optimizer"]["state"][i][key], b["optimizer"]["state"][i][key])
-               for i in a["optimizer"]["state"] for key in ("exp_avg", "exp_avg_sq", "step"))
+    for one, other in zip(a["optimizers"], b["optimizers"], strict=True):
+        assert one["state"].keys() == other["state"].keys() and all(
+            same(state, other["state"][i]) for i, state in one["state"].items())
+    assert len(a["optimizers"]) == (2 if optimizer == "muon" else 1)
     assert b["seconds"] > 0 and same(weights("out/whole", "ckpt.pt"), weights("out/parts", "ckpt.pt"))
     whole = {r["iter"]: r["loss"] for r in records("out/whole", "step")}
     assert len(records("out/parts", "run")) == 2

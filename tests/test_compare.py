@@ -1,0 +1,121 @@
+"""The table and the picture of runs beside each other."""
+
+import builtins
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train
+from conftest import TINY
+from tools import compare
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def rows(text):
+    """The lines of the printed table as dicts, and what is printed behind it."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0] == "|"]
+    return [dict(zip(lines[0], line)) for line in lines[2:]], [x for x in text.splitlines() if x[0] != "|"]
+
+
+@pytest.fixture(scope="module")
+def two_runs(trained):
+    """A folder with out/tiny and out/other, which differ in two settings."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(trained)
+        train.main([*TINY, "--out_dir=out/other", "--learning_rate=5e-3", "--optimizer=muon"])
+    return trained
+
+
+def pixels(path):
+    """A picture's pixels, (height, width, 4), from 0 to 1."""
+    from matplotlib.image import imread
+    return imread(path)
+
+
+def test_the_table_has_what_differs_and_what_came_of_it(two_runs, monkeypatch, capsys):
+    monkeypatch.chdir(two_runs)
+    compare.main(["out/tiny", "out/other/", "--picture", "out/a/both.png"])  # in a folder that is not there yet
+    (tiny, other), rest = rows(capsys.readouterr().out)
+    assert list(tiny) == ["run", "optimizer", "learning_rate", "tokens", "seconds", "best validation loss",
+                          "at tokens", "bits per byte"]
+    assert (tiny["run"], tiny["optimizer"], tiny["learning_rate"]) == ("out/tiny", "adamw", "0.01")
+    assert (other["run"], other["optimizer"], other["learning_rate"]) == ("out/other", "muon", "0.005")
+    assert tiny["tokens"] == other["tokens"] == "1,536" and rest == ["picture: out/a/both.png"]
+    evals = [json.loads(line) for line in Path("out/other/log.jsonl").read_text().splitlines() if '"eval"' in line]
+    best = min(evals, key=lambda record: record["val_loss"])
+    assert other["best validation loss"] == f"{best['val_loss']:.4f}" and other["at tokens"] == f"{best['tokens']:,}"
+    assert other["bits per byte"] == f"{best['val_bpb']:.4f}"
+    both = pixels("out/a/both.png")
+    assert both.shape[0] > 300 and both.shape[1] > 2 * both.shape[0] and both.std() > 0.05
+
+
+def test_one_run_alone_and_another_format(two_runs, monkeypatch, capsys):
+    monkeypatch.chdir(two_runs)
+    compare.main(["out/tiny", "--picture", "out/one.svg"])
+    (tiny,), _ = rows(capsys.readouterr().out)
+    assert list(tiny)[:3] == ["run", "tokens", "seconds"]
+    assert Path("out/one.svg").read_text().count("<svg") == 1
+    compare.main(["out/tiny"])
+    assert Path("out/compare.png").read_bytes().startswith(PNG)
+
+
+def test_runs_that_are_still_going(two_runs, here, capsys):
+    """One cut in the middle of a line, one before its first evaluation."""
+    lines = (two_runs / "out/tiny/log.jsonl").read_bytes().splitlines(keepends=True)
+    first_eval = next(i for i, line in enumerate(lines) if b'"eval"' in line)
+    for name, text in {"a": b"".join(lines[:first_eval + 2]) + lines[-1][:20], "b": b"".join(lines[:2])}.items():
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "log.jsonl").write_bytes(text)  # and no other file
+    compare.main(["out/a", "out/b"])
+    (a, b), _ = rows(capsys.readouterr().out)
+    assert (a["tokens"], a["at tokens"]) == ("768", "512") and a["best validation loss"] != "–"
+    assert (b["tokens"], b["best validation loss"], b["at tokens"], b["bits per byte"]) == ("128", "–", "–", "–")
+    assert pixels("out/compare.png").std() > 0.05
+
+
+def test_other_data_and_other_windows_are_noted(two_runs, here, capsys):
+    for name, changes in {"a": {}, "b": {"data": True}, "c": {"eval_iters": 3}}.items():
+        records = [json.loads(line) for line in (two_runs / "out/tiny/log.jsonl").read_text().splitlines()]
+        if "data" in changes:
+            records[0]["data_sha256"]["train"] = "another"
+        records[0]["config"] |= {k: v for k, v in changes.items() if k != "data"}
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    compare.main(["out/a", "out/b"])
+    assert "note: the runs have different data" in capsys.readouterr().out
+    compare.main(["out/a", "out/c"])
+    out = capsys.readouterr().out
+    assert "note: the runs are evaluated on different windows" in out and "different data" not in out
+
+
+def test_what_cannot_be_compared_is_told_in_one_line(two_runs, monkeypatch, fails):
+    monkeypatch.chdir(two_runs)
+    assert "no log in out/nothing" in fails(compare.main, ["out/tiny", "out/nothing"])
+    assert "RUN" in fails(compare.main, [], code=2)
+    assert "cannot draw out/x.docx" in fails(compare.main, ["out/tiny", "--picture", "out/x.docx"])
+    assert "cannot draw out/tiny" in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
+    shutil.copytree("out/tiny", "out/torn", dirs_exist_ok=True)
+    Path("out/torn/log.jsonl").write_text("")
+    assert "out/torn/log.jsonl does not say" in fails(compare.main, ["out/torn"])
+    Path("out/torn/log.jsonl").write_text("{}\n")
+    assert "line 1 is damaged" in fails(compare.main, ["out/torn"])
+
+
+def test_without_matplotlib_the_table_is_still_printed(two_runs, monkeypatch, capsys, fails):
+    monkeypatch.chdir(two_runs)
+    importing = builtins.__import__
+
+    def without(name, *args, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return importing(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SystemExit) as exit:
+        compare.main(["out/tiny"])
+    out, error = capsys.readouterr()
+    assert exit.value.code == 1 and "| out/tiny |" in out
+    assert error == "error: the picture needs matplotlib: pip install -r requirements-extra.txt\n"
