@@ -15,9 +15,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def rows(text):
-    """The lines of the printed table as dicts, and what is printed behind it."""
+    """The runs of the printed table as dicts, and what is printed behind it."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0] == "|"]
-    return [dict(zip(lines[0], line)) for line in lines[2:]], [x for x in text.splitlines() if x[0] != "|"]
+    del lines[1]  # the rule under the heading
+    lines = list(zip(*lines)) if not lines[1][0].startswith("out/") else lines  # a column for each run
+    return [dict(zip(lines[0], line)) for line in lines[1:]], [x for x in text.splitlines() if x[0] != "|"]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,32 @@ def test_the_table_has_what_differs_and_what_came_of_it(two_runs, monkeypatch, c
     assert other["bits per byte"] == f"{best['val_bpb']:.4f}"
     both = pixels("out/a/both.png")
     assert both.shape[0] > 300 and both.shape[1] > 2 * both.shape[0] and both.std() > 0.05
+
+
+def test_the_best_evaluation_counts_and_a_schedule_that_ends_with_the_run_is_not_listed(two_runs, here, capsys):
+    records = [json.loads(line) for line in (two_runs / "out/tiny/log.jsonl").read_text().splitlines()]
+    evals = [record for record in records if record["kind"] == "eval"]
+    evals[-1]["val_loss"], evals[1]["val_loss"], evals[1]["val_bpb"] = 9.9, 1.5, 0.75
+    for name, iters, decay_iters in (("a", 24, 24), ("b", 48, 48), ("c", 48, 24)):
+        records[0]["config"] |= {"max_iters": iters, "lr_decay_iters": decay_iters}
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    compare.main(["out/a", "out/b"])
+    (run, _), _ = rows(capsys.readouterr().out)
+    assert (run["best validation loss"], run["at tokens"], run["bits per byte"]) == ("1.5000", "1,024", "0.7500")
+    assert "lr_decay_iters" not in run
+    compare.main(["out/b", "out/c"])
+    assert "lr_decay_iters" in capsys.readouterr().out
+
+
+def test_many_runs_have_a_line_each(two_runs, here, capsys):
+    names = [f"out/{i:02}-a-run-with-a-long-name" for i in range(8)]
+    for name in names:
+        shutil.copytree(two_runs / "out/tiny", name)
+    compare.main(names)
+    table = [line for line in capsys.readouterr().out.splitlines() if line[0] == "|"]
+    assert len(table) == 10 and len({len(line) for line in table}) == 1
+    assert [line.split()[1] for line in table[2:]] == names
 
 
 def test_one_run_alone_and_another_format(two_runs, monkeypatch, capsys):
@@ -117,5 +145,5 @@ def test_without_matplotlib_the_table_is_still_printed(two_runs, monkeypatch, ca
     with pytest.raises(SystemExit) as exit:
         compare.main(["out/tiny"])
     out, error = capsys.readouterr()
-    assert exit.value.code == 1 and "| out/tiny |" in out
+    assert exit.value.code == 1 and "out/tiny |" in out
     assert error == "error: the picture needs matplotlib: pip install -r requirements-extra.txt\n"

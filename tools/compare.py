@@ -71,12 +71,18 @@ def columns(run, names):
 
 
 def table(rows):
-    """Lines of the same headings, as a Markdown table whose columns are aligned."""
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    lines = [{name: name for name in widths}, {name: "-" * (width - 1) + ":" for name, width in widths.items()}, *rows]
-    lines[1]["run"] = "-" * widths["run"]  # names stand at the left, figures at the right
-    return "\n".join("| " + " | ".join(f"{line[name]:{'<' if name == 'run' else '>'}{width}}"
-                                       for name, width in widths.items()) + " |" for line in lines)
+    """Dicts with the same headings as a Markdown table: a line for each, or a column, whichever is less wide."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    return min(markdown(lines), markdown(list(zip(*lines))), key=lambda text: text.index("\n"))
+
+
+def markdown(lines):
+    """Lists of cells, the first of them the heading, as an aligned Markdown table; figures stand at the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = [[cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))]
+               for line in lines]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [aligned[0], rule, *aligned[1:]])
 
 
 def notes(runs):
@@ -97,6 +103,7 @@ def draw(runs, path):
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, NullLocator
     except ImportError as error:
         raise UserError("the picture needs matplotlib:  pip install -r requirements-extra.txt") from error
     if not any(run["evals"] for run in runs):
@@ -120,6 +127,10 @@ def draw(runs, path):
     by_tokens.legend()
     for axes in (by_tokens, by_time):
         axes.grid(alpha=0.3)
+    by_tokens.set_yscale("log")  # late in a run small differences count, and losses begin high; both axes share it
+    by_tokens.yaxis.set_major_locator(MaxNLocator(10))
+    by_tokens.yaxis.set_minor_locator(NullLocator())
+    by_tokens.yaxis.set_major_formatter("{x:g}")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=110)
