@@ -1,7 +1,7 @@
 """Writing and reading run folders (out/<run>/) safely.
 
     ckpt.pt     the weights with the best validation loss so far, and what is needed to use them
-    last.pt     the same of the latest update, and the optimizer's and random states that resuming needs
+    last.pt     the same of the latest update, and the optimizers' and random states that resuming needs
     log.jsonl   one JSON object a line: the run, its log steps, its evaluations
     samples.md  a story from each evaluation
     tokenizer.tiktoken, meta.json   the dataset's, so that the folder is complete in itself
@@ -55,7 +55,8 @@ def load(path, needed=("model", "model_config", "config", "tokens", "figures")):
     except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is broken or not a checkpoint: use another run, or train again") from error
     if not isinstance(state, dict) or not state.keys() >= set(needed):
-        raise UserError(f"{path} is not a checkpoint of this program: use another run, or train again")
+        raise UserError(f"{path} is not a checkpoint of this program, or of an older version of it: use another run, "
+                        "or train again")
     return state
 
 

@@ -38,7 +38,8 @@ ACTIONS = {
     "overwrite": "start anew where out_dir already holds a run",
     "eval_only": "only measure the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
 }
-# What may differ from the stored settings when a run goes on: nothing here changes what an update computes.
+# What may differ from the stored settings when a run goes on: nothing here changes what an update computes, but
+# max_minutes, which gives it the rate of that moment.
 MAY_CHANGE = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval", "device", "dtype",
               "compile", "device_batch_size"}
 LAST_HAS = ("model", "config", "iter", "update", "figures", "optimizers", "scaler", "best_val_loss", "random_state",
@@ -107,7 +108,9 @@ def main(argv=None):
     cut = pick_device_batch_size(cfg.device_batch_size, sequences, model_config, device)
     update_tokens = sequences * cfg.block_size
     epoch_tokens = order.windows_per_epoch * cfg.block_size
-    flops = math.inf if cfg.max_minutes else 6 * model.num_parameters() * update_tokens * updates
+    flops = 6 * model.num_parameters() * update_tokens * updates
+    if cfg.max_minutes:  # how many updates fit is not known yet; compiling takes about a minute
+        flops = math.inf if cfg.max_minutes >= 10 else 0
     use_compile, why_not = pick_compile(cfg.compile, device, flops)
     print(f"{out_dir}: {model.num_parameters():,} parameters; {cfg.n_layer} layers, {cfg.n_head} heads, width "
           f"{cfg.n_embd}, block {cfg.block_size}, vocabulary {meta['vocab_size']:,}\n"
@@ -137,8 +140,8 @@ def main(argv=None):
     else:
         start_folder(out_dir, data_dir)
     if update >= updates:
-        longer = "max_minutes" if cfg.max_minutes else "max_iters"
-        print(f"{out_dir} is at its end already: raise --{longer} to train on")
+        length = next(name for name in ("max_minutes", "max_tokens", "max_iters") if getattr(cfg, name))
+        print(f"{out_dir} is at its end already: raise --{length} to train on")
         return
     log = out_dir / "log.jsonl"
     checkpoint.append_line(log, {
@@ -184,9 +187,9 @@ def main(argv=None):
     def stop_if_not_finite(value, what):
         if not math.isfinite(value):
             lr = learning_rate(iteration, cfg, updates)
-            raise UserError(f"the {what} is {value} at iteration {iteration}: try a lower --learning_rate (now "
-                            f"{lr:.3g}), more --warmup_iters or --dtype=float32; the checkpoints in {out_dir} are "
-                            "from before")
+            rates = "--muon_lr and --learning_rate" if cfg.optimizer == "muon" else "--learning_rate"
+            raise UserError(f"the {what} is {value} at iteration {iteration}: try a lower {rates} (now {lr:.3g}), "
+                            f"more --warmup_iters or --dtype=float32; the checkpoints in {out_dir} are from before")
 
     def save_last():
         checkpoint.save(out_dir / "last.pt", snapshot() | {
@@ -219,6 +222,7 @@ def main(argv=None):
                 save_last()
                 saved = update
                 log_time += time.perf_counter() - pause  # the tokens a second are those of training alone
+                updates = bar.total = updates_in_all(cfg, update, seconds())
             if update == updates or signals:
                 break
 
@@ -279,6 +283,8 @@ def main(argv=None):
             signal.signal(number, handler)
 
     # ---- the end ----
+    if update == updates and iteration < cfg.warmup_iters:
+        print(f"warning: the run ended in its warmup, after {iteration:,} of warmup_iters = {cfg.warmup_iters:,}")
     if update < updates:
         print(f"stopped after update {update:,} of {updates:,}; go on with  "
               f"python train.py --out_dir={out_dir} --resume")
@@ -292,6 +298,12 @@ def main(argv=None):
 
 def refuse_changes(stored, now, recipe):
     """Say which settings differ from those of the run that goes on; raise UserError where that would break it."""
+    if bool(stored["max_minutes"]) != bool(now["max_minutes"]):
+        raise UserError("a run of minutes goes on by --max_minutes alone, any other by --max_iters or --max_tokens: "
+                        "keep to it, or start a new run with another --out_dir")
+    if now["min_lr"] == 0 and max(stored["max_iters"], now["lr_decay_iters"]) < now["max_iters"]:
+        raise UserError(f"the learning rate is 0 from iteration {now['lr_decay_iters']} on: a longer run would learn "
+                        "nothing more; start a new one of that length with another --out_dir")
     for name in now:
         if now[name] != stored[name] and name not in MAY_CHANGE:
             raise UserError(f"{name} = {now[name]!r} cannot change in a run that goes on (it is {stored[name]!r}): "
@@ -445,7 +457,7 @@ def measure(recipe, flags):
     if path.name == "last.pt":
         print(f"{out_dir} has no ckpt.pt yet: measuring last.pt", file=sys.stderr)
     model, tokenizer, state = checkpoint.load_model(path)
-    cfg = Config(**state["config"] | flags)
+    cfg = Config(**state["config"] | flags | {"max_tokens": 0})  # which another batch_size could contradict
     data_dir = Path("data", cfg.dataset)
     split = Split(data_dir, "validation", cfg.block_size)
     if Tokenizer.load(data_dir) != tokenizer:

@@ -51,12 +51,13 @@ class Config:
     batch_size: int = setting(32, "sequences in an iteration", low=1)
     gradient_accumulation_steps: int = setting(32, "iterations in an update", low=1)
     max_iters: int = setting(20_000, "iterations in the whole run", low=1)
-    max_tokens: int = setting(0, "tokens in the whole run, in place of max_iters", low=0)
+    max_tokens: int = setting(0, "tokens in the whole run, in whole updates, in place of max_iters", low=0)
     max_minutes: float = setting(0.0, "minutes that the whole run takes, in place of max_iters", low=0)
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "adamw for everything, or muon for the matrices of the blocks and adamw for the rest")
     learning_rate: float = setting(1e-4, "AdamW's learning rate at the end of warmup", low=1e-9)
-    muon_lr: float = setting(0.02, "Muon's learning rate at the end of warmup; the same schedule multiplies it", low=0)
+    muon_lr: float = setting(
+        0.02, "Muon's learning rate at the end of warmup; it ends at muon_lr * min_lr / learning_rate", low=0)
     lr_schedule: Literal["cosine", "linear", "wsd"] = setting(
         "cosine", "how the rate goes to min_lr after warmup; wsd: not before the last decay_fraction, then linearly")
     min_lr: float = setting(5e-4, "AdamW's learning rate at the end of the schedule, at lr_decay_iters", low=0)
@@ -95,7 +96,7 @@ class Config:
             object.__setattr__(self, "lr_decay_iters", self.max_iters)
         if self.lr_decay_iters and self.warmup_iters >= self.lr_decay_iters:
             raise UserError(f"warmup_iters = {self.warmup_iters} is not below lr_decay_iters = {self.lr_decay_iters} "
-                            "(which is the length of the run unless it is set)")
+                            "(the length of the run unless it is set): lower --warmup_iters, or lengthen the run")
         if self.device_batch_size != "auto" and self.sequences_per_update % self.device_batch_size:
             raise UserError(f"device_batch_size = {self.device_batch_size} does not divide an update's "
                             f"{self.sequences_per_update} sequences (batch_size * gradient_accumulation_steps)")
@@ -108,8 +109,8 @@ class Config:
 
 def over(settings, flags):
     """Settings with flags over them, as a dict. A flag that sets the run's length does so alone, in whatever unit."""
-    kept = {name: value for name, value in settings.items() if not (name in LENGTHS and _lengths(flags))}
-    return kept | flags
+    replaced = LENGTHS if _lengths(flags) else ()
+    return {name: value for name, value in settings.items() if name not in replaced} | flags
 
 
 def read_command_line(argv, actions):

@@ -23,12 +23,14 @@ def rows(text):
 
 
 @pytest.fixture(scope="module")
-def two_runs(trained):
+def two_runs(trained, tmp_path_factory):
     """A folder with out/tiny and out/other, which differ in two settings."""
+    folder = tmp_path_factory.mktemp("two_runs")
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(trained)
+        monkeypatch.chdir(folder)
         train.main([*TINY, "--out_dir=out/other", "--learning_rate=5e-3", "--optimizer=muon"])
-    return trained
+    return folder
 
 
 def pixels(path):
@@ -104,19 +106,33 @@ def test_runs_that_are_still_going(two_runs, here, capsys):
     assert pixels("out/compare.png").std() > 0.05
 
 
+def test_a_log_from_before_a_setting_and_a_name_that_looks_like_a_formula(two_runs, here, capsys):
+    records = [json.loads(line) for line in (two_runs / "out/tiny/log.jsonl").read_text().splitlines()]
+    for name in ("new", "$\\x$"):
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        records[0]["config"].pop("optimizer", None)
+    compare.main(["out/new", "out/$\\x$"])
+    (run, _), _ = rows(capsys.readouterr().out)
+    assert list(run)[:2] == ["run", "tokens"]  # no setting differs: what is missing has its default
+    compare.main(["out/new"])
+    Path("out/new/log.jsonl").write_text(json.dumps(records[0]) + "\n")
+    compare.main(["out/new"])
+    assert "no picture yet" in capsys.readouterr().out
+
+
 def test_other_data_and_other_windows_are_noted(two_runs, here, capsys):
-    for name, changes in {"a": {}, "b": {"data": True}, "c": {"eval_iters": 3}}.items():
+    for name, split, eval_iters in (("a", None, 2), ("b", "validation", 2), ("c", "train", 3)):
         records = [json.loads(line) for line in (two_runs / "out/tiny/log.jsonl").read_text().splitlines()]
-        if "data" in changes:
-            records[0]["data_sha256"]["train"] = "another"
-        records[0]["config"] |= {k: v for k, v in changes.items() if k != "data"}
+        records[0]["data_sha256"][split] = "another"
+        records[0]["config"]["eval_iters"] = eval_iters
         Path("out", name).mkdir(parents=True)
         Path("out", name, "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     compare.main(["out/a", "out/b"])
-    assert "note: the runs have different data" in capsys.readouterr().out
+    assert "note: the runs have different validation data" in capsys.readouterr().out
     compare.main(["out/a", "out/c"])
     out = capsys.readouterr().out
-    assert "note: the runs are evaluated on different windows" in out and "different data" not in out
+    assert "note: the runs are evaluated on different windows" in out and "different validation data" not in out
 
 
 def test_what_cannot_be_compared_is_told_in_one_line(two_runs, monkeypatch, fails):
@@ -127,7 +143,10 @@ def test_what_cannot_be_compared_is_told_in_one_line(two_runs, monkeypatch, fail
     assert "cannot draw out/tiny" in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
     shutil.copytree("out/tiny", "out/torn", dirs_exist_ok=True)
     Path("out/torn/log.jsonl").write_text("")
-    assert "out/torn/log.jsonl does not say" in fails(compare.main, ["out/torn"])
+    assert "out/torn/log.jsonl is not a log" in fails(compare.main, ["out/torn"])
+    for foreign in ({"kind": "run"}, {"kind": "eval", "tokens": 1}):
+        Path("out/torn/log.jsonl").write_text(Path("out/tiny/log.jsonl").read_text() + json.dumps(foreign) + "\n")
+        assert "out/torn/log.jsonl is not a log" in fails(compare.main, ["out/torn"])
     Path("out/torn/log.jsonl").write_text("{}\n")
     assert "line 1 is damaged" in fails(compare.main, ["out/torn"])
 

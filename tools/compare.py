@@ -7,13 +7,16 @@
 It reads each run's log.jsonl and nothing else, so a run may still be going.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
 import checkpoint
+from config import Config
 from errors import Parser, UserError, exit_with_one_line
 
-# Where the settings that differ are listed: what the other columns say already.
-SAID_ELSEWHERE = {"out_dir", "max_tokens"}
+SAID_ELSEWHERE = {"out_dir", "max_tokens"}  # settings that other columns tell already
+RECORDS_HAVE = {"run": {"config", "data_sha256"}, "step": {"tokens", "seconds"},
+                "eval": {"tokens", "seconds", "train_loss", "val_loss", "val_bpb"}}
 
 
 @exit_with_one_line
@@ -29,33 +32,37 @@ def main(argv=None):
     print(table([columns(run, differing(runs)) for run in runs]))
     for note in notes(runs):
         print(f"note: {note}")
+    if not any(run["evals"] for run in runs):
+        return print("no picture yet: none of these runs has been evaluated")
     draw(runs, args.picture)
     print(f"picture: {args.picture}")
 
 
 def read_run(folder):
-    """What a run's log says, as a dict: its name, settings, data, log steps, evaluations, tokens and seconds so far.
+    """What a run's log says, as a dict: its name, settings, validation data, evaluations, tokens and seconds so far.
 
-    Raises UserError where the folder holds no log, or one that has not begun.
+    Raises UserError where the folder holds no log, or something else under its name.
     """
     try:
         records = checkpoint.read_log(Path(folder, "log.jsonl"))
     except OSError as error:
         raise UserError(f"no log in {folder}: name the folders of runs, such as out/tinystories") from error
     starts, steps, evals = ([r for r in records if r["kind"] == kind] for kind in ("run", "step", "eval"))
-    if not starts:
-        raise UserError(f"{folder}/log.jsonl does not say which run it is: train again")
+    if not starts or not all(RECORDS_HAVE.get(r["kind"], set()) <= r.keys() for r in records):
+        raise UserError(f"{folder}/log.jsonl is not a log of this program: leave {folder} out")
+    config = {f.name: f.default for f in fields(Config)} | starts[-1]["config"]  # a log may be older than a setting
+    if config["max_minutes"]:
+        config |= {"max_iters": "–", "lr_decay_iters": "–"}  # the clock decides
     last = max([{"tokens": 0, "seconds": 0.0}, *steps, *evals], key=lambda record: record["seconds"])
-    return {"name": folder, "config": starts[-1]["config"], "data": starts[-1]["data_sha256"], "steps": steps,
-            "evals": evals, "tokens": last["tokens"], "seconds": last["seconds"]}
+    return {"name": folder, "config": config, "data": starts[-1]["data_sha256"].get("validation"), "evals": evals,
+            "tokens": last["tokens"], "seconds": last["seconds"]}
 
 
 def differing(runs):
     """The names of the settings that are not the same in all runs, in the order of the settings."""
     configs = [run["config"] for run in runs]
-    names = [name for name in dict.fromkeys(name for config in configs for name in config)
-             if any(config.get(name) != configs[0].get(name) for config in configs)]
-    if all(config["lr_decay_iters"] in (0, config["max_iters"]) for config in configs):
+    names = [name for name in configs[0] if any(config.get(name) != configs[0][name] for config in configs)]
+    if all(config["lr_decay_iters"] == config["max_iters"] for config in configs):
         names = [name for name in names if name != "lr_decay_iters"]  # the schedule ends with the run, as it does
     return [name for name in names if name not in SAID_ELSEWHERE]
 
@@ -88,7 +95,8 @@ def markdown(lines):
 def notes(runs):
     """What makes the figures of these runs hard to compare, in words."""
     if any(run["data"] != runs[0]["data"] for run in runs):
-        yield "the runs have different data: losses do not compare, bits per byte do where the stories are the same"
+        yield ("the runs have different validation data: losses do not compare, bits per byte do where the stories are "
+               "the same")
     windows = {(run["config"]["block_size"], run["config"]["eval_iters"] * run["config"]["batch_size"]) for run in runs}
     if len(windows) > 1:
         yield ("the runs are evaluated on different windows (eval_iters * batch_size of block_size tokens): "
@@ -98,16 +106,14 @@ def notes(runs):
 def draw(runs, path):
     """Draw the validation loss against tokens and against time; of one run alone also the training loss.
 
-    Runs on different data are drawn in bits per byte. Raises UserError where matplotlib is missing, no run has been
-    evaluated yet, or the picture cannot be written.
+    Runs on different data are drawn in bits per byte. Raises UserError where matplotlib is missing or the picture
+    cannot be written.
     """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, NullLocator
     except ImportError as error:
         raise UserError("the picture needs matplotlib:  pip install -r requirements-extra.txt") from error
-    if not any(run["evals"] for run in runs):
-        raise UserError("no picture yet: none of these runs has been evaluated")
     same_data = all(run["data"] == runs[0]["data"] for run in runs)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
@@ -115,7 +121,7 @@ def draw(runs, path):
         tokens = [record["tokens"] / 1e6 for record in run["evals"]]
         minutes = [record["seconds"] / 60 for record in run["evals"]]
         losses = [record["val_loss" if same_data else "val_bpb"] for record in run["evals"]]
-        by_tokens.plot(tokens, losses, ".-", label=run["name"])
+        by_tokens.plot(tokens, losses, ".-", label=run["name"].replace("$", r"\$"))  # a dollar would begin a formula
         by_time.plot(minutes, losses, ".-")
         if len(runs) == 1:
             losses = [record["train_loss"] for record in run["evals"]]
@@ -134,7 +140,7 @@ def draw(runs, path):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=110)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a format's own programs are missing
         raise UserError(f"cannot draw {path}: {error}") from error
 
 
