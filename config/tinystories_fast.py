@@ -2,8 +2,8 @@
 
 python prepare.py && python train.py config/tinystories_fast.py
 
-docs/recipes.md has what was tried, and what each choice below brought. With more tokens (--max_tokens=8_100_000) or by
-the clock (--max_minutes=60) the same recipe learns more: the learning rate follows the budget.
+docs/recipes.md has what was tried, and what each choice below brought. A new run with another budget
+(--max_tokens=8_100_000, --max_minutes=60) has its whole schedule in that: the learning rate follows the budget.
 """
 
 dataset = "tinystories"
