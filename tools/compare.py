@@ -14,6 +14,7 @@ import checkpoint
 from config import Config
 from errors import Parser, UserError, exit_with_one_line
 
+TICKS = (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.4, 2.6, 2.8, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)  # times powers of ten
 SAID_ELSEWHERE = {"out_dir", "max_tokens"}  # settings that other columns tell already
 RECORDS_HAVE = {"run": {"config", "data_sha256"}, "step": {"tokens", "seconds"},
                 "eval": {"tokens", "seconds", "train_loss", "val_loss", "val_bpb"}}
@@ -111,7 +112,7 @@ def draw(runs, path):
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, NullLocator
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise UserError("the picture needs matplotlib:  pip install -r requirements-extra.txt") from error
     same_data = all(run["data"] == runs[0]["data"] for run in runs)
@@ -134,7 +135,7 @@ def draw(runs, path):
     for axes in (by_tokens, by_time):
         axes.grid(alpha=0.3)
     by_tokens.set_yscale("log")  # late in a run small differences count, and losses begin high; both axes share it
-    by_tokens.yaxis.set_major_locator(MaxNLocator(10))
+    by_tokens.yaxis.set_major_locator(LogLocator(subs=TICKS, numticks=50))
     by_tokens.yaxis.set_minor_locator(NullLocator())
     by_tokens.yaxis.set_major_formatter("{x:g}")
     try:
