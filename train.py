@@ -124,6 +124,9 @@ def main(argv=None):
     if cfg.min_lr > cfg.learning_rate:
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup the "
               "learning rate rises to the end and never decays")
+    if cfg.lr_decay_iters > cfg.max_iters and not cfg.max_minutes:  # as in a run made shorter when it goes on
+        print(f"note: the learning rate reaches min_lr at iteration {cfg.lr_decay_iters:,}, and the run ends before, at "
+              f"{cfg.max_iters:,}")
 
     # ---- a new run folder, or the one to go on in ----
     update, best_val_loss, seconds_before = 0, math.inf, 0.0

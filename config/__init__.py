@@ -59,7 +59,7 @@ class Config:
     muon_lr: float = setting(
         0.02, "Muon's learning rate at the end of warmup; it ends at muon_lr * min_lr / learning_rate", low=0)
     lr_schedule: Literal["cosine", "linear", "wsd"] = setting(
-        "cosine", "how the rate goes to min_lr after warmup; wsd: not before the last decay_fraction, then linearly")
+        "cosine", "the way to min_lr after warmup; wsd: constant until the last decay_fraction, then linear")
     min_lr: float = setting(5e-4, "AdamW's learning rate at the end of the schedule, at lr_decay_iters", low=0)
     warmup_iters: int = setting(1_000, "iterations over which the learning rate rises from zero", low=0)
     lr_decay_iters: int = setting(0, "iteration at which the schedule ends; 0: the end of the run", low=0)

@@ -12,12 +12,12 @@ block_size = 128
 dropout = 0.0  # a fraction of one epoch cannot be learnt by heart
 
 # Small batches: while the loss still falls fast, many updates matter more than smooth gradients. Half as large ones
-# learn more from each token, but Muon takes as long for each update, and here the minutes count.
+# learn more from each token, but Muon's own step takes as long for any batch, and here the minutes count.
 batch_size = 16  # 2,048 tokens an update
 gradient_accumulation_steps = 1
 max_tokens = 3_072_000
 
-# As in config/tinystories_fast.py, where the reasons stand.
+# As in config/tinystories_fast.py, for which they were found.
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 6e-3

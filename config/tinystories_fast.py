@@ -2,7 +2,7 @@
 
 python prepare.py && python train.py config/tinystories_fast.py
 
-docs/recipes.md has what was tried, and what each choice below brought. A new run with another budget
+docs/recipes.md has what was tried, what was not, and what came of it. A new run with another budget
 (--max_tokens=8_100_000, --max_minutes=60) has its whole schedule in that: the learning rate follows the budget.
 """
 
@@ -22,8 +22,8 @@ max_tokens = 3_276_800
 
 optimizer = "muon"
 muon_lr = 0.02
-learning_rate = 6e-3  # of AdamW, so mostly of the embeddings: an update touches few of their tokens
-beta2 = 0.999  # for the same reason: a rare token's gradients are far apart, and 0.95 forgets them in between
+learning_rate = 6e-3  # of AdamW, so mostly of the embeddings
+beta2 = 0.999  # a rare token's large gradients are far apart; docs/recipes.md has the gain, and more of the guess
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50

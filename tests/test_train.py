@@ -246,6 +246,13 @@ def test_a_budget_of_tokens_can_be_raised(with_data, capsys):
     assert records("out/x", "step")[-1]["lr"] == 1e-3  # min_lr: the schedule is the first budget's
 
 
+def test_a_run_that_ends_before_its_schedule_says_so(with_data, capsys):
+    train.main([*TINY, "--out_dir=out/x", "--max_iters=4", "--lr_decay_iters=8"])
+    assert "reaches min_lr at iteration 8, and the run ends before, at 4" in capsys.readouterr().out
+    train.main([*TINY, "--out_dir=out/y", "--max_iters=4"])
+    assert "reaches min_lr" not in capsys.readouterr().out
+
+
 def test_minutes_become_updates_at_the_pace_so_far():
     cfg = Config(max_minutes=2.0, gradient_accumulation_steps=1)
     assert [train.updates_in_all(cfg, 10, seconds) for seconds in (12, 60, 119.9, 120, 500)] == [100, 20, 11, 10, 10]
