@@ -125,8 +125,8 @@ def main(argv=None):
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup the "
               "learning rate rises to the end and never decays")
     if cfg.lr_decay_iters > cfg.max_iters and not cfg.max_minutes:  # as in a run made shorter when it goes on
-        print(f"note: the learning rate reaches min_lr at iteration {cfg.lr_decay_iters:,}, and the run ends before, at "
-              f"{cfg.max_iters:,}")
+        print(f"note: the learning rate reaches min_lr at iteration {cfg.lr_decay_iters:,}, and the run ends before, "
+              f"at {cfg.max_iters:,}")
 
     # ---- a new run folder, or the one to go on in ----
     update, best_val_loss, seconds_before = 0, math.inf, 0.0
