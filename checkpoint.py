@@ -1,73 +1,121 @@
 """Writing and reading run folders (out/<run>/) safely.
 
     ckpt.pt     the weights with the best validation loss so far, and what is needed to use them
-    last.pt     the same of the latest update, and the optimizers' and random states that resuming needs
+    last.pt     the same of the latest update, and the optimizers' states and whatever else resuming needs
+    last.prev.pt   the last.pt before it, for the case that something happens to that one
     log.jsonl   one JSON object a line: the run, its log steps, its evaluations
     samples.md  a story from each evaluation
     tokenizer.tiktoken, meta.json   the dataset's, so that the folder is complete in itself
+    .lock       held by the process that trains
 """
 
 import json
 import os
 import pickle
-import re
+import struct
+import sys
 import zipfile
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+import files
+from dataset import read_meta
 from errors import UserError
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
+HAS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int, "figures": dict}
+LAST_HAS = HAS | {"iter": int, "update": int, "optimizers": list, "scaler": dict, "skipped": int,
+                  "best_val_loss": float, "seconds": float, "ranks": int, "sizes": dict}
+
 
 def save(path, state):
-    """Write a checkpoint so that under its name there is always a whole one: the new one or the one before.
+    """Write a checkpoint so that there is always a whole one: the new one or, of last.pt, the one before as well.
 
     Raises UserError where it cannot be written, as on a full disk.
     """
     path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before the name changes hands, or a power cut could leave neither
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a write that failed
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {path} ({reason}): what was there before is kept; make room, then --resume "
-                        "(--overwrite where there is no last.pt yet)") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    previous = path.with_name("last.prev.pt") if path.name == "last.pt" else None
+    files.replace(path, lambda file: torch.save(state, file), previous)
 
 
-def load(path, needed=("model", "model_config", "config", "tokens", "figures")):
-    """Read a checkpoint, a dict with at least the keys needed, into CPU memory; no code in the file is run.
+def load(path, has=HAS):
+    """Read a checkpoint, a dict with the keys and types of `has`, into CPU memory; no code in the file is run.
 
-    Raises UserError where it is missing, broken or something else.
+    Raises UserError where it is missing, damaged or something else.
     """
     path = Path(path)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself would not notice a flipped bit
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train a model first, or name its folder with --out_dir") from error
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is broken or not a checkpoint: use another run, or train again") from error
-    if not isinstance(state, dict) or not state.keys() >= set(needed):
-        raise UserError(f"{path} is not a checkpoint of this program, or of an older version of it: use another run, "
-                        "or train again")
+    except (PermissionError, IsADirectoryError):
+        raise
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError,
+            OverflowError, ImportError, struct.error, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint: {what_else_is_there(path)}") from error
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in has.items()):
+        raise UserError(f"{path} is not a checkpoint of this program, or of an older version of it: "
+                        f"{what_else_is_there(path)}")
     return state
+
+
+def what_else_is_there(path):
+    """What to do when a checkpoint is no good, in words."""
+    if path.name == "ckpt.pt" and can_go_on(path.parent):
+        return "remove it to use the run's last.pt, or train on with --resume"
+    return "use another run, or train again"
+
+
+def load_last(out_dir):
+    """The checkpoint to go on from: last.pt or, where that is no good, last.prev.pt, which then takes its name.
+
+    Raises UserError where neither is good.
+    """
+    last, previous = Path(out_dir, "last.pt"), Path(out_dir, "last.prev.pt")
+    if can_go_on(out_dir):
+        files.hold(Path(out_dir, ".lock"), out_dir)
+    try:
+        return load(last, LAST_HAS)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        print(f"note: {error}\nnote: going on from {previous}, the checkpoint before it", file=sys.stderr)
+    state = load(previous, LAST_HAS)
+    previous.replace(last)  # or the next save would put the damaged one in its place
+    return state
+
+
+@contextmanager
+def taking_from(path):
+    """Turn what can go wrong where a checkpoint's contents are put to use into a UserError that names it."""
+    try:
+        yield
+    except (TypeError, AttributeError, RuntimeError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a checkpoint of this program, or of another version of it: "
+                        f"{what_else_is_there(Path(path))}") from error
 
 
 def holds_run(out_dir):
     """Whether a folder holds a run, be it one that died before its first checkpoint."""
-    return any(Path(out_dir, name).exists() for name in ("log.jsonl", "last.pt", "ckpt.pt"))
+    return any(Path(out_dir, name).exists() for name in ("log.jsonl", "last.pt", "last.prev.pt", "ckpt.pt"))
+
+
+def can_go_on(out_dir):
+    """Whether a folder holds a run that can be resumed."""
+    return any(Path(out_dir, name).exists() for name in ("last.pt", "last.prev.pt"))
 
 
 def newest_run(root="out"):
     """The run folder under `root` whose checkpoint was written last. Raises UserError where there is none."""
-    checkpoints = [*Path(root).glob("*/ckpt.pt"), *Path(root).glob("*/last.pt")]
+    checkpoints = [path for name in ("ckpt.pt", "last.pt", "last.prev.pt") for path in Path(root).glob(f"*/{name}")]
     if not checkpoints:
         raise UserError(f"no trained model under {root}/: train one first, for example  "
                         "python train.py config/quickstart.py")
@@ -79,7 +127,7 @@ def best_in(out_dir):
 
     Raises UserError where there is neither.
     """
-    for name in ("ckpt.pt", "last.pt"):
+    for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
         if Path(out_dir, name).exists():
             return Path(out_dir, name)
     raise UserError(f"no checkpoint in {out_dir}: train a model first, or name its folder with --out_dir")
@@ -88,21 +136,22 @@ def best_in(out_dir):
 def load_model(path):
     """The model (in eval mode, fp32, on the CPU), its tokenizer and the checkpoint's dict, from a run's checkpoint.
 
-    Raises UserError where the checkpoint or the tokenizer beside it is missing or broken.
+    Raises UserError where the checkpoint or the tokenizer beside it is missing, damaged or of something else.
     """
+    path = Path(path)
     state = load(path)
-    try:
+    with taking_from(path):
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is not a checkpoint of this program: use another run, or train again") from error
-    return model.eval(), Tokenizer.load(Path(path).parent), state
+    if data_sha256(read_meta(path.parent)) != state["data_sha256"]:
+        raise UserError(f"{path.parent / 'meta.json'} is not of the data that {path} was trained on: copy it and "
+                        "tokenizer.tiktoken from there")
+    return model.eval(), Tokenizer.load(path.parent), state
 
 
-def append_line(path, record):
-    """Append one JSON object as a line to a log."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def data_sha256(meta):
+    """The hashes of a dataset's token files, split → hex, from its meta.json's dict."""
+    return {split: figures["sha256"] for split, figures in meta["splits"].items()}
 
 
 def read_log(path):
@@ -116,28 +165,29 @@ def read_log(path):
         try:
             records.append(json.loads(line))
             records[-1]["kind"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is damaged: take it out") from error
     return records
 
 
-def cut_back(out_dir, iteration, evaluated):
-    """Cut log.jsonl and samples.md back to a checkpoint: made at `iteration`, its last evaluation at `evaluated`."""
-    until = {"run": 0, "step": iteration, "eval": evaluated}
-    log = Path(out_dir, "log.jsonl")
-    if log.exists():
-        kept = [record for record in read_log(log) if record.get("iter", 0) <= until.get(record["kind"], iteration)]
-        replace_text(log, "".join(json.dumps(record) + "\n" for record in kept))
-    samples = Path(out_dir, "samples.md")
-    if samples.exists():
-        # text before the first heading, then a heading's iteration and its section in turn
-        start, *rest = re.split(r"(?m)^## iteration (\d+):", samples.read_text(encoding="utf-8"))
-        kept = [f"## iteration {i}:{section}" for i, section in zip(rest[::2], rest[1::2]) if int(i) <= evaluated]
-        replace_text(samples, "".join([start, *kept]))
+def sizes(out_dir):
+    """The sizes of log.jsonl and samples.md in bytes, name → size: what a checkpoint knows of them."""
+    paths = [Path(out_dir, name) for name in ("log.jsonl", "samples.md")]
+    return {path.name: path.stat().st_size if path.exists() else 0 for path in paths}
 
 
-def replace_text(path, text):
-    """Write a text file under a temporary name and rename it."""
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def cut_back(out_dir, sizes):
+    """Cut log.jsonl and samples.md back to the sizes they had at a checkpoint, so that nothing is in them twice.
+
+    Raises UserError where one has been shortened since, or the log damaged.
+    """
+    for name, size in sizes.items():
+        path = Path(out_dir, name)
+        if not path.exists():
+            continue
+        if path.stat().st_size < size:
+            raise UserError(f"{path} is shorter than it was at the last checkpoint: put it back, or remove it to go on "
+                            "without it")
+        os.truncate(path, size)
+        if name == "log.jsonl":
+            read_log(path)

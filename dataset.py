@@ -1,5 +1,6 @@
 """The reading side of data/<name>/: token files, the order of training sequences, and fixed evaluation windows."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -18,21 +19,36 @@ def prepare_command(name):
     return f"python prepare.py{words}" + (f" --tokenizer {tokenizer.replace('bpe', 'bpe:')}" if tokenizer else "")
 
 
+def seal(meta):
+    """meta.json's dict with a checksum of itself, without which nobody would notice a flipped bit in it."""
+    body = {name: value for name, value in meta.items() if name != "checksum"}
+    return body | {"checksum": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
 def read_meta(folder):
     """meta.json of a dataset or run folder, as a dict. Raises UserError where it is missing or damaged."""
     folder = Path(folder)
+    path = folder / "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        meta["vocab_size"], meta["end_of_text"], meta["splits"]["train"], meta["splits"]["validation"]
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(meta["dtype"])
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta != seal(meta):
+            raise ValueError("its checksum is wrong")
+        meta["tokenizer"], meta["vocab_size"], meta["end_of_text"], meta["dtype"]
+        for split in ("train", "validation"):
+            meta["splits"][split]["tokens"], meta["splits"][split]["bytes"], meta["splits"][split]["sha256"]
     except FileNotFoundError as error:
         remove = f"remove {folder} and " if folder.exists() else ""
         raise UserError(f"no data in {folder}: {remove}make it with  {prepare_command(folder.name)}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged: remove {folder} and make it again with  "
-                        f"{prepare_command(folder.name)}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or of an older version of this program: {again(folder)}") from error
     return meta
+
+
+def again(folder):
+    """How to get a file of a dataset or run folder back, in words."""
+    if folder.parent.name == "data":
+        return f"remove {folder} and make it again with  {prepare_command(folder.name)}"
+    return "copy meta.json and tokenizer.tiktoken from the run's data"
 
 
 class Split:
@@ -42,7 +58,7 @@ class Split:
     """
 
     def __init__(self, folder, split, block_size):
-        """Raises UserError where the file is missing, has not the size that meta.json states, or is too short."""
+        """Raises UserError where the file is missing, or not the one that meta.json states the size and hash of."""
         meta = read_meta(folder)
         path = Path(folder, f"{split}.bin")
         again = f"make it again with  {prepare_command(Path(folder).name)} --force"
@@ -54,6 +70,9 @@ class Split:
         if len(self.tokens) != meta["splits"][split]["tokens"]:
             raise UserError(f"{path} has {len(self.tokens)} tokens where meta.json says "
                             f"{meta['splits'][split]['tokens']}: {again}")
+        with open(path, "rb") as file:  # a second for two gigabytes
+            if hashlib.file_digest(file, "sha256").hexdigest() != meta["splits"][split]["sha256"]:
+                raise UserError(f"{path} is damaged, its checksum is not the one in meta.json: {again}")
         self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         self.path = path
         self.bytes_per_token = meta["splits"][split]["bytes"] / len(self.tokens)

@@ -33,6 +33,8 @@ def exit_with_one_line(main):
             message, code = f"error: {where}{error.strerror or error}", 1
         except KeyboardInterrupt:
             message, code = "stopped", 130
+        except MemoryError as error:
+            message, code = f"error: out of memory: {error or 'use smaller sizes'}", 1
         if message:
             print(" ".join(message.split()), file=sys.stderr)
         sys.exit(code)

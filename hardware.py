@@ -1,6 +1,7 @@
 """What this machine can do, decided in one place: the device, the dtype, whether to compile, how much at a time."""
 
 import math
+import os
 
 import torch
 
@@ -13,17 +14,27 @@ FLOPS_THAT_REPAY_COMPILING = 1e15
 
 
 def pick_device(name):
-    """The torch.device of a setting: auto is CUDA, else Apple's MPS, else the CPU.
+    """The torch.device of a setting: auto is CUDA, else Apple's MPS, else the CPU. Each of torchrun's processes on a
+    machine gets a GPU of its own.
 
     Raises UserError for a device that this machine, or this build of PyTorch, does not have.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu" if ranks > 1 and name == "mps" else name
     try:
         device = torch.device(name)
+        if ranks > 1 and (device.type == "mps" or device.index is not None):
+            raise UserError(f"device = {name!r} is one device, and the run has {ranks} processes: use auto, cpu or cuda")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if device.index >= torch.cuda.device_count() > 0:
+                raise UserError(f"torchrun has started more processes here than there are GPUs: use "
+                                f"--nproc_per_node={torch.cuda.device_count()}")
         torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # streams and graphs are made on the current one
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams, graphs and NCCL's exchanges are made on the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device = {name!r} cannot be used on this machine: use auto, cpu, cuda, cuda:1 or mps"
                         ) from error
@@ -83,10 +94,26 @@ def pick_device_batch_size(wish, sequences, shape, device):
     auto: as many as take half of a GPU's memory or, on a CPU, 768 MiB, above which nothing gets faster.
     """
     if wish != "auto":
-        return wish
+        return min(wish, sequences)
     # Bytes that a token leaves for the backward pass, as measured on a CPU (docs/speed.md); on a GPU it is less.
     token_bytes = shape.n_layer * (65 * shape.n_embd + 8 * shape.n_head * shape.block_size)
     memory = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 768 * 2**20
     most = max(1, memory // (token_bytes * shape.block_size))
     divisor = max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
     return divisor if 2 * divisor > most else math.ceil(sequences / math.ceil(sequences / most))
+
+
+def refuse_what_cannot_fit(shape, sequences, device):
+    """Raise UserError where a GPTConfig, or an update of that many sequences, is beyond all memory there is."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # Windows does not tell without another package
+    # A parameter, its gradient and AdamW's two means in float32; a token's place, input and target in int64.
+    needed = 16 * shape.num_parameters() + 32 * sequences * shape.block_size
+    if needed > memory:
+        raise UserError(f"{shape.num_parameters():,} parameters and updates of {sequences * shape.block_size:,} tokens "
+                        f"need more than the {memory / 2**30:.0f} GiB of {device}: lower n_layer, n_embd, block_size "
+                        "or batch_size")

@@ -28,6 +28,12 @@ class GPTConfig:
     dropout: float = 0.1
     bias: bool = True
 
+    def num_parameters(self):
+        """Parameters of the model, known before it is made."""
+        C, bias = self.n_embd, int(self.bias)
+        block = 12 * C * C + 2 * C + bias * 11 * C  # two norms; C → 3C, C → C, C → 4C and 4C → C
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + C + bias * C
+
 
 class KVCache:
     """Keys and values of the tokens read so far, for every layer, with room for one whole block.

@@ -30,6 +30,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import files
+from dataset import seal
 from errors import Parser, UserError, exit_with_one_line
 from tokenizer import END_OF_TEXT, Tokenizer
 
@@ -49,6 +51,8 @@ def main(argv=None):
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     if folder.is_file():
         raise UserError(f"{folder} is a file: give another --name")
+    folder.parent.mkdir(exist_ok=True)
+    files.hold(folder.with_name(f".{folder.name}.lock"), folder)
     if old.exists() and not folder.exists():  # a run with --force died between the two renames below
         old.rename(folder)
     made_with = {name: value for name, value in vars(args).items() if name not in ("name", "force")}
@@ -62,7 +66,7 @@ def main(argv=None):
 
     for leftover in (partial, old):  # of a run that died
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         meta = write_dataset(partial, args, made_with)
         if folder.exists():
@@ -164,7 +168,7 @@ def write_dataset(folder, args, made_with):
     meta = {"source": args.source, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.end_of_text, "dtype": dtype, "splits": splits,
             "empty_stories_dropped": corpus.empty, "made_with": made_with}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(seal(meta), indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with open(path, "r+b") as file:
             os.fsync(file.fileno())  # on the disk before the folder gets its name
@@ -266,11 +270,11 @@ def text_files(path):
     """
     if path.is_file():
         return {"train": [path]} if path.suffix == ".txt" else {}
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-    if not files or any(file.suffix != ".txt" for file in files):
+    texts = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    if not texts or any(file.suffix != ".txt" for file in texts):
         return {}
-    validation = [file for file in files if re.search(r"(^|[-_.])valid(ation)?$", file.stem)]
-    train = [file for file in files if file not in validation]
+    validation = [file for file in texts if re.search(r"(^|[-_.])valid(ation)?$", file.stem)]
+    train = [file for file in texts if file not in validation]
     return {"train": train} | ({"validation": validation} if validation else {})
 
 
@@ -377,8 +381,8 @@ def encode(corpus, tokenizer, dtype, folder, count):
             mine.tokenizer = copy.deepcopy(tokenizer)
         return mine.tokenizer.encode_stories(batch).astype(little_endian), sum(len(story.encode()) for story in batch)
 
-    with ExitStack() as files, ThreadPoolExecutor(os.cpu_count()) as pool:
-        file = {split: files.enter_context(open(folder / f"{split}.bin", "wb")) for split in figures}
+    with ExitStack() as opened, ThreadPoolExecutor(os.cpu_count()) as pool:
+        file = {split: opened.enter_context(open(folder / f"{split}.bin", "wb")) for split in figures}
         pending = deque()
 
         def write_oldest():

@@ -2,14 +2,15 @@
 
 import base64
 import codecs
+import hashlib
 import itertools
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from dataset import again, read_meta
 from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -81,35 +82,38 @@ class Tokenizer:
     def load(cls, folder):
         """The tokenizer that is saved in a dataset or run folder, read without the network.
 
-        Raises UserError where `tokenizer.tiktoken` or `meta.json` is missing or damaged.
+        Raises UserError where `tokenizer.tiktoken` or `meta.json` is missing or damaged: their checksums tell.
         """
         path = Path(folder) / "tokenizer.tiktoken"
+        described = read_meta(folder)["tokenizer"]
         try:
-            described = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))["tokenizer"]
-            pairs = (line.split() for line in path.read_bytes().splitlines())
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != described["sha256"]:
+                raise ValueError("its checksum is not the one in meta.json")
+            pairs = (line.split() for line in data.splitlines())
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-            if not len(ranks) == len(set(ranks.values())) == described["mergeable_tokens"]:
-                raise ValueError("tokens are missing, or two have one rank")
             return cls(_encoding(described["name"], described["pattern"], ranks, described["special_tokens"]))
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename} is missing: make the folder again") from error
+            raise UserError(f"{path} is missing: {again(Path(folder))}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} or the meta.json beside it is damaged: make the folder again") from error
+            raise UserError(f"{path} is damaged: {again(Path(folder))}") from error
 
     def save(self, folder):
         """Write `tokenizer.tiktoken` (tiktoken's own format: base64 of the bytes, a space, the rank) into a folder.
 
         What else `load` needs stands in the folder's meta.json, under "tokenizer": see `describe`.
         """
+        (Path(folder) / "tokenizer.tiktoken").write_bytes(self._to_bytes())
+
+    def _to_bytes(self):
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
-        (Path(folder) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
 
     def describe(self):
-        """What meta.json keeps of the tokenizer: its name, pattern, special tokens, and how many others it has."""
+        """What meta.json keeps of the tokenizer: its name, pattern, special tokens, and the hash of its file."""
         return {"name": self.name, "pattern": self.encoding._pat_str,
-                "mergeable_tokens": len(self.encoding._mergeable_ranks),
-                "special_tokens": self.encoding._special_tokens}
+                "special_tokens": self.encoding._special_tokens,
+                "sha256": hashlib.sha256(self._to_bytes()).hexdigest()}
 
     def __eq__(self, other):
         """Whether two tokenizers give the same tokens."""

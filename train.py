@@ -3,7 +3,9 @@
     python train.py config/tinystories.py                        a recipe
     python train.py config/tinystories.py --learning_rate=3e-4   a recipe, with a setting changed
     python train.py config/tinystories.py --resume               go on where it stopped
+    python train.py config/tinystories.py --resume=auto          … or start, where there is nothing yet
     python train.py config/tinystories.py --eval_only            its loss on the whole validation split
+    torchrun --standalone --nproc_per_node=8 train.py config/tinystories.py      on eight GPUs
 
 Ctrl-C finishes the current update, writes last.pt and exits. `--help` lists the settings.
 """
@@ -11,7 +13,6 @@ Ctrl-C finishes the current update, writes last.pt and exits. `--help` lists the
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,25 +26,26 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import files
 from config import Config, over, read_command_line
 from dataset import Split, TrainingOrder, evaluation_windows, prepare_command, read_meta
 from errors import UserError, exit_with_one_line
-from hardware import pick_compile, pick_device, pick_device_batch_size, pick_dtype
+from hardware import pick_compile, pick_device, pick_device_batch_size, pick_dtype, refuse_what_cannot_fit
 from layers import head_loss
 from model import GPT, GPTConfig
+from ranks import add_up, add_up_gradients, agree, from_rank_0, join, leave
 from tokenizer import Tokenizer
 
 ACTIONS = {
     "resume": "go on with the run in out_dir, from its last.pt",
+    "resume=auto": "the same where out_dir holds a run, else start it: one command for a machine that restarts",
     "overwrite": "start anew where out_dir already holds a run",
     "eval_only": "only measure the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
 }
 # What may differ from the stored settings when a run goes on: nothing here changes what an update computes, but
 # max_minutes, which gives it the rate of that moment.
-MAY_CHANGE = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval", "device", "dtype",
-              "compile", "device_batch_size"}
-LAST_HAS = ("model", "config", "iter", "update", "figures", "optimizers", "scaler", "best_val_loss", "random_state",
-            "seconds", "data_sha256")
+MAY_CHANGE = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval",
+              "checkpoint_minutes", "device", "dtype", "compile", "device_batch_size"}
 SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250
 
 
@@ -51,38 +53,65 @@ SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250
 def main(argv=None):
     """Train, or with --eval_only measure; `argv` as on the command line. What a user can mend ends in one line."""
     recipe, flags, args = read_command_line(argv, ACTIONS)
-    if args.resume + args.overwrite + args.eval_only > 1:
+    resume_auto = vars(args)["resume=auto"]
+    if args.resume + resume_auto + args.overwrite + args.eval_only > 1:
         raise UserError("--resume, --overwrite and --eval_only exclude each other: choose one")
     if args.eval_only:
         return measure(recipe, flags)
+    rank, ranks = join()  # 0 and 1 unless torchrun has started several; rank 0 alone reads and writes the run folder
 
     # ---- settings ----
-    last = None  # the checkpoint to go on from
-    if args.resume:
-        out_dir = (recipe | flags).get("out_dir") or checkpoint.newest_run()
-        last = checkpoint.load(Path(out_dir, "last.pt"), needed=LAST_HAS)
-        cfg = Config(**over(last["config"], flags) | {"out_dir": str(out_dir)})
-        refuse_changes(last["config"], asdict(cfg), recipe)
+    settings = over(recipe, flags)
+    last = old = None  # the checkpoint to go on from, or the one that a new run takes its first weights from
+    if rank == 0:
+        out_dir = settings.get("out_dir") or (checkpoint.newest_run() if args.resume else Config.out_dir)
+        if args.resume or resume_auto and checkpoint.can_go_on(out_dir):
+            last = checkpoint.load_last(out_dir)
+            settings["out_dir"] = str(out_dir)
+        elif settings.get("init_from", "scratch") != "scratch":
+            _, old_tokenizer, old = checkpoint.load_model(checkpoint.best_in(settings["init_from"]))
+    settings, last, old = from_rank_0([settings, last, old])
+    if last:
+        with checkpoint.taking_from(Path(settings["out_dir"], "last.pt")):
+            stored = asdict(Config(**last["config"]))
+        cfg = Config(**over(stored, flags) | {"out_dir": settings["out_dir"]})
+        refuse_changes(stored, asdict(cfg), recipe)
+        if last["ranks"] != ranks:
+            print(f"changed: {ranks} processes share the run, were {last['ranks']}")
+    elif old:
+        shape = {name: old["model_config"][name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+        cfg = Config(**shape | settings)
+        refuse_another_shape(shape, cfg)
+        if Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve():
+            raise UserError(f"init_from = {cfg.init_from!r} would be replaced by the new run: name another --out_dir")
     else:
-        cfg = Config(**over(recipe, flags))
+        cfg = Config(**settings)
     out_dir = Path(cfg.out_dir)
-    if checkpoint.holds_run(out_dir) and not (args.resume or args.overwrite):
-        go_on = "go on with it (--resume), " if (out_dir / "last.pt").exists() else ""
+    if rank == 0 and checkpoint.holds_run(out_dir) and not (last or args.overwrite):
+        go_on = "go on with it (--resume), " if checkpoint.can_go_on(out_dir) else ""
         raise UserError(f"{out_dir} already holds a run: {go_on}replace it (--overwrite), or name another folder "
                         "(--out_dir)")
+    if cfg.sequences_per_update % ranks:
+        divisors = [n for n in range(1, cfg.sequences_per_update + 1) if cfg.sequences_per_update % n == 0]
+        raise UserError(f"{ranks} processes cannot share an update's {cfg.sequences_per_update} sequences evenly: "
+                        f"start {', '.join(map(str, divisors))} of them")
 
     # ---- data ----
+    if rank:
+        from_rank_0(None)  # waits until rank 0 has been through this part: what all would complain of is told once
     data_dir = Path("data", cfg.dataset)
     meta = read_meta(data_dir)
     tokenizer = Tokenizer.load(data_dir)
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise UserError(f"{data_dir / 'meta.json'} and the tokenizer beside it are not of one vocabulary: remove "
                         f"{data_dir} and make it again with  {prepare_command(cfg.dataset)}")
+    if old and rank == 0 and tokenizer != old_tokenizer:
+        raise UserError(f"{data_dir} has another tokenizer than init_from = {cfg.init_from!r}: prepare it with that one")
     train_split, val_split = (Split(data_dir, name, cfg.block_size) for name in ("train", "validation"))
     order = TrainingOrder(train_split, cfg.seed)
     eval_windows = {split: evaluation_windows(split, cfg.eval_iters * cfg.batch_size)
                     for split in (train_split, val_split)}
-    data_sha256 = {name: figures["sha256"] for name, figures in meta["splits"].items()}
+    data_sha256 = checkpoint.data_sha256(meta)
     if last and last["data_sha256"] != data_sha256:
         raise UserError(f"{data_dir} is not the data that {out_dir} was trained on: prepare that again, or start a "
                         "new run with another --out_dir")
@@ -90,13 +119,19 @@ def main(argv=None):
     # ---- model and optimizers ----
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
+    sequences = cfg.sequences_per_update
+    share = sequences // ranks  # of them, for each rank
+    model_config = GPTConfig(meta["vocab_size"], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
+                             cfg.bias)
+    refuse_what_cannot_fit(model_config, share, device)
+    cut = pick_device_batch_size(cfg.device_batch_size, share, model_config, device)
+    if rank == 0:
+        from_rank_0(None)
     if device.type == "cpu":  # so that a run that goes on equals one that was never stopped, bit for bit
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
     torch.manual_seed(cfg.seed)
-    model_config = GPTConfig(meta["vocab_size"], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
-                             cfg.bias)
     model = GPT(model_config).to(device)
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
@@ -104,8 +139,6 @@ def main(argv=None):
 
     # ---- the plan, in words ----
     updates = updates_in_all(cfg, last["update"] if last else 0, last["seconds"] if last else 0.0)
-    sequences = cfg.sequences_per_update
-    cut = pick_device_batch_size(cfg.device_batch_size, sequences, model_config, device)
     update_tokens = sequences * cfg.block_size
     epoch_tokens = order.windows_per_epoch * cfg.block_size
     flops = 6 * model.num_parameters() * update_tokens * updates
@@ -115,7 +148,8 @@ def main(argv=None):
     print(f"{out_dir}: {model.num_parameters():,} parameters; {cfg.n_layer} layers, {cfg.n_head} heads, width "
           f"{cfg.n_embd}, block {cfg.block_size}, vocabulary {meta['vocab_size']:,}\n"
           f"{data_dir}: {len(train_split.tokens):,} training tokens, {len(val_split.tokens):,} validation tokens\n"
-          f"an update: {sequences:,} sequences = {update_tokens:,} tokens, {cut} sequences at a time\n"
+          f"an update: {sequences:,} sequences = {update_tokens:,} tokens, {cut} sequences at a time"
+          + (f" on each of {ranks} processes\n" if ranks > 1 else "\n")
           + (f"the run: {cfg.max_minutes:g} minutes\n" if cfg.max_minutes else
              f"the run: {updates:,} updates = {updates * update_tokens:,} tokens = "
              f"{updates * update_tokens / epoch_tokens:.2f} epochs\n")
@@ -129,40 +163,42 @@ def main(argv=None):
               f"at {cfg.max_iters:,}")
 
     # ---- a new run folder, or the one to go on in ----
-    update, best_val_loss, seconds_before = 0, math.inf, 0.0
+    update, best_val_loss, seconds_before, skipped = 0, math.inf, 0.0, 0
     if last:
         update, best_val_loss, seconds_before = last["update"], last["best_val_loss"], last["seconds"]
-        model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"]):
-            optimizer.load_state_dict(state)
-        if last["scaler"]:  # empty where the run was not in fp16 before
-            scaler.load_state_dict(last["scaler"])
-        set_random_state(last["random_state"], device)
-        checkpoint.cut_back(out_dir, last["iter"], last["figures"]["iter"])
+        skipped = last["skipped"]
+        with checkpoint.taking_from(out_dir / "last.pt"):
+            model.load_state_dict(last["model"])
+            for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if last["scaler"]:  # empty where the run was not in fp16 before
+                scaler.load_state_dict(last["scaler"])
+        if rank == 0:
+            checkpoint.cut_back(out_dir, last["sizes"])
+            if math.isfinite(best_val_loss) and not (out_dir / "ckpt.pt").exists():
+                print(f"note: {out_dir / 'ckpt.pt'} is gone: the next evaluation makes a new one")
+                best_val_loss = math.inf
         print(f"going on after update {update:,} of {updates:,}")
     else:
-        start_folder(out_dir, data_dir)
+        if old:
+            old["model"]["transformer.wpe.weight"] = old["model"]["transformer.wpe.weight"][:cfg.block_size]
+            model.load_state_dict(old["model"])
+            print(f"starting from the weights of {cfg.init_from}, after {old['tokens']:,} tokens of training")
+        if rank == 0:
+            start_folder(out_dir, data_dir)
     if update >= updates:
         length = next(name for name in ("max_minutes", "max_tokens", "max_iters") if getattr(cfg, name))
         print(f"{out_dir} is at its end already: raise --{length} to train on")
-        return
-    log = out_dir / "log.jsonl"
-    checkpoint.append_line(log, {
-        "kind": "run", "config": asdict(cfg), "resumed_at": update * cfg.gradient_accumulation_steps if last else None,
-        "parameters": model.num_parameters(), "device": describe(device), "dtype": str(dtype).split(".")[1],
-        "compiled": use_compile, "sequences_at_a_time": cut, "threads": torch.get_num_threads(), "git": git_commit(),
-        "data_sha256": data_sha256, "seed": cfg.seed, "python": platform.python_version(), "torch": torch.__version__,
-        "numpy": np.__version__})
-
+        return leave()
     # ---- Ctrl-C and SIGTERM ask for an end after the current update ----
     signals = []
 
     def ask_to_stop(number, frame):
-        if signals:
+        if number in signals:  # not at another one: torchrun sends SIGTERM behind the terminal's Ctrl-C
             raise KeyboardInterrupt
         signals.append(number)
-        # print is not safe in a handler
-        os.write(2, b"\nstopping after this update or evaluation; once more stops at once\n")
+        if rank == 0:  # print is not safe in a handler
+            os.write(2, b"\nstopping after this update or evaluation; once more stops at once\n")
 
     handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -172,9 +208,12 @@ def main(argv=None):
         model.head_loss = torch.compiler.disable(head_loss)  # large products one by one: there is nothing to fuse
         step_model = torch.compile(model)  # for updates alone: the rest is a small part
     figures = dict(last["figures"]) if last else {"iter": 0}  # of the last evaluation
-    saved, started = update, time.perf_counter()
+    iteration = update * cfg.gradient_accumulation_steps
+    started = time.perf_counter()
     log_time, log_update = started, update  # when and where the last log line was written
-    bar = tqdm(total=updates, initial=update, unit=" updates", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    saved, saved_at = update, seconds_before  # the same of last.pt, in seconds of the run
+    bar = tqdm(total=updates, initial=update, unit=" updates", disable=rank > 0 or not sys.stderr.isatty(),
+               dynamic_ncols=True)
 
     def seconds():  # spent on the run, evaluations included
         return seconds_before + time.perf_counter() - started
@@ -184,8 +223,8 @@ def main(argv=None):
                 "data_sha256": data_sha256, "iter": iteration, "update": update,
                 "tokens": update * update_tokens, "figures": figures}
 
-    def fetch(update):  # its sequences, on the device: inputs and targets, (sequences, T) each
-        return [to(device, tokens) for tokens in order.sequences(update * sequences, sequences)]
+    def fetch(update):  # this rank's share of its sequences, on the device: inputs and targets, (share, T) each
+        return [to(device, tokens) for tokens in order.sequences(update * sequences + rank * share, share)]
 
     def stop_if_not_finite(value, what):
         if not math.isfinite(value):
@@ -195,89 +234,117 @@ def main(argv=None):
                             f"more --warmup_iters or --dtype=float32; the checkpoints in {out_dir} are from before")
 
     def save_last():
-        checkpoint.save(out_dir / "last.pt", snapshot() | {
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict(),
-            "best_val_loss": best_val_loss, "random_state": get_random_state(device), "seconds": seconds()})
+        if rank == 0:
+            checkpoint.save(out_dir / "last.pt", snapshot() | {
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict(),
+                "skipped": skipped, "best_val_loss": best_val_loss, "seconds": seconds(), "ranks": ranks,
+                "sizes": checkpoint.sizes(out_dir)})
 
+    log = out_dir / "log.jsonl"
     try:
+        if not last:
+            save_last()  # from now on the run can go on, whatever happens
+        if rank == 0:
+            files.append_line(log, {
+                "kind": "run", "config": asdict(cfg), "resumed_at": iteration if last else None,
+                "parameters": model.num_parameters(), "device": describe(device), "dtype": str(dtype).split(".")[1],
+                "compiled": use_compile, "sequences_at_a_time": cut, "ranks": ranks,
+                "threads": torch.get_num_threads(), "git": git_commit(), "data_sha256": data_sha256, "seed": cfg.seed,
+                "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__})
         x, y = fetch(update)
+        stop, elapsed = agree(bool(signals), seconds())  # the same on all ranks, so that they do the same
         while True:
             iteration = update * cfg.gradient_accumulation_steps
             # Evaluation stands at the top so that a run that was stopped just before one begins with it.
             if update and figures["iter"] < iteration and (
-                    update == updates or not signals and is_due(iteration, cfg.eval_interval, cfg)):
+                    update == updates or not stop and is_due(iteration, cfg.eval_interval, cfg)):
                 pause = time.perf_counter()
                 with autocast:
-                    train_loss, val_loss = (evaluate(model, split, starts, cut).mean().item()
-                                            for split, starts in eval_windows.items())
+                    train_loss, val_loss = (
+                        add_up(evaluate(model, split, starts[rank::ranks], cut).double().sum()).item() / len(starts)
+                        for split, starts in eval_windows.items())
                 stop_if_not_finite(val_loss, "validation loss")
                 figures = {"iter": iteration, "tokens": update * update_tokens, "train_loss": train_loss,
                            "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, val_split)}
                 tqdm.write(f"iteration {iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
                            f"{figures['val_bpb']:.4f} bits per byte")
-                checkpoint.append_line(log, {"kind": "eval", **figures, "seconds": seconds()})
-                with open(out_dir / "samples.md", "a", encoding="utf-8") as file:
-                    file.write(f"## iteration {iteration}: validation loss {val_loss:.4f}\n\n"
-                               f"{tell_story(model, tokenizer)}\n\n")
+                if rank == 0:
+                    files.append_line(log, {"kind": "eval", **figures, "seconds": seconds()})
+                    files.append(out_dir / "samples.md", f"## iteration {iteration}: validation loss {val_loss:.4f}\n\n"
+                                                         f"{tell_story(model, tokenizer)}\n\n")
                 if val_loss < best_val_loss:
                     best_val_loss = val_loss
-                    checkpoint.save(out_dir / "ckpt.pt", snapshot())
+                    if rank == 0:
+                        checkpoint.save(out_dir / "ckpt.pt", snapshot())
                 save_last()
-                saved = update
+                stop, elapsed = agree(bool(signals), seconds())
+                saved, saved_at = update, elapsed
                 log_time += time.perf_counter() - pause  # the tokens a second are those of training alone
-                updates = bar.total = updates_in_all(cfg, update, seconds())
-            if update == updates or signals:
+                updates = bar.total = updates_in_all(cfg, update, elapsed)
+            if update == updates or stop:
                 break
 
             lr = learning_rate(iteration, cfg, updates)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * lr / cfg.learning_rate
+            torch.manual_seed(dropout_seed(cfg.seed, update, rank))
             loss = torch.zeros((), device=device)  # stays on the device: nothing waits for it but a log line
-            for i in range(0, sequences, cut):
+            for i in range(0, share, cut):
                 with autocast:
                     part = step_model(x[i:i + cut], y[i:i + cut]) * (len(x[i:i + cut]) / sequences)
                 scaler.scale(part).backward()
                 loss += part.detach()
+            add_up_gradients(model.parameters())
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)  # before clipping, which would else measure the scaled gradient
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             if not scaler.is_enabled() or math.isfinite(grad_norm):  # all optimizers skip an update that overflows
                 for optimizer in optimizers:
                     scaler.step(optimizer)
+            else:
+                skipped += 1
             scaler.update()
             model.zero_grad(set_to_none=True)
             update += 1
             iteration = update * cfg.gradient_accumulation_steps
             x, y = fetch(update)  # while a GPU is still at work on the last ones
-            updates = bar.total = updates_in_all(cfg, update, seconds())
+            stop, elapsed = agree(bool(signals), seconds())
+            updates = bar.total = updates_in_all(cfg, update, elapsed)
             bar.update()
 
             log_due = update in (1, updates) or is_due(iteration, cfg.log_interval, cfg)
-            if not (log_due or signals or is_due(iteration, cfg.eval_interval, cfg)):
+            save_due = elapsed - saved_at >= 60 * cfg.checkpoint_minutes
+            if not (log_due or save_due or stop or is_due(iteration, cfg.eval_interval, cfg)):
                 continue
             # Before anything is logged or saved. The scaler skips an update whose gradient overflows in fp16; anywhere
             # else such a gradient has spoilt the weights.
-            stop_if_not_finite(loss.item(), "loss")
+            stop_if_not_finite(add_up(loss).item(), "loss")
             if not scaler.is_enabled():
                 stop_if_not_finite(grad_norm.item(), "norm of the gradient")
             if log_due:
                 now = time.perf_counter()
                 speed = (update - log_update) * update_tokens / (now - log_time)
                 log_time, log_update = now, update
-                checkpoint.append_line(log, {
-                    "kind": "step", "iter": iteration, "update": update, "tokens": update * update_tokens,
-                    "epoch": update * update_tokens / epoch_tokens, "loss": loss.item(), "lr": lr,
-                    "grad_norm": grad_norm.item() if math.isfinite(grad_norm.item()) else None,  # JSON has no inf
-                    "tokens_per_s": speed, "seconds": seconds()})
+                if rank == 0:
+                    files.append_line(log, {
+                        "kind": "step", "iter": iteration, "update": update, "tokens": update * update_tokens,
+                        "epoch": update * update_tokens / epoch_tokens, "loss": loss.item(), "lr": lr,
+                        "grad_norm": grad_norm.item() if math.isfinite(grad_norm) else None,  # JSON has no inf
+                        "skipped": skipped, "tokens_per_s": speed, "seconds": seconds()})
                 bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
                 if bar.disable:
                     left = (updates - update) * update_tokens / speed  # the first update may have waited to compile
                     print(f"iteration {iteration:,}: loss {loss.item():.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
                           + (f", {tqdm.format_interval(left)} left" if update > 1 else ""), flush=True)
-        if saved < update or not (out_dir / "last.pt").exists():
+            if save_due:
+                save_last()
+                saved, saved_at = update, elapsed
+        if saved < update:
             save_last()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):  # the CPU's words
+            raise
         raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, cut // 2)} (now {cut}), which "
                         "changes the speed alone") from error
     finally:
@@ -293,10 +360,13 @@ def main(argv=None):
               f"python train.py --out_dir={out_dir} --resume")
     if math.isfinite(best_val_loss):
         print(f"best_val_loss: {best_val_loss:.4f}\nval_bits_per_byte: {bits_per_byte(best_val_loss, val_split):.4f}")
+    if skipped:
+        print(f"skipped_updates: {skipped}")  # their gradients were too large for float16
     tokens = update * update_tokens
     print(f"tokens: {tokens}\nseconds: {seconds():.1f}\ntokens_per_s: {tokens / seconds():.0f}\n"
           f"checkpoint: {checkpoint.best_in(out_dir)}\n"
           f'sample: python sample.py --out_dir {out_dir} --start "{SAMPLE_PROMPT}"')
+    leave()
 
 
 def refuse_changes(stored, now, recipe):
@@ -315,6 +385,15 @@ def refuse_changes(stored, now, recipe):
             print(f"changed: {name} is now {now[name]!r}, was {stored[name]!r}")
         elif recipe.get(name, stored[name]) != stored[name]:
             print(f"note: the run keeps {name} = {stored[name]!r}, though the recipe says {recipe[name]!r}")
+
+
+def refuse_another_shape(shape, cfg):
+    """Raise UserError where the settings are not of the shape of the model that init_from names; a shorter block is."""
+    for name, value in shape.items():
+        mine = getattr(cfg, name)
+        if mine != value and not (name == "block_size" and mine < value):
+            raise UserError(f"{name} = {mine!r} is not that of init_from = {cfg.init_from!r}, {value!r}: leave it out, "
+                            f"or set --{name}={value}")
 
 
 def make_optimizers(model, cfg):
@@ -381,12 +460,12 @@ def evaluate(model, split, starts, batch_size):
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # no dropout
-    losses = []
+    losses = [torch.empty(0)]
     for i in range(0, len(starts), batch_size):
         x, y = split.windows(starts[i:i + batch_size])  # (B, T) each
-        losses.append(model(to(device, x), to(device, y), reduction="none").float().mean(1))  # (B,)
+        losses.append(model(to(device, x), to(device, y), reduction="none").float().mean(1).cpu())  # (B,)
     model.train(was_training)
-    return torch.cat(losses).cpu()
+    return torch.cat(losses)
 
 
 def bits_per_byte(loss, split):
@@ -409,29 +488,17 @@ def tell_story(model, tokenizer):
 def start_folder(out_dir, data_dir):
     """Make a run folder with the dataset's tokenizer and meta.json, without what an earlier run left there."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("ckpt.pt", "last.pt", "log.jsonl", "samples.md"):
+    files.hold(out_dir / ".lock", out_dir)
+    for name in ("ckpt.pt", "last.pt", "last.prev.pt", "log.jsonl", "samples.md"):
         (out_dir / name).unlink(missing_ok=True)
     for name in ("tokenizer.tiktoken", "meta.json"):
-        shutil.copyfile(data_dir / name, out_dir / name)
+        files.replace(out_dir / name, lambda file: file.write((data_dir / name).read_bytes()))
 
 
-def get_random_state(device):
-    """The states of the generators that the initial weights and dropout draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state, device):
-    """Set the generators back; a device that the run was not on before keeps its fresh one."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    if device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+def dropout_seed(seed, update, rank):
+    """What the random numbers of an update begin from: of these three alone, so that a run that goes on needs no more.
+    """
+    return int(np.random.SeedSequence([seed, update, rank]).generate_state(1, np.uint64)[0])
 
 
 def describe(device):

@@ -41,6 +41,8 @@ class Config:
     seed: int = setting(1337, "fixes the initial weights, the order of the data and the dropout masks", low=0,
                          high=2**63 - 1)
 
+    init_from: str = setting("scratch", "scratch, or a run's folder: start from its weights, and take its shape")
+
     n_layer: int = setting(6, "number of blocks", low=1)
     n_head: int = setting(6, "attention heads in each block", low=1)
     n_embd: int = setting(384, "width of the model, a multiple of n_head", low=1)
@@ -73,6 +75,8 @@ class Config:
     eval_interval: int = setting(500, "iterations between evaluations", low=1)
     eval_iters: int = setting(40, "batches of batch_size windows in an evaluation, of each split", low=1)
     log_interval: int = setting(10, "iterations between log lines", low=1)
+
+    checkpoint_minutes: float = setting(5.0, "minutes between writes of last.pt, which evaluations write too", low=0)
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(

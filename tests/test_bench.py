@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+import files
 import model
 import train
 from model import GPT, GPTConfig
@@ -21,7 +21,7 @@ def small(monkeypatch, here):
     monkeypatch.setattr(bench, "PUBLISHED", GPTConfig(300, 16, 2, 2, 32))
     monkeypatch.setattr(bench, "MATMULS", {"head": (8, 32, 300), "c_fc": (8, 32, 128)})
     for module, name in [(model, "Dropout"), (model, "attend"), (train, "head_loss"), (sys, "stdout"),
-                         (checkpoint, "append_line")]:
+                         (files, "append_line")]:
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(GPT, "head_loss", staticmethod(GPT.head_loss))
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import checkpoint
+import files
 from errors import UserError
 
 
 def test_what_is_saved_comes_back(tmp_path):
     state = {"model": {"w": torch.arange(6.0)}, "config": {"n_layer": 2, "compile": "auto", "bias": True}, "iter": 3}
     checkpoint.save(tmp_path / "last.pt", state)
-    again = checkpoint.load(tmp_path / "last.pt", needed=state)
+    again = checkpoint.load(tmp_path / "last.pt", dict.fromkeys(state, object))
     assert torch.equal(again["model"].pop("w"), state["model"].pop("w")) and again == state
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -22,15 +23,15 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
     checkpoint.save(tmp_path / "last.pt", {"iter": 1})
     with pytest.raises(AttributeError):
         checkpoint.save(tmp_path / "last.pt", {"iter": lambda: 2})  # no checkpoint can hold a function
-    assert checkpoint.load(tmp_path / "last.pt", ["iter"]) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_a_full_disk_is_told_and_leaves_the_one_before(tmp_path):
     checkpoint.save(tmp_path / "last.pt", {"iter": 1})
-    (tmp_path / "last.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write .*last.pt .*what was there before is kept"):
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*last.pt .*what was saved before is kept"):
         checkpoint.save(tmp_path / "last.pt", {"iter": 2, "model": torch.zeros(100_000)})
-    assert checkpoint.load(tmp_path / "last.pt", ["iter"]) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "short", "text"])
@@ -58,7 +59,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_is_run(here):
 
 
 @pytest.mark.parametrize("state", [{"weights": torch.zeros(3)}, torch.zeros(3), dict.fromkeys(
-    ("model", "model_config", "config", "tokens", "figures"), {})])
+    checkpoint.HAS, {}) | {"tokens": 0}])
 def test_a_foreign_checkpoint_is_refused(here, state):
     torch.save(state, "ckpt.pt")
     with pytest.raises(UserError, match="ckpt.pt is not a checkpoint of this program"):
@@ -76,20 +77,32 @@ def test_newest_run_is_that_of_the_newest_checkpoint(here):
     assert checkpoint.best_in("out/b").name == "ckpt.pt" and checkpoint.best_in("out/a").name == "last.pt"
 
 
-def test_a_torn_last_line_is_passed_over_and_logs_are_cut_back(tmp_path):
-    records = [{"kind": "run"}, *({"kind": "step", "iter": i} for i in (1, 2, 3)), {"kind": "eval", "iter": 2},
-               {"kind": "eval", "iter": 3}]
+def test_a_torn_last_line_is_passed_over_and_a_damaged_line_is_named(tmp_path):
+    records = [{"kind": "run"}, *({"kind": "step", "iter": i} for i in (1, 2, 3))]
     for record in records:
-        checkpoint.append_line(tmp_path / "log.jsonl", record)
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"kind": "st')
+        files.append_line(tmp_path / "log.jsonl", record)
+    files.append(tmp_path / "log.jsonl", '{"kind": "st')
     assert checkpoint.read_log(tmp_path / "log.jsonl") == records
-    (tmp_path / "bad.jsonl").write_text('{"kind": "run"}\ngarbage\n')
+    (tmp_path / "bad.jsonl").write_text('{"kind": "run"}\n' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match="bad.jsonl, line 2 is damaged"):
         checkpoint.read_log(tmp_path / "bad.jsonl")
-    kept = "mine\n## iteration 2: x\n\nTwo ## iteration 9\n\n"
-    (tmp_path / "samples.md").write_text(kept + "## iteration 3: x\n\nThree\n\n")
-    checkpoint.cut_back(tmp_path, iteration=3, evaluated=2)
-    assert checkpoint.read_log(tmp_path / "log.jsonl") == records[:-1]
-    assert (tmp_path / "log.jsonl").read_text() == "".join(json.dumps(r) + "\n" for r in records[:-1])
-    assert (tmp_path / "samples.md").read_text() == kept
+
+
+def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
+    log, samples = tmp_path / "log.jsonl", tmp_path / "samples.md"
+    files.append_line(log, {"kind": "run"})
+    sizes = checkpoint.sizes(tmp_path)
+    for text in ('{"kind": "step"}\n', '{"kind": "st'):
+        files.append(log, text)
+        files.append(samples, "## iteration 3: x\n\nThr")  # there was none yet at the checkpoint
+        checkpoint.cut_back(tmp_path, sizes)
+        assert log.read_text() == '{"kind": "run"}\n' and samples.read_text() == ""
+    log.write_text("short")
+    with pytest.raises(UserError, match="log.jsonl is shorter than it was at the last checkpoint: put it back, or rem"):
+        checkpoint.cut_back(tmp_path, sizes)
+    log.write_text("another\nfile, longer than the log\n")
+    with pytest.raises(UserError, match="log.jsonl, line 1 is damaged"):
+        checkpoint.cut_back(tmp_path, sizes)
+    log.unlink()
+    checkpoint.cut_back(tmp_path, sizes)  # one may go on without it
+    assert not log.exists()

@@ -1,11 +1,12 @@
 """The reading side: which windows a run sees, in which order, and what is refused."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
-from dataset import Split, TrainingOrder, evaluation_windows, prepare_command
+from dataset import Split, TrainingOrder, evaluation_windows, prepare_command, read_meta, seal
 from errors import UserError
 
 
@@ -14,9 +15,16 @@ def write(folder, n, dtype="uint16"):
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         np.arange(n, dtype=dtype).tofile(folder / f"{split}.bin")
-    splits = {split: {"tokens": n, "bytes": 4 * n, "sha256": ""} for split in ("train", "validation")}
-    (folder / "meta.json").write_text(json.dumps(
-        {"vocab_size": n, "end_of_text": 0, "dtype": dtype, "splits": splits}))
+    return describe(folder, n, dtype)
+
+
+def describe(folder, n, dtype="uint16"):
+    """A meta.json for the token files as they are."""
+    splits = {split: {"tokens": n, "bytes": 4 * n,
+                      "sha256": hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()}
+              for split in ("train", "validation")}
+    (folder / "meta.json").write_text(json.dumps(seal(
+        {"tokenizer": {}, "vocab_size": n, "end_of_text": 0, "dtype": dtype, "splits": splits})))
     return folder
 
 
@@ -74,13 +82,16 @@ def test_a_split_shorter_than_its_windows_is_refused(tmp_path):
     assert len(evaluation_windows(Split(folder, "validation", 30))) == 1
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "short", "odd"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "short", "odd", "flipped"])
 def test_a_damaged_token_file_is_refused_by_name(tmp_path, damage):
     path = write(tmp_path / "x", 100) / "train.bin"
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:{"empty": 0, "short": 100, "odd": 99}[damage]])
+        data = bytearray(path.read_bytes()[:{"empty": 0, "short": 100, "odd": 99}.get(damage)])
+        if damage == "flipped":
+            data[100] ^= 1  # still a token of the vocabulary
+        path.write_bytes(data)
     with pytest.raises(UserError, match="train.bin.*--force"):
         Split(path.parent, "train", 16)
 
@@ -88,8 +99,22 @@ def test_a_damaged_token_file_is_refused_by_name(tmp_path, damage):
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     path = write(tmp_path / "x", 100) / "train.bin"
     np.full(100, 100, "uint16").tofile(path)
+    describe(path.parent, 100)
     with pytest.raises(UserError, match="train.bin is damaged: it has token 100, and the vocabulary has only 100"):
         Split(path.parent, "train", 16).windows([0])
+
+
+def test_a_bit_that_flips_in_meta_json_is_noticed_wherever_it_is(tmp_path):
+    path = write(tmp_path / "x", 100) / "meta.json"
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_meta(tmp_path / "x") == json.loads(whole)  # as where a space becomes a tab
+        except UserError as error:
+            assert "meta.json is damaged" in str(error)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"splits": 3}', "\xff", json.dumps(

@@ -80,7 +80,7 @@ def test_no_run_and_a_broken_one(here, fails):
     assert "no trained model under out/" in fails(sample.main, [])
     (here / "out/x").mkdir(parents=True)
     (here / "out/x/ckpt.pt").write_text("no")
-    assert "out/x/ckpt.pt is broken or not a checkpoint" in fails(sample.main, [])
+    assert "out/x/ckpt.pt is damaged or not a checkpoint" in fails(sample.main, [])
 
 
 def test_prompt_file_that_is_not_text(run, fails, tmp_path):

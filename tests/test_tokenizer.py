@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data import nursery
+from dataset import seal
 from errors import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 
@@ -17,7 +18,9 @@ def saved(tokenizer, folder):
     """The folder, with the tokenizer as a dataset has it."""
     folder.mkdir(exist_ok=True)
     tokenizer.save(folder)
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": tokenizer.describe()}))
+    (folder / "meta.json").write_text(json.dumps(seal(
+        {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text,
+         "dtype": "uint16", "splits": dict.fromkeys(("train", "validation"), {"tokens": 1, "bytes": 1, "sha256": ""})})))
     return folder
 
 

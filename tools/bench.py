@@ -9,6 +9,7 @@ is a process of its own, which also gives its own peak of memory.
 
 import copy
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -29,10 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
+import files
 import model as model_py
 import train
 from data import nursery
-from dataset import Split, evaluation_windows
+from dataset import Split, evaluation_windows, read_meta, seal
 from errors import Parser, UserError, exit_with_one_line
 from hardware import DTYPES, pick_device, pick_weights
 from model import GPT, GPTConfig, KVCache, choose_token, window_start
@@ -297,10 +299,10 @@ def contend(pipe, name, folder, device, accumulation):
     if words is None:
         return plain_loop(device, "compiled" in name, accumulation, turn)
     # train.py's own loop: its log line, one an update, is where a turn ends.
-    checkpoint.append_line = lambda path, record: turn() if record["kind"] == "step" else None
+    files.append_line = lambda path, record: turn() if record["kind"] == "step" else None
     train.main(["--dataset=bench", f"--out_dir=out/{os.getpid()}", f"--device={device}", "--min_lr=1e-5",
                 f"--gradient_accumulation_steps={accumulation}", "--log_interval=1", "--max_iters=1000000",
-                "--eval_interval=1000000", *words])
+                "--eval_interval=1000000", "--checkpoint_minutes=1e9", *words])
 
 
 def peak_mb(device):
@@ -351,11 +353,13 @@ def write_random_dataset(folder):
     tokenizer.save(folder)
     splits = {}
     for split, count in (("train", 4_000_000), ("validation", 100_000)):
-        np.random.default_rng(0).integers(size, size=count, dtype=np.uint16).tofile(folder / f"{split}.bin")
-        splits[split] = {"stories": 1, "tokens": count, "bytes": 4 * count, "sha256": split}
+        tokens = np.random.default_rng(0).integers(size, size=count, dtype=np.uint16)
+        tokens.tofile(folder / f"{split}.bin")
+        splits[split] = {"stories": 1, "tokens": count, "bytes": 4 * count,
+                         "sha256": hashlib.sha256(tokens).hexdigest()}
     meta = {"vocab_size": size, "end_of_text": size - 1, "dtype": "uint16", "splits": splits,
             "tokenizer": tokenizer.describe()}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(seal(meta)))
 
 
 # ---- generation ----
@@ -419,6 +423,7 @@ def first_token_seconds(model, device, folder, rounds):
     """From the command to the end of a story of one token, in a process of its own: the median."""
     write_random_dataset(folder / "run")
     checkpoint.save(folder / "run" / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(PUBLISHED),
+                                                 "data_sha256": checkpoint.data_sha256(read_meta(folder / "run")),
                                                  "config": {}, "tokens": 0, "figures": {}})
     command = [sys.executable, ROOT / "sample.py", "--out_dir", folder / "run", "--start", "Once upon a time",
                "--max_new_tokens", "1", "--device", str(device)]
