@@ -14,7 +14,7 @@ from errors import UserError
 def prepare_command(name):
     """The command that makes a dataset, as far as its name tells: `nursery-bpe1024` needs `--tokenizer bpe:1024`."""
     encodings = "|".join(tiktoken.list_encoding_names())
-    source, tokenizer = re.fullmatch(rf"(.*?)(?:-(bpe\d+|{encodings}))?", name).groups()
+    source, tokenizer = re.fullmatch(rf"(.*?)(?:-(bpe\d+|{encodings}))?", name, re.DOTALL).groups()
     words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {name}")
     return f"python prepare.py{words}" + (f" --tokenizer {tokenizer.replace('bpe', 'bpe:')}" if tokenizer else "")
 

@@ -65,7 +65,8 @@ def append_line(path, record):
 
 def cannot_write(path, error):
     """The UserError for a file that could not be written."""
-    reason = getattr(error, "strerror", None) or "is the disk full?"
+    reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))  # torch's own error comes over it
+    reason = next(filter(None, reasons), "is the disk full?")
     return UserError(f"cannot write {path} ({reason}): what was saved before is kept; make room or give it leave, then "
                      "give the command again, train.py with --resume")
 

@@ -44,10 +44,10 @@ def pick_device(name):
 def pick_dtype(name, device):
     """The torch.dtype for the arithmetic: auto is bfloat16 where the hardware computes in it, else float16 on CUDA.
 
-    Raises UserError for float16 anywhere but on CUDA: its gradients need the scaler that works only there.
+    Raises UserError for float16 on MPS: its gradients need a scaler, which is for CUDA and, to try it out, the CPU.
     """
-    if name == "float16" and device.type != "cuda":
-        raise UserError(f"dtype = 'float16' is for CUDA; on {device.type} use bfloat16 or float32")
+    if name == "float16" and device.type == "mps":
+        raise UserError("dtype = 'float16' is not for mps: use bfloat16 or float32")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":

@@ -5,12 +5,14 @@ the same updates on the same weights, each with its share of the sequences; rank
 """
 
 import os
+import re
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from errors import UserError
@@ -25,9 +27,19 @@ def join():
         return 0, 1
     if int(os.environ["RANK"]):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
+    # torchrun's store outlives a restart, and has the addresses of the processes that are gone: each start needs names
+    # of its own in it. How often a machine was started is known, but not the same on all.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and shared_store and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise UserError("torchrun can restart a run on several machines only with a new store each time: set "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment on each of them")
     with together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    return dist.get_rank(), ranks
+        store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared_store else "", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+    return rank, ranks
 
 
 def leave():
@@ -42,8 +54,9 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"another process of the run is gone ({str(error).splitlines()[0]}): the one that failed first "
-                        "says why; go on with --resume=auto") from error
+        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's place in its code
+        raise UserError(f"another process of the run is gone ({reason}): the one that failed first says why; go on with "
+                        "--resume=auto") from error
 
 
 def from_rank_0(value):

@@ -71,6 +71,8 @@ def main(argv=None):
         elif settings.get("init_from", "scratch") != "scratch":
             _, old_tokenizer, old = checkpoint.load_model(checkpoint.best_in(settings["init_from"]))
     settings, last, old = from_rank_0([settings, last, old])
+    if rank:
+        from_rank_0(None)  # waits until rank 0 has made all its checks: what all would complain of is told once
     if last:
         with checkpoint.taking_from(Path(settings["out_dir"], "last.pt")):
             stored = asdict(Config(**last["config"]))
@@ -87,18 +89,14 @@ def main(argv=None):
     else:
         cfg = Config(**settings)
     out_dir = Path(cfg.out_dir)
-    if rank == 0 and checkpoint.holds_run(out_dir) and not (last or args.overwrite):
-        go_on = "go on with it (--resume), " if checkpoint.can_go_on(out_dir) else ""
-        raise UserError(f"{out_dir} already holds a run: {go_on}replace it (--overwrite), or name another folder "
-                        "(--out_dir)")
+    if rank == 0 and not last and not args.overwrite:
+        refuse_another_run(out_dir)
     if cfg.sequences_per_update % ranks:
         divisors = [n for n in range(1, cfg.sequences_per_update + 1) if cfg.sequences_per_update % n == 0]
         raise UserError(f"{ranks} processes cannot share an update's {cfg.sequences_per_update} sequences evenly: "
                         f"start {', '.join(map(str, divisors))} of them")
 
     # ---- data ----
-    if rank:
-        from_rank_0(None)  # waits until rank 0 has been through this part: what all would complain of is told once
     data_dir = Path("data", cfg.dataset)
     meta = read_meta(data_dir)
     tokenizer = Tokenizer.load(data_dir)
@@ -185,11 +183,14 @@ def main(argv=None):
             model.load_state_dict(old["model"])
             print(f"starting from the weights of {cfg.init_from}, after {old['tokens']:,} tokens of training")
         if rank == 0:
-            start_folder(out_dir, data_dir)
-    if update >= updates:
+            start_folder(out_dir, data_dir, args.overwrite)
+    figures = dict(last["figures"]) if last else {"iter": 0}  # of the last evaluation
+    iteration = update * cfg.gradient_accumulation_steps
+    if update > updates or update == updates and figures["iter"] == iteration:
         length = next(name for name in ("max_minutes", "max_tokens", "max_iters") if getattr(cfg, name))
         print(f"{out_dir} is at its end already: raise --{length} to train on")
         return leave()
+
     # ---- Ctrl-C and SIGTERM ask for an end after the current update ----
     signals = []
 
@@ -207,8 +208,6 @@ def main(argv=None):
     if use_compile:
         model.head_loss = torch.compiler.disable(head_loss)  # large products one by one: there is nothing to fuse
         step_model = torch.compile(model)  # for updates alone: the rest is a small part
-    figures = dict(last["figures"]) if last else {"iter": 0}  # of the last evaluation
-    iteration = update * cfg.gradient_accumulation_steps
     started = time.perf_counter()
     log_time, log_update = started, update  # when and where the last log line was written
     saved, saved_at = update, seconds_before  # the same of last.pt, in seconds of the run
@@ -485,10 +484,20 @@ def tell_story(model, tokenizer):
     return tokenizer.decode([*prompt, *(token for token in tokens if token != tokenizer.end_of_text)])
 
 
-def start_folder(out_dir, data_dir):
+def refuse_another_run(out_dir):
+    """Raise UserError where a folder holds a run already."""
+    if checkpoint.holds_run(out_dir):
+        go_on = "go on with it (--resume), " if checkpoint.can_go_on(out_dir) else ""
+        raise UserError(f"{out_dir} already holds a run: {go_on}replace it (--overwrite), or name another folder "
+                        "(--out_dir)")
+
+
+def start_folder(out_dir, data_dir, overwrite):
     """Make a run folder with the dataset's tokenizer and meta.json, without what an earlier run left there."""
     out_dir.mkdir(parents=True, exist_ok=True)
     files.hold(out_dir / ".lock", out_dir)
+    if not overwrite:
+        refuse_another_run(out_dir)  # that another process has made in the meantime
     for name in ("ckpt.pt", "last.pt", "last.prev.pt", "log.jsonl", "samples.md"):
         (out_dir / name).unlink(missing_ok=True)
     for name in ("tokenizer.tiktoken", "meta.json"):

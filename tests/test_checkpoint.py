@@ -1,6 +1,5 @@
 """Run folders: whole files under their names, damage told by name, logs cut back."""
 
-import json
 import os
 
 import pytest
@@ -29,7 +28,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
 def test_a_full_disk_is_told_and_leaves_the_one_before(tmp_path):
     checkpoint.save(tmp_path / "last.pt", {"iter": 1})
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write .*last.pt .*what was saved before is kept"):
+    with pytest.raises(UserError, match="cannot write .*last.pt .No space left on device.: what was saved before is kept"):
         checkpoint.save(tmp_path / "last.pt", {"iter": 2, "model": torch.zeros(100_000)})
     assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
 
@@ -44,6 +43,24 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path, damage):
         path.write_bytes({"empty": b"", "short": whole[:len(whole) // 2], "text": b"hello\n"}[damage])
     with pytest.raises(UserError, match="ckpt.pt"):
         checkpoint.load(path)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_without_effect(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    state = {"model": {"w": torch.arange(300.0)}, "config": {"n_layer": 2}}
+    checkpoint.save(path, state)
+    whole, noticed = path.read_bytes(), 0
+    for bit in range(0, 8 * len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            again = checkpoint.load(path, {})
+            assert torch.equal(again["model"]["w"], state["model"]["w"]) and again["config"] == state["config"]
+        except UserError as error:
+            assert "ckpt.pt is damaged" in str(error)
+            noticed += 1
+    assert noticed > 1200 * 8 / 7  # at the least where the weights are
 
 
 class Evil:

@@ -133,3 +133,4 @@ def test_the_command_that_makes_a_dataset():
     assert prepare_command("tinystories-cl100k_base") == "python prepare.py --tokenizer cl100k_base"
     assert prepare_command("mine-bpe300") == "python prepare.py SOURCE --name mine-bpe300 --tokenizer bpe:300"
     assert prepare_command("mine") == "python prepare.py SOURCE --name mine"
+    assert prepare_command("\n") == "python prepare.py SOURCE --name \n"

@@ -31,6 +31,12 @@ def test_published_model_has_29995392_parameters(published):
     assert len({p.data_ptr() for p in published.parameters()}) == len(list(published.parameters()))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_number_of_parameters_is_known_before_the_model_is_made(bias):
+    config = GPTConfig(300, 16, 3, 2, 24, bias=bias)
+    assert config.num_parameters() == GPT(config).num_parameters()
+
+
 def test_first_loss_is_that_of_a_guess(published):
     idx = torch.randint(50257, (2, 129), generator=torch.Generator().manual_seed(1))
     loss = published(idx[:, :-1], idx[:, 1:]).item()

@@ -340,6 +340,128 @@ def test_going_on_cuts_the_logs_back_to_the_checkpoint(with_data):
     assert Path("out/x/samples.md").read_text().count("## iteration 16") == 1
 
 
+def test_resume_auto_starts_a_run_and_goes_on_with_it(with_data, capsys, fails):
+    words = [*TINY, "--out_dir=out/x", "--resume=auto"]
+    train.main([*words, "--max_iters=4", "--lr_decay_iters=24"])
+    assert "going on" not in capsys.readouterr().out
+    train.main([*words, "--max_iters=8"])
+    assert "going on after update 2 of 4" in capsys.readouterr().out
+    Path("out/x/last.pt").unlink()
+    Path("out/x/last.prev.pt").unlink()
+    assert "out/x already holds a run: replace it" in fails(train.main, words)  # ckpt.pt is not to be lost by it
+    assert Path("out/x/ckpt.pt").exists()
+
+
+def test_a_run_goes_on_from_before_its_first_update(with_data):
+    """As one that was killed at once: last.pt is there from the start."""
+    words = [*TINY, "--out_dir=out/x", "--max_iters=4", "--dropout=0.2"]
+    train.main(words)
+    whole = weights("out/x")
+    Path("out/x/last.prev.pt").replace("out/x/last.pt")
+    assert checkpoint.load("out/x/last.pt")["update"] == 0
+    train.main(["--out_dir=out/x", "--resume"])
+    assert same(weights("out/x"), whole) and [r["iter"] for r in records("out/x", "step")] == [2, 4]
+
+
+def test_a_run_killed_before_its_last_evaluation_makes_that_first(with_data):
+    train.main([*TINY, "--out_dir=out/x", "--max_iters=4", "--checkpoint_minutes=0"])
+    whole = records("out/x", "eval")
+    Path("out/x/last.prev.pt").replace("out/x/last.pt")  # of the last update, from before it was evaluated
+    train.main(["--out_dir=out/x", "--resume"])
+    (again,) = records("out/x", "eval")
+    assert again | {"seconds": 0} == whole[0] | {"seconds": 0}
+    assert checkpoint.load("out/x/last.pt")["figures"]["iter"] == 4
+
+
+def test_last_pt_is_also_written_by_the_clock(with_data, monkeypatch):
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: (saved.append((path.name, state["update"])),
+                                                                 save(path, state)))
+    train.main([*TINY, "--out_dir=out/x", "--max_iters=6"])
+    assert saved == [("last.pt", 0), ("ckpt.pt", 3), ("last.pt", 3)]
+    saved.clear()
+    train.main([*TINY, "--out_dir=out/y", "--max_iters=6", "--checkpoint_minutes=0"])
+    assert saved == [("last.pt", 0), ("last.pt", 1), ("last.pt", 2), ("last.pt", 3), ("ckpt.pt", 3), ("last.pt", 3)]
+    ticks = itertools.count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks) / 100)
+    saved.clear()
+    train.main([*TINY, "--out_dir=out/z", "--max_iters=200", "--eval_interval=1000", "--checkpoint_minutes=0.01"])
+    gaps = np.diff([update for name, update in saved if name == "last.pt"][:-1])
+    assert len(gaps) > 2 and len(set(gaps)) <= 2 and gaps.max() < 60  # every 0.6 s of a clock that is read twice an update
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "empty"])
+def test_a_damaged_last_pt_gives_way_to_the_one_before(with_data, capsys, damage, fails):
+    words = [*TINY, "--out_dir=out/x", "--lr_decay_iters=24", "--checkpoint_minutes=0"]
+    train.main([*words, "--max_iters=24"])
+    whole = weights("out/x")
+    train.main([*words, "--max_iters=12", "--overwrite"])
+    last, previous = Path("out/x/last.pt"), Path("out/x/last.prev.pt")
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 4
+    last.write_bytes(data if damage == "flipped" else b"")
+    if damage == "gone":
+        last.unlink()
+    capsys.readouterr()
+    before = previous.read_bytes()
+    train.main(["--out_dir=out/x", "--resume", "--max_iters=24"])
+    err = capsys.readouterr().err
+    assert "note: " in err and "out/x/last.pt" in err and "going on from out/x/last.prev.pt" in err
+    assert same(weights("out/x"), whole) and [r["iter"] for r in records("out/x", "eval")] == [8, 16, 24]
+    for path in (last, previous):
+        path.write_bytes(before[:1000])
+    assert "out/x/last.prev.pt is damaged" in fails(train.main, ["--out_dir=out/x", "--resume"])
+
+
+def test_a_lost_ckpt_is_made_anew(with_data, capsys):
+    train.main([*TINY, "--out_dir=out/x", "--max_iters=8", "--lr_decay_iters=24"])
+    Path("out/x/ckpt.pt").unlink()
+    train.main(["--out_dir=out/x", "--resume", "--max_iters=16"])
+    assert "note: out/x/ckpt.pt is gone" in capsys.readouterr().out
+    assert checkpoint.load("out/x/ckpt.pt")["iter"] == 16
+
+
+def test_init_from_starts_a_new_run_from_old_weights(with_data, fails, capsys):
+    import prepare
+    train.main([*TINY, "--out_dir=out/old", "--max_iters=8", "--n_embd=32"])
+    words = [word for word in TINY if not word.startswith(("--n_", "--block_size"))]
+    train.main([*words, "--init_from=out/old", "--out_dir=out/new", "--max_iters=2", "--learning_rate=1e-9",
+                "--min_lr=0", "--block_size=8"])  # the shape is the old run's; its block may be cut
+    assert "starting from the weights of out/old, after 512 tokens" in capsys.readouterr().out
+    state = checkpoint.load("out/new/last.pt")
+    assert state["config"]["n_embd"] == 32 and state["tokens"] == 64
+    for name, w in weights("out/old", "ckpt.pt").items():
+        torch.testing.assert_close(state["model"][name], w[:8] if name == "transformer.wpe.weight" else w)
+    for words, complaint in [
+        (["--init_from=out/old", "--n_embd=16"], "n_embd = 16 is not that of init_from = 'out/old', 32"),
+        (["--init_from=out/old", "--n_embd=32", "--block_size=32"], "block_size = 32 is not that of"),
+        (["--init_from=out/none"], "no checkpoint in out/none"),
+        (["--init_from=out/old", "--n_embd=32", "--out_dir=out/old", "--overwrite"], "would be replaced by the new run"),
+    ]:
+        assert complaint in fails(train.main, [*TINY, "--out_dir=out/y", *words])
+    prepare.main(["nursery", "--tokenizer", "bpe:310", "--max_stories", "60"])
+    assert "another tokenizer than init_from = 'out/old'" in fails(
+        train.main, [*TINY, "--out_dir=out/y", "--init_from=out/old", "--n_embd=32", "--dataset=nursery-bpe310"])
+    assert not Path("out/y").exists()
+
+
+def test_overflowing_gradients_in_float16_skip_their_update_and_are_counted(with_data, capsys):
+    words = [*TINY, "--out_dir=out/x", "--dtype=float16", "--log_interval=1", "--lr_decay_iters=24"]
+    train.main([*words, "--max_iters=4"])
+    state = checkpoint.load("out/x/last.pt", checkpoint.LAST_HAS)
+    assert state["scaler"]["scale"] == 65536 and state["skipped"] == 0
+    state["scaler"]["scale"] *= 2.0**20  # far too much
+    checkpoint.save(Path("out/x/last.pt"), state)
+    before = state["model"]
+    train.main([*words, "--resume", "--max_iters=8"])
+    assert "skipped_updates: 2" in capsys.readouterr().out and same(weights("out/x"), before)
+    train.main([*words, "--resume", "--max_iters=80"])
+    steps = records("out/x", "step")
+    assert all((r["grad_norm"] is None) == (r["skipped"] > before["skipped"]) for before, r in zip(steps, steps[1:]))
+    assert 10 < steps[-1]["skipped"] < 30 and steps[-1]["grad_norm"] > 0 and not same(weights("out/x"), before)
+
+
 def test_resume_keeps_what_the_recipe_says_otherwise(with_data, capsys):
     Path("tiny.py").write_text("".join(word.removeprefix("--").replace("=", "='", 1) + "'\n" if "data" in word or
                                        "dtype" in word else word.removeprefix("--") + "\n" for word in TINY))
@@ -416,7 +538,8 @@ def test_what_cannot_work_is_told_before_anything_starts(with_data, fails):
         (["--block_size=100000"], "block_size = 100000"),
         (["--device=tpu"], "device = 'tpu' cannot be used"),
         (["--device=cuda:99"], "device = 'cuda:99' cannot be used"),
-        (["--dtype=float16"], "dtype = 'float16' is for CUDA"),
+        (["--n_layer=100000000000"], "parameters and updates of 128 tokens need more than the"),
+        (["--batch_size=1000000000"], "updates of 32,000,000,000 tokens need more than the"),
     ]:
         assert complaint in fails(train.main, [*TINY, "--out_dir=out/x", *words])
         assert not Path("out").exists()

@@ -7,6 +7,8 @@ import tempfile
 import time
 import traceback
 
+import torch._inductor  # noqa: F401  takes two seconds, and every training imports it: once here, not in each process
+
 PATIENCE = 60  # seconds after which a process hangs
 
 
@@ -37,9 +39,11 @@ def run(main, argv, before=None, meanwhile=None):
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+                try:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                finally:
+                    os._exit(code)
         if meanwhile:
             meanwhile(pid)
         until = time.monotonic() + PATIENCE

@@ -108,7 +108,7 @@ def kill(rng, figures):
         log.stat().st_size > 0)
     if "Traceback" in err or code not in (0, -signal.SIGKILL, -signal.SIGTERM, 130):
         raise Lost(f"exit code {code}:\n{out}{err}")
-    ended = code == 0 and "best_val_loss" in out and "stopped after" not in out
+    ended = code == 0 and "stopped after" not in out
     figures["kills"] += not ended
     return ended
 
@@ -255,26 +255,29 @@ def damages(count, rng):
             if not same and not (name != "resume" and path.name == "ckpt.pt" and done == "gone"):  # then last.pt serves
                 raise Lost(f"{name} after {path} was {done}: works, but differently:\n{result[1]}{result[2]}")
             figures["of them without effect on the model"] += 1
+    shutil.rmtree(data)
+    kept.rename(data)
     return figures
 
 
 def rank_kills(count, rng):
     """Kill single processes of a run on two, which torchrun starts again with --resume=auto."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [str(ROOT / "train.py"), *RUN, "--resume=auto", "--max_iters=2000", "--eval_interval=500"]
+    words = [str(ROOT / "train.py"), *RUN, "--resume=auto", f"--max_iters={200 * (count + 1)}", "--eval_interval=100"]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    for name in ("ranks", "ranks_killed"):
-        shutil.rmtree(Path("out", name), ignore_errors=True)
     done = subprocess.run([*torchrun, *words, "--out_dir=out/ranks"], timeout=600, **quiet)
     works((done.returncode, done.stdout, ""))
-    figures = Counter({"killed ranks": 0})
+    figures, log, reached = Counter({"killed ranks": 0}), Path("out/ranks_killed/log.jsonl"), 0
     process = subprocess.Popen([*torchrun, "--max-restarts=1000", *words, "--out_dir=out/ranks_killed"], **quiet)
-    while process.poll() is None and figures["killed ranks"] < count:
-        time.sleep(rng.uniform(3, 9))  # a start takes most of it
+    while figures["killed ranks"] < count:
+        reached += rng.randint(1, 100)  # updates: there it is killed next
+        while not log.exists() or max([r["update"] for r in checkpoint.read_log(log) if "update" in r], default=0) < reached:
+            time.sleep(0.05)
+            if process.poll() is not None:
+                raise Lost(f"torchrun gave up:\n{process.communicate()[0]}")
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        if len(workers) == 2 and process.poll() is None:
-            os.kill(int(rng.choice(workers)), signal.SIGKILL)
-            figures["killed ranks"] += 1
+        os.kill(int(rng.choice(workers)), signal.SIGKILL)
+        figures["killed ranks"] += 1
     out, _ = process.communicate(timeout=600)
     works((process.returncode, out, ""))
     same_run("out/ranks", "out/ranks_killed")
