@@ -4,6 +4,7 @@ import argparse
 import difflib
 import functools
 import os
+import platform
 import sys
 
 
@@ -35,6 +36,8 @@ def exit_with_one_line(main):
             message, code = "stopped", 130
         except MemoryError as error:
             message, code = f"error: out of memory: {error or 'use smaller sizes'}", 1
+        if message and os.environ.get("RANK", "0") != "0":  # one of torchrun's processes, perhaps on another machine
+            message = f"{message} (rank {os.environ['RANK']} on {platform.node()})"
         if message:
             print(" ".join(message.split()), file=sys.stderr)
         sys.exit(code)

@@ -23,7 +23,7 @@ PATIENCE = timedelta(minutes=10)  # for a rank that is alive but late: compiling
 def join():
     """Meet the other ranks of the run, where there are some; (rank, how many they are)."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1:
+    if ranks == 1 or "RANK" not in os.environ:
         return 0, 1
     if int(os.environ["RANK"]):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
@@ -55,8 +55,8 @@ def together():
         yield
     except RuntimeError as error:
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's place in its code
-        raise UserError(f"another process of the run is gone ({reason}): the one that failed first says why; go on with "
-                        "--resume=auto") from error
+        raise UserError(f"the run's other processes cannot be reached ({reason}): one that failed before says why; go "
+                        "on with --resume=auto") from error
 
 
 def from_rank_0(value):

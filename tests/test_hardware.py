@@ -1,10 +1,10 @@
-"""What the machine can do: how much at a time, and the dtype of the weights that tell stories."""
+"""What the machine can do: the device, how much at a time, and the dtype of the weights that tell stories."""
 
 import pytest
 import torch
 
 from errors import UserError
-from hardware import pick_compile, pick_device_batch_size, pick_weights
+from hardware import pick_compile, pick_device, pick_device_batch_size, pick_weights, refuse_what_cannot_fit
 from model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -41,3 +41,21 @@ def test_one_story_on_a_cpu_is_told_in_int8_and_many_are_not():
 def test_a_cpu_compiles_only_when_told():
     assert pick_compile("auto", CPU, 1e20) == (False, "it brings nothing on cpu")
     assert pick_compile(True, CPU, 1)[0]
+
+
+@pytest.mark.parametrize("name, on_mac, device", [("auto", False, "cpu"), ("cpu", True, "cpu"), ("auto", True, "cpu")])
+def test_several_processes_share_no_device(monkeypatch, name, on_mac, device):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: on_mac)
+    assert pick_device(name) == torch.device(device)
+    for one in ("mps", "cuda:1"):
+        with pytest.raises(UserError, match=f"device = '{one}' is one device, and the run has 2 processes"):
+            pick_device(one)
+
+
+def test_what_is_beyond_all_memory_is_refused_before_it_is_made():
+    refuse_what_cannot_fit(GPTConfig(50257), 1024, CPU)
+    with pytest.raises(UserError, match="lower n_layer, n_embd, block_size or batch_size"):
+        refuse_what_cannot_fit(GPTConfig(50257, n_embd=384_000), 1024, CPU)
+    with pytest.raises(UserError, match="updates of 12,800,000,000,000 tokens"):
+        refuse_what_cannot_fit(GPTConfig(50257), 100_000_000_000, CPU)
