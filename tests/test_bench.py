@@ -101,3 +101,12 @@ def test_prepare_and_train_keys_and_the_table(small, here, monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["trian"], ["--rounds", "0"], ["--rounds", "x"], ["--device"]])
 def test_wrong_words_are_told(fails, words):
     assert words[0].strip("-") in fails(bench.main, words, code=2)
+
+
+def test_two_processes_exchange_gradients_by_both_ways(small, capsys):
+    bench.main(["ranks", "--json", "--rounds=1"])
+    figures = json.loads(capsys.readouterr().out)["ranks"]
+    assert figures["processes"] == 2 and figures["exchanged_mb"] == 4 * bench.PUBLISHED.num_parameters() / 1e6
+    assert list(figures["seconds"]) == ["the exchange alone", "an update without exchange", "… with one exchange",
+                                        "… with DistributedDataParallel"]
+    assert all(seconds > 0 for seconds in figures["seconds"].values())

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import files
@@ -38,11 +40,13 @@ from dataset import Split, evaluation_windows, read_meta, seal
 from errors import Parser, UserError, exit_with_one_line
 from hardware import DTYPES, pick_device, pick_weights
 from model import GPT, GPTConfig, KVCache, choose_token, window_start
+from ranks import add_up_gradients, agree, join, leave
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = GPTConfig(vocab_size=50257)
 BATCH_SIZE = 32
+RANK_BATCH = {"cpu": 32, "cuda": 128}  # sequences of a process in the bench of several
 NURSERY_STORIES = 140_000  # 102 MB of text
 WIDTH = PUBLISHED.n_embd
 # (rows, inside, columns) of the products of a batch: the reference, then qkv, attention's output, the MLP's two, head.
@@ -50,7 +54,7 @@ MATMULS = {"4096³": (4096, 4096, 4096), "c_attn": (4096, WIDTH, 3 * WIDTH), "at
            "c_fc": (4096, WIDTH, 4 * WIDTH), "mlp.c_proj": (4096, 4 * WIDTH, WIDTH), "head": (4096, WIDTH, 50257)}
 # Dense bf16 TFLOP/s by the makers' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
-WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each"}  # tables, each row of which is a contender
+WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}  # tables, each row of which is a contender
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -469,7 +473,94 @@ def bench_prepare(args, device, ceilings, folder):
     return {"tokenizer": name, "mb_of_text": whole, **medians, "spreads": spreads}
 
 
-SUBJECTS = {"train": bench_train, "generate": bench_generate, "prepare": bench_prepare}
+# ---- several processes ----
+
+def bench_ranks(args, device, ceilings, folder):
+    """An update on every GPU, or on two processes of a CPU: what the exchange of gradients costs, ours and torch's."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 2
+    if count < 2:
+        return {"processes": "one GPU: nothing to exchange"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    processes = [context.Process(target=rank_seconds, daemon=True, args=(
+        rank, count, port, device.type, PUBLISHED, args.rounds, None if rank else theirs))
+                 for rank in range(count)]
+    for process in processes:
+        process.start()
+    theirs.close()
+    try:
+        seconds = mine.recv()
+    except EOFError as error:
+        raise UserError("bench ranks: a process failed; see above") from error
+    finally:
+        for process in processes:
+            process.join()
+    medians, spreads = rates(dict.fromkeys(seconds, 1), seconds)
+    megabytes = 4 * PUBLISHED.num_parameters() / 1e6
+    weights = torch.zeros(3, PUBLISHED.num_parameters())  # and AdamW's two means
+    saves = take_turns({"save": lambda: checkpoint.save(folder / "last.pt", {"model": weights})}, args.rounds)["save"]
+    return {"processes": count, "sequences_of_each": RANK_BATCH[device.type], "exchanged_mb": megabytes,
+            "seconds": {name: 1 / rate for name, rate in medians.items()},
+            "saved_mb": 3 * megabytes, "save_seconds": float(np.median(saves)),
+            "spreads": {name: (1 / high, 1 / low) for name, (low, high) in spreads.items()}}
+
+
+def rank_seconds(rank, ranks, port, kind, shape, rounds, pipe):
+    """What one process of `bench_ranks` does with a model of that shape; rank 0 sends name → list of seconds."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    join()
+    device = pick_device(kind)
+    if kind == "cpu":
+        torch.set_num_threads(max(1, os.cpu_count() // ranks))
+    model = GPT(shape).to(device)
+    theirs = DistributedDataParallel(GPT(shape).to(device), gradient_as_bucket_view=True)
+    idx = torch.randint(shape.vocab_size, (2, RANK_BATCH[kind], shape.block_size), device=device)
+
+    def update(model):
+        with torch.autocast(kind, torch.bfloat16):
+            loss = model(idx[0], idx[1])
+        loss.backward()
+
+    def timed(work):
+        def run():
+            for p in [*model.parameters(), *theirs.parameters()]:
+                p.grad = None
+            agree(False, 0.0)  # all begin together
+            return work()
+        return run
+
+    def exchange():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        wait_for(device)
+        started = time.perf_counter()
+        add_up_gradients(model.parameters())
+        wait_for(device)
+        return time.perf_counter() - started
+
+    def whole(model, and_then=lambda: None):
+        started = time.perf_counter()
+        update(model)
+        and_then()
+        wait_for(device)
+        return time.perf_counter() - started
+
+    seconds = take_turns({
+        "the exchange alone": timed(exchange),
+        "an update without exchange": timed(lambda: whole(model)),
+        "… with one exchange": timed(lambda: whole(model, lambda: add_up_gradients(model.parameters()))),
+        "… with DistributedDataParallel": timed(lambda: whole(theirs)),
+    }, rounds)
+    if pipe:
+        pipe.send(seconds)
+    leave()
+
+
+SUBJECTS = {"train": bench_train, "generate": bench_generate, "prepare": bench_prepare, "ranks": bench_ranks}
 
 if __name__ == "__main__":
     main()
