@@ -1,4 +1,4 @@
-"""Files that are whole under their names: replaced at once, appended to in whole lines, held by one process at a time."""
+"""Files that are whole under their names: replaced at once, appended to by whole lines, held by one process alone."""
 
 import json
 import os

@@ -26,7 +26,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         if ranks > 1 and (device.type == "mps" or device.index is not None):
-            raise UserError(f"device = {name!r} is one device, and the run has {ranks} processes: use auto, cpu or cuda")
+            raise UserError(f"device = {name!r} is one device, and the run has {ranks} processes: use auto, cpu or "
+                            "cuda")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             if device.index >= torch.cuda.device_count() > 0:

@@ -104,7 +104,8 @@ def main(argv=None):
         raise UserError(f"{data_dir / 'meta.json'} and the tokenizer beside it are not of one vocabulary: remove "
                         f"{data_dir} and make it again with  {prepare_command(cfg.dataset)}")
     if old and rank == 0 and tokenizer != old_tokenizer:
-        raise UserError(f"{data_dir} has another tokenizer than init_from = {cfg.init_from!r}: prepare it with that one")
+        raise UserError(f"{data_dir} has another tokenizer than init_from = {cfg.init_from!r}: prepare it with that "
+                        "one, or start from scratch")
     train_split, val_split = (Split(data_dir, name, cfg.block_size) for name in ("train", "validation"))
     order = TrainingOrder(train_split, cfg.seed)
     eval_windows = {split: evaluation_windows(split, cfg.eval_iters * cfg.batch_size)

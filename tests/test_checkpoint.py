@@ -28,7 +28,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
 def test_a_full_disk_is_told_and_leaves_the_one_before(tmp_path):
     checkpoint.save(tmp_path / "last.pt", {"iter": 1})
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write .*last.pt .No space left on device.: what was saved before is kept"):
+    with pytest.raises(UserError, match="cannot write .*last.pt .No space left on device.: what was saved befo"):
         checkpoint.save(tmp_path / "last.pt", {"iter": 2, "model": torch.zeros(100_000)})
     assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
 
@@ -103,6 +103,19 @@ def test_a_torn_last_line_is_passed_over_and_a_damaged_line_is_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"kind": "run"}\n' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match="bad.jsonl, line 2 is damaged"):
         checkpoint.read_log(tmp_path / "bad.jsonl")
+
+
+def test_a_damaged_last_pt_never_takes_the_place_of_the_good_one_before(tmp_path, capsys):
+    state = {key: kind() for key, kind in checkpoint.LAST_HAS.items()}
+    for update in (1, 2):
+        checkpoint.save(tmp_path / "last.pt", state | {"update": update})
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    assert checkpoint.load_last(tmp_path)["update"] == 1
+    assert "last.pt is damaged" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "last.pt")["update"] == 1 and not (tmp_path / "last.prev.pt").exists()
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        checkpoint.load_last(tmp_path)
 
 
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):

@@ -29,7 +29,7 @@ def test_a_write_that_fails_leaves_both(tmp_path):
         file.write(b"thr")
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    with pytest.raises(UserError, match=r"cannot write .*last.pt \(is the disk full\?\): what was saved before is kept"):
+    with pytest.raises(UserError, match=r"cannot write .*last.pt \(is the disk full\?\): what was saved"):
         files.replace(path, fail, previous)
     assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one") and len(os.listdir(tmp_path)) == 2
 

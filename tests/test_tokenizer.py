@@ -20,7 +20,8 @@ def saved(tokenizer, folder):
     tokenizer.save(folder)
     (folder / "meta.json").write_text(json.dumps(seal(
         {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text,
-         "dtype": "uint16", "splits": dict.fromkeys(("train", "validation"), {"tokens": 1, "bytes": 1, "sha256": ""})})))
+         "dtype": "uint16",
+         "splits": dict.fromkeys(("train", "validation"), {"tokens": 1, "bytes": 1, "sha256": ""})})))
     return folder
 
 

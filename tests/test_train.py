@@ -39,8 +39,8 @@ def records(out_dir, kind):
 
 def test_the_run_folder_is_complete_in_itself(trained):
     run, data = trained / "out/tiny", trained / "data/nursery-bpe300"
-    assert sorted(os.listdir(run)) == [".lock", "ckpt.pt", "last.prev.pt", "last.pt", "log.jsonl", "meta.json", "samples.md",
-                                       "tokenizer.tiktoken"]
+    assert sorted(os.listdir(run)) == [".lock", "ckpt.pt", "last.prev.pt", "last.pt", "log.jsonl", "meta.json",
+                                       "samples.md", "tokenizer.tiktoken"]
     for name in ("meta.json", "tokenizer.tiktoken"):
         assert (run / name).read_bytes() == (data / name).read_bytes()
 
@@ -388,7 +388,7 @@ def test_last_pt_is_also_written_by_the_clock(with_data, monkeypatch):
     saved.clear()
     train.main([*TINY, "--out_dir=out/z", "--max_iters=200", "--eval_interval=1000", "--checkpoint_minutes=0.01"])
     gaps = np.diff([update for name, update in saved if name == "last.pt"][:-1])
-    assert len(gaps) > 2 and len(set(gaps)) <= 2 and gaps.max() < 60  # every 0.6 s of a clock that is read twice an update
+    assert len(gaps) > 2 and len(set(gaps)) <= 2 and gaps.max() < 60  # 0.6 s of a clock that is read twice an update
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone", "empty"])
@@ -437,7 +437,7 @@ def test_init_from_starts_a_new_run_from_old_weights(with_data, fails, capsys):
         (["--init_from=out/old", "--n_embd=16"], "n_embd = 16 is not that of init_from = 'out/old', 32"),
         (["--init_from=out/old", "--n_embd=32", "--block_size=32"], "block_size = 32 is not that of"),
         (["--init_from=out/none"], "no checkpoint in out/none"),
-        (["--init_from=out/old", "--n_embd=32", "--out_dir=out/old", "--overwrite"], "would be replaced by the new run"),
+        (["--init_from=out/old", "--n_embd=32", "--out_dir=out/old", "--overwrite"], "would be replaced by the new"),
     ]:
         assert complaint in fails(train.main, [*TINY, "--out_dir=out/y", *words])
     prepare.main(["nursery", "--tokenizer", "bpe:310", "--max_stories", "60"])

@@ -103,7 +103,8 @@ def kill(rng, figures):
     log, folder = Path("out/killed/log.jsonl"), Path("out/killed")
     figures["of them in the middle of writing a checkpoint"] += (folder / "last.pt.tmp").exists() or (
         folder / "ckpt.pt.tmp").exists()
-    figures["of them with last.prev.pt alone"] += not (folder / "last.pt").exists() and (folder / "last.prev.pt").exists()
+    figures["of them with last.prev.pt alone"] += (folder / "last.prev.pt").exists() and not (
+        folder / "last.pt").exists()
     figures["of them in the middle of a log line"] += log.exists() and not log.read_bytes().endswith(b"\n") and (
         log.stat().st_size > 0)
     if "Traceback" in err or code not in (0, -signal.SIGKILL, -signal.SIGTERM, 130):
@@ -114,7 +115,7 @@ def kill(rng, figures):
 
 
 def kills(count, rng):
-    """Kill a run `count` times, at random moments and at random file operations; each run that ends must be the whole."""
+    """Kill runs at random moments and at random file operations; what comes to its end must be the whole run."""
     figures = Counter({"kills": 0})
     while figures["kills"] < count:
         shutil.rmtree("out/killed", ignore_errors=True)
@@ -210,13 +211,13 @@ def damage(path, rng):
         foreign = [b"hello\n", b"{}", b"[1]\n", b"\x00" * 1000, rng.randbytes(2000), b"[" * 100_000,
                    Path("data/nursery-bpe300/train.bin").read_bytes(), Path("out/whole/ckpt.pt").read_bytes()[:-1],
                    Path("other.pt").read_bytes(), Path("other.zip").read_bytes()]
-        path.write_bytes({"shortened": data[:rng.randrange(len(data))], "empty": b""}.get(kind) if kind != "foreign" else
-                         rng.choice(foreign))
+        path.write_bytes({"shortened": data[:rng.randrange(len(data))], "empty": b"",
+                          "foreign": rng.choice(foreign)}[kind])
     return kind
 
 
 def damages(count, rng):
-    """Damage one file of a run or dataset at a time: what reads it works as if nothing were, or names it in one line."""
+    """Damage one file of a run or dataset at a time: its readers work as if nothing were, or name it in one line."""
     figures = Counter({"damaged files": 0, "of them named in one line": 0, "of them without effect on the model": 0})
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     shutil.make_archive("other", "zip", "data/nursery-bpe300")
@@ -271,7 +272,7 @@ def rank_kills(count, rng):
     process = subprocess.Popen([*torchrun, "--max-restarts=1000", *words, "--out_dir=out/ranks_killed"], **quiet)
     while figures["killed ranks"] < count:
         reached += rng.randint(1, 100)  # updates: there it is killed next
-        while not log.exists() or max([r["update"] for r in checkpoint.read_log(log) if "update" in r], default=0) < reached:
+        while not log.exists() or max([r.get("update", 0) for r in checkpoint.read_log(log)], default=0) < reached:
             time.sleep(0.05)
             if process.poll() is not None:
                 raise Lost(f"torchrun gave up:\n{process.communicate()[0]}")
@@ -298,7 +299,8 @@ def main(argv=None):
     """Run the soak; exits with code 1 and says what was lost, where something was."""
     parser = Parser(prog="python -m tests.faults.soak", description="Try to lose a run.")
     for name, (subject, usual) in SUBJECTS.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{subject.__doc__.splitlines()[0]} (usual: {usual})")
+        parser.add_argument(f"--{name}", type=int, metavar="N",
+                            help=f"{subject.__doc__.splitlines()[0]} (usual: {usual})")
     parser.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
     args = parser.parse_args(argv)
     wanted = {name: getattr(args, name) for name in SUBJECTS if getattr(args, name) is not None}
