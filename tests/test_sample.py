@@ -1,14 +1,17 @@
 """sample.py: stories on stdout, everything else on stderr, and clear words where something is missing."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import sample
 from conftest import ROOT, launch
+from dataset import seal
 from tokenizer import END_OF_TEXT
 
 
@@ -110,3 +113,11 @@ def test_a_reader_that_goes_away_is_no_error(run):
     process.stdout.read(5)
     process.stdout.close()
     assert "Traceback" not in process.stderr.read() and process.wait(60) in (0, 141)
+
+
+def test_a_tokenizer_of_other_data_beside_the_checkpoint_is_refused(trained, here, fails):
+    shutil.copytree(trained / "out", "out")
+    meta = json.loads(Path("out/tiny/meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = "0" * 64
+    Path("out/tiny/meta.json").write_text(json.dumps(seal(meta)))
+    assert "out/tiny/meta.json is not of the data that out/tiny/ckpt.pt was trained on" in fails(sample.main, [])
