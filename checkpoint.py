@@ -154,26 +154,32 @@ def data_sha256(meta):
     return {split: figures["sha256"] for split, figures in meta["splits"].items()}
 
 
-def read_log(path):
-    """The records of a log.jsonl, oldest first; a torn last line, which a run that died can leave, is passed over.
+def read_log(path, size=None):
+    """The records of a log.jsonl, or of its first `size` bytes, oldest first.
 
-    Raises UserError for any other line that is no record.
+    A torn last line, which a run that died can leave, is passed over; UserError is raised for any other line that is no
+    record.
     """
     records = []
-    lines = Path(path).read_bytes().split(b"\n")
+    lines = Path(path).read_bytes()[:size].split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # behind the last line end: nothing, or a torn line
         try:
             records.append(json.loads(line))
             records[-1]["kind"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is damaged: take it out") from error
+            raise UserError(f"{path}, line {number} is damaged: put it right, or move the file away") from error
     return records
 
 
 def sizes(out_dir):
-    """The sizes of log.jsonl and samples.md in bytes, name → size: what a checkpoint knows of them."""
-    paths = [Path(out_dir, name) for name in ("log.jsonl", "samples.md")]
-    return {path.name: path.stat().st_size if path.exists() else 0 for path in paths}
+    """The sizes of log.jsonl and samples.md in bytes, name → size, once they are on the disk: for a checkpoint."""
+    sizes = {"log.jsonl": 0, "samples.md": 0}
+    for name in sizes:
+        if Path(out_dir, name).exists():
+            with open(Path(out_dir, name), "ab") as file:
+                os.fsync(file.fileno())  # or a power cut could leave less than the checkpoint says
+                sizes[name] = file.tell()
+    return sizes
 
 
 def cut_back(out_dir, sizes):
@@ -186,8 +192,8 @@ def cut_back(out_dir, sizes):
         if not path.exists():
             continue
         if path.stat().st_size < size:
-            raise UserError(f"{path} is shorter than it was at the last checkpoint: put it back, or remove it to go on "
-                            "without it")
-        os.truncate(path, size)
+            raise UserError(f"{path} is shorter than it was at the last checkpoint: put it back, or move it away to go "
+                            "on without it")
         if name == "log.jsonl":
-            read_log(path)
+            read_log(path, size)
+        os.truncate(path, size)

@@ -40,13 +40,16 @@ def replace(path, write, previous=None):
 
 
 def sync_folder(folder):
-    """Have the names in a folder on the disk too. Windows cannot be asked to."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Have the names in a folder on the disk too, where the system can be asked to: Windows cannot."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot either; the file itself is whole
+    finally:
+        os.close(descriptor)
 
 
 def append(path, text):

@@ -19,7 +19,7 @@ def pick_device(name):
 
     Raises UserError for a device that this machine, or this build of PyTorch, does not have.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # torchrun's
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cpu" if ranks > 1 and name == "mps" else name

@@ -37,7 +37,7 @@ def join():
     with together():
         store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared_store else "", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
     return rank, ranks
 
@@ -53,10 +53,12 @@ def together():
     """Turn what happens when another rank is no longer there into a UserError."""
     try:
         yield
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # ValueError: the environment says nothing of where they are
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's place in its code
-        raise UserError(f"the run's other processes cannot be reached ({reason}): one that failed before says why; go "
-                        "on with --resume=auto") from error
+        raise UserError(f"the run's other processes cannot be reached ({reason}): one that failed before says why"
+                        ) from error
 
 
 def from_rank_0(value):

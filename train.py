@@ -42,8 +42,8 @@ ACTIONS = {
     "overwrite": "start anew where out_dir already holds a run",
     "eval_only": "only measure the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
 }
-# What may differ from the stored settings when a run goes on: nothing here changes what an update computes, but
-# max_minutes, which gives it the rate of that moment.
+# What may differ from the stored settings when a run goes on: nothing here changes what an update computes, but to
+# rounding (and device_batch_size the dropout masks), and max_minutes, which gives it the rate of that moment.
 MAY_CHANGE = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval",
               "checkpoint_minutes", "device", "dtype", "compile", "device_batch_size"}
 SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250
@@ -56,9 +56,11 @@ def main(argv=None):
     resume_auto = vars(args)["resume=auto"]
     if args.resume + resume_auto + args.overwrite + args.eval_only > 1:
         raise UserError("--resume, --overwrite and --eval_only exclude each other: choose one")
-    if args.eval_only:
-        return measure(recipe, flags)
     rank, ranks = join()  # 0 and 1 unless torchrun has started several; rank 0 alone reads and writes the run folder
+    if args.eval_only:
+        if rank == 0:
+            measure(recipe, flags)
+        return leave()
 
     # ---- settings ----
     settings = over(recipe, flags)
@@ -71,8 +73,8 @@ def main(argv=None):
         elif settings.get("init_from", "scratch") != "scratch":
             _, old_tokenizer, old = checkpoint.load_model(checkpoint.best_in(settings["init_from"]))
     settings, last, old = from_rank_0([settings, last, old])
-    if rank:
-        from_rank_0(None)  # waits until rank 0 has made all its checks: what all would complain of is told once
+    if rank:  # waits until rank 0 has made all its checks: what all would complain of is told once
+        data_of_rank_0 = from_rank_0(None)
     if last:
         with checkpoint.taking_from(Path(settings["out_dir"], "last.pt")):
             stored = asdict(Config(**last["config"]))
@@ -125,7 +127,9 @@ def main(argv=None):
     refuse_what_cannot_fit(model_config, share, device)
     cut = pick_device_batch_size(cfg.device_batch_size, share, model_config, device)
     if rank == 0:
-        from_rank_0(None)
+        from_rank_0(data_sha256)
+    elif data_of_rank_0 != data_sha256:
+        raise UserError(f"{data_dir} is not the data that rank 0 has: copy it from there")
     if device.type == "cpu":  # so that a run that goes on equals one that was never stopped, bit for bit
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
@@ -163,6 +167,7 @@ def main(argv=None):
 
     # ---- a new run folder, or the one to go on in ----
     update, best_val_loss, seconds_before, skipped = 0, math.inf, 0.0, 0
+    figures = {"iter": 0}  # of the last evaluation
     if last:
         update, best_val_loss, seconds_before = last["update"], last["best_val_loss"], last["seconds"]
         skipped = last["skipped"]
@@ -172,10 +177,10 @@ def main(argv=None):
                 optimizer.load_state_dict(state)
             if last["scaler"]:  # empty where the run was not in fp16 before
                 scaler.load_state_dict(last["scaler"])
+            figures = last["figures"] | {"iter": last["figures"]["iter"]}
         if rank == 0:
             checkpoint.cut_back(out_dir, last["sizes"])
-            if math.isfinite(best_val_loss) and not (out_dir / "ckpt.pt").exists():
-                print(f"note: {out_dir / 'ckpt.pt'} is gone: the next evaluation makes a new one")
+            if math.isfinite(best_val_loss) and not is_sound(out_dir / "ckpt.pt", stored):
                 best_val_loss = math.inf
         print(f"going on after update {update:,} of {updates:,}")
     else:
@@ -185,12 +190,13 @@ def main(argv=None):
             print(f"starting from the weights of {cfg.init_from}, after {old['tokens']:,} tokens of training")
         if rank == 0:
             start_folder(out_dir, data_dir, args.overwrite)
-    figures = dict(last["figures"]) if last else {"iter": 0}  # of the last evaluation
     iteration = update * cfg.gradient_accumulation_steps
     if update > updates or update == updates and figures["iter"] == iteration:
         length = next(name for name in ("max_minutes", "max_tokens", "max_iters") if getattr(cfg, name))
         print(f"{out_dir} is at its end already: raise --{length} to train on")
         return leave()
+    resumed = last is not None
+    del last, old  # their weights are in the model now
 
     # ---- Ctrl-C and SIGTERM ask for an end after the current update ----
     signals = []
@@ -212,6 +218,7 @@ def main(argv=None):
     started = time.perf_counter()
     log_time, log_update = started, update  # when and where the last log line was written
     saved, saved_at = update, seconds_before  # the same of last.pt, in seconds of the run
+    elapsed = seconds_before  # of the run, as all ranks take it to be
     bar = tqdm(total=updates, initial=update, unit=" updates", disable=rank > 0 or not sys.stderr.isatty(),
                dynamic_ncols=True)
 
@@ -234,6 +241,8 @@ def main(argv=None):
                             f"more --warmup_iters or --dtype=float32; the checkpoints in {out_dir} are from before")
 
     def save_last():
+        nonlocal saved, saved_at
+        saved, saved_at = update, elapsed
         if rank == 0:
             checkpoint.save(out_dir / "last.pt", snapshot() | {
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": scaler.state_dict(),
@@ -242,11 +251,11 @@ def main(argv=None):
 
     log = out_dir / "log.jsonl"
     try:
-        if not last:
+        if not resumed:
             save_last()  # from now on the run can go on, whatever happens
         if rank == 0:
             files.append_line(log, {
-                "kind": "run", "config": asdict(cfg), "resumed_at": iteration if last else None,
+                "kind": "run", "config": asdict(cfg), "resumed_at": iteration if resumed else None,
                 "parameters": model.num_parameters(), "device": describe(device), "dtype": str(dtype).split(".")[1],
                 "compiled": use_compile, "sequences_at_a_time": cut, "ranks": ranks,
                 "threads": torch.get_num_threads(), "git": git_commit(), "data_sha256": data_sha256, "seed": cfg.seed,
@@ -276,9 +285,8 @@ def main(argv=None):
                     best_val_loss = val_loss
                     if rank == 0:
                         checkpoint.save(out_dir / "ckpt.pt", snapshot())
-                save_last()
                 stop, elapsed = agree(bool(signals), seconds())
-                saved, saved_at = update, elapsed
+                save_last()
                 log_time += time.perf_counter() - pause  # the tokens a second are those of training alone
                 updates = bar.total = updates_in_all(cfg, update, elapsed)
             if update == updates or stop:
@@ -339,25 +347,27 @@ def main(argv=None):
                           + (f", {tqdm.format_interval(left)} left" if update > 1 else ""), flush=True)
             if save_due:
                 save_last()
-                saved, saved_at = update, elapsed
         if saved < update:
             save_last()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):  # the CPU's words
             raise
-        raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, cut // 2)} (now {cut}), which "
-                        "changes the speed alone") from error
+        raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, cut // 2)} (now {cut})"
+                        ) from error
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
     # ---- the end ----
+    leave()
+    if rank:
+        return  # the rest is words, and the run folder perhaps on another machine
     if update == updates and iteration < cfg.warmup_iters:
         print(f"warning: the run ended in its warmup, after {iteration:,} of warmup_iters = {cfg.warmup_iters:,}")
     if update < updates:
         print(f"stopped after update {update:,} of {updates:,}; go on with  "
-              f"python train.py --out_dir={out_dir} --resume")
+              f"{'python' if ranks == 1 else 'torchrun …'} train.py --out_dir={out_dir} --resume")
     if math.isfinite(best_val_loss):
         print(f"best_val_loss: {best_val_loss:.4f}\nval_bits_per_byte: {bits_per_byte(best_val_loss, val_split):.4f}")
     if skipped:
@@ -366,7 +376,6 @@ def main(argv=None):
     print(f"tokens: {tokens}\nseconds: {seconds():.1f}\ntokens_per_s: {tokens / seconds():.0f}\n"
           f"checkpoint: {checkpoint.best_in(out_dir)}\n"
           f'sample: python sample.py --out_dir {out_dir} --start "{SAMPLE_PROMPT}"')
-    leave()
 
 
 def refuse_changes(stored, now, recipe):
@@ -385,6 +394,22 @@ def refuse_changes(stored, now, recipe):
             print(f"changed: {name} is now {now[name]!r}, was {stored[name]!r}")
         elif recipe.get(name, stored[name]) != stored[name]:
             print(f"note: the run keeps {name} = {stored[name]!r}, though the recipe says {recipe[name]!r}")
+
+
+def is_sound(path, stored):
+    """Whether a ckpt.pt can stay in a run that goes on; if not, why and what then. `stored`: the settings of the run.
+
+    Raises UserError where it is another run's.
+    """
+    try:
+        theirs = checkpoint.load(path)["config"]
+    except UserError as error:
+        print(f"note: {error}\nnote: the next evaluation makes a new {path}")
+        return False
+    if differing := [name for name in stored.keys() - MAY_CHANGE if theirs.get(name, stored[name]) != stored[name]]:
+        raise UserError(f"{path} and the last.pt beside it are of different runs, by their {min(differing)}: take away "
+                        "the one that does not belong there")
+    return True
 
 
 def refuse_another_shape(shape, cfg):
@@ -499,7 +524,7 @@ def start_folder(out_dir, data_dir, overwrite):
     files.hold(out_dir / ".lock", out_dir)
     if not overwrite:
         refuse_another_run(out_dir)  # that another process has made in the meantime
-    for name in ("ckpt.pt", "last.pt", "last.prev.pt", "log.jsonl", "samples.md"):
+    for name in ("last.prev.pt", "last.pt", "ckpt.pt", "log.jsonl", "samples.md"):  # none can be resumed by halves
         (out_dir / name).unlink(missing_ok=True)
     for name in ("tokenizer.tiktoken", "meta.json"):
         files.replace(out_dir / name, lambda file: file.write((data_dir / name).read_bytes()))
@@ -537,7 +562,8 @@ def measure(recipe, flags):
     if path.name == "last.pt":
         print(f"{out_dir} has no ckpt.pt yet: measuring last.pt", file=sys.stderr)
     model, tokenizer, state = checkpoint.load_model(path)
-    cfg = Config(**state["config"] | flags | {"max_tokens": 0})  # which another batch_size could contradict
+    with checkpoint.taking_from(path):
+        cfg = Config(**state["config"] | flags | {"max_tokens": 0})  # which another batch_size could contradict
     data_dir = Path("data", cfg.dataset)
     split = Split(data_dir, "validation", cfg.block_size)
     if Tokenizer.load(data_dir) != tokenizer:

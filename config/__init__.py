@@ -87,6 +87,7 @@ class Config:
 
     def __post_init__(self):
         _check_each(asdict(self))
+        object.__setattr__(self, "init_from", str(Path(self.init_from)))  # without a slash at its end
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if self.max_tokens:  # as many whole updates as it pays for

@@ -46,6 +46,7 @@ def test_a_cpu_compiles_only_when_told():
 @pytest.mark.parametrize("name, on_mac, device", [("auto", False, "cpu"), ("cpu", True, "cpu"), ("auto", True, "cpu")])
 def test_several_processes_share_no_device(monkeypatch, name, on_mac, device):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: on_mac)
     assert pick_device(name) == torch.device(device)
     for one in ("mps", "cuda:1"):

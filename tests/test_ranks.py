@@ -17,10 +17,11 @@ from faults.processes import run
 WORDS = [*TINY, "--dropout=0", "--log_interval=1", "--optimizer=muon"]
 
 
-def on_ranks(count, words, meanwhile=None):
+def on_ranks(count, words, meanwhile=None, elsewhere="."):
     """train.main on so many processes, as torchrun would start them: what `run` says of each.
 
-    Each leaves its weights in weights0.pt, weights1.pt, …; `meanwhile(pids)` is called while they run.
+    Each leaves its weights in weights0.pt, weights1.pt, …; `meanwhile(pids)` is called while they run. All but rank 0
+    are started in the folder `elsewhere`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,12 +32,14 @@ def on_ranks(count, words, meanwhile=None):
         def before():
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.chdir(elsewhere if rank else ".")
 
         def main(argv):
             made, GPT = [], train.GPT
             train.GPT = lambda config: made.append(GPT(config)) or made[-1]
             train.main(argv)
-            torch.save(made[0].state_dict(), f"weights{rank}.pt")
+            if made:
+                torch.save(made[0].state_dict(), f"weights{rank}.pt")
 
         def then(pid):
             pids.append(pid)
@@ -118,6 +121,28 @@ def test_what_is_wrong_for_all_is_told_by_rank_0(with_data):
     (code, _, err), other = on_ranks(2, [*WORDS, "--out_dir=out/x", "--dataset=none"])
     assert code == other[0] == 1 and "no data in data/none" in err
     assert "no data" not in other[2] and "Traceback" not in other[2]
+
+
+def test_the_run_folder_is_rank_0s_alone_and_the_data_must_be_the_same(with_data, nursery_data):
+    import prepare
+    Path("machine2").mkdir()
+    Path("machine2/data").symlink_to(nursery_data / "data")
+    results = on_ranks(2, [*WORDS, "--out_dir=out/x", "--max_iters=8", "--lr_decay_iters=24"], elsewhere="machine2")
+    assert [code for code, _, _ in results] == [0, 0], results
+    results = on_ranks(2, ["--resume", "--out_dir=out/x", "--max_iters=16"], elsewhere="machine2")
+    assert [code for code, _, _ in results] == [0, 0] and not Path("machine2/out").exists()
+    Path("machine3").mkdir()
+    os.chdir("machine3")
+    prepare.main(["nursery", "--tokenizer", "bpe:300", "--max_stories", "70", "--validation_fraction", "0.1"])
+    os.chdir("..")
+    results = on_ranks(2, [*WORDS, "--out_dir=out/y"], elsewhere="machine3")
+    assert "data/nursery-bpe300 is not the data that rank 0 has" in results[1][2] and results[0][0] == 1
+
+
+def test_only_rank_0_measures(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    (code, out, _), other = on_ranks(2, ["--eval_only", "--out_dir=out/tiny"])
+    assert code == 0 and "bits_per_byte" in out and other[0] == 0 and other[1] == ""
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_update(with_data):

@@ -418,8 +418,20 @@ def test_a_lost_ckpt_is_made_anew(with_data, capsys):
     train.main([*TINY, "--out_dir=out/x", "--max_iters=8", "--lr_decay_iters=24"])
     Path("out/x/ckpt.pt").unlink()
     train.main(["--out_dir=out/x", "--resume", "--max_iters=16"])
-    assert "note: out/x/ckpt.pt is gone" in capsys.readouterr().out
+    assert "note: the next evaluation makes a new out/x/ckpt.pt" in capsys.readouterr().out
     assert checkpoint.load("out/x/ckpt.pt")["iter"] == 16
+    Path("out/x/ckpt.pt").write_bytes(Path("out/x/ckpt.pt").read_bytes()[:-1000])
+    train.main(["--out_dir=out/x", "--resume", "--max_iters=24"])
+    assert "out/x/ckpt.pt is damaged" in capsys.readouterr().out
+    assert checkpoint.load("out/x/ckpt.pt")["iter"] == 24
+
+
+def test_a_checkpoint_of_another_run_is_refused(with_data, fails):
+    for name, seed in (("x", 1), ("y", 2)):
+        train.main([*TINY, f"--out_dir=out/{name}", "--max_iters=8", "--lr_decay_iters=24", f"--seed={seed}"])
+    Path("out/y/last.pt").replace("out/x/last.pt")
+    line = fails(train.main, ["--out_dir=out/x", "--resume", "--max_iters=16"])
+    assert "out/x/ckpt.pt and the last.pt beside it are of different runs, by their seed" in line
 
 
 def test_init_from_starts_a_new_run_from_old_weights(with_data, fails, capsys):

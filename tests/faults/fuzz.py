@@ -26,8 +26,8 @@ ODD = "\x00\x1b\r\n\t \u2028\ufeff\U0001f600é<|endoftext|>"
 ANY_TEXT = st.one_of(st.text(), st.text(alphabet=ODD), st.sampled_from([
     "", END_OF_TEXT, f"{END_OF_TEXT}\n{END_OF_TEXT}", "FILE:", "FILE:/", "FILE:out", "\ud800", "a" * 3000, " " * 3000]))
 WORDS = st.sampled_from(["auto", "True", "cuda", "cuda:1", "mps", "float16", "bfloat16", "int8", "adamw", "muon",
-                         "cosine", "linear", "wsd", "scratch", "out/whole", "nursery-bpe300", "nan", "inf", "-1", "1e999",
-                         "None"])
+                         "cosine", "linear", "wsd", "scratch", "out/whole", "nursery-bpe300", "nan", "inf", "-1",
+                         "1e999", "None"])
 NAMES = st.one_of(st.sampled_from([f.name for f in fields(Config)]), st.text("abcdefghij_-", min_size=1, max_size=8))
 STRANGE = st.tuples(NAMES, st.one_of(NUMBERS, WORDS, ANY_TEXT))
 PLAUSIBLE = st.sampled_from(fields(Config)).flatmap(lambda f: st.tuples(st.just(f.name), {
