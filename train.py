@@ -485,12 +485,12 @@ def evaluate(model, split, starts, batch_size):
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # no dropout
-    losses = [torch.empty(0)]
+    losses = []
     for i in range(0, len(starts), batch_size):
         x, y = split.windows(starts[i:i + batch_size])  # (B, T) each
-        losses.append(model(to(device, x), to(device, y), reduction="none").float().mean(1).cpu())  # (B,)
+        losses.append(model(to(device, x), to(device, y), reduction="none").float().mean(1))  # (B,)
     model.train(was_training)
-    return torch.cat(losses)
+    return torch.cat(losses).cpu() if losses else torch.empty(0)  # none: more ranks than windows
 
 
 def bits_per_byte(loss, split):
