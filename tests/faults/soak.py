@@ -151,13 +151,16 @@ def disks(count, rng):
     for _ in range(count):
         shutil.rmtree("data/nursery", ignore_errors=True)
         words = ["nursery", "--max_stories", "2000", "--name", "full"]
-        line = one_line(run(prepare.main, words, lambda: limit_files(rng.randint(0, 600_000))), "full")
+        line = one_line(run(prepare.main, words, lambda: limit_files(rng.randint(ROOM_FOR_WORDS, 600_000))), "full")
         if Path("data/full").exists():
             raise Lost(f"data/full is there after: {line}")
         figures["full disks while preparing"] += 1
     works(run(prepare.main, words))
     shutil.rmtree("data/full")
     return figures
+
+
+ROOM_FOR_WORDS = 5_000  # bytes that a limit on files leaves to what a process says
 
 
 class small_disk:
@@ -178,7 +181,7 @@ class small_disk:
     def fill(self, left):
         filler = self.folder / "filler"
         if not self.mounted:
-            return lambda: limit_files(left)
+            return lambda: limit_files(left and max(left, ROOM_FOR_WORDS))
         filler.unlink(missing_ok=True)
         if left is not None:
             stat = os.statvfs(self.folder)
