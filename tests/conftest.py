@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
     os.environ[name] = "http://127.0.0.1:9"
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell would ignore it
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
 
 # Settings that train a model of a few thousand parameters in about a second.
