@@ -1,7 +1,7 @@
 """Try to lose a run, or to get a traceback, again and again.
 
     python -m tests.faults.soak --kills 100          one subject
-    python -m tests.faults.soak                      all, a quarter of an hour
+    python -m tests.faults.soak                      all, about an hour
 
 Everything runs in forked processes on a model of a few thousand parameters: they start in no time, and what kills them
 kills a real process. The figures at the end are `key: value` lines; the first thing that is lost ends it all.
