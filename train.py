@@ -28,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import files
 from config import Config, over, read_command_line
-from dataset import Split, TrainingOrder, evaluation_windows, prepare_command, read_meta
+from dataset import Split, TrainingOrder, evaluation_windows, read_meta
 from errors import UserError, exit_with_one_line
 from hardware import pick_compile, pick_device, pick_device_batch_size, pick_dtype, refuse_what_cannot_fit
 from layers import head_loss
@@ -102,9 +102,6 @@ def main(argv=None):
     data_dir = Path("data", cfg.dataset)
     meta = read_meta(data_dir)
     tokenizer = Tokenizer.load(data_dir)
-    if tokenizer.vocab_size != meta["vocab_size"]:
-        raise UserError(f"{data_dir / 'meta.json'} and the tokenizer beside it are not of one vocabulary: remove "
-                        f"{data_dir} and make it again with  {prepare_command(cfg.dataset)}")
     if old and rank == 0 and tokenizer != old_tokenizer:
         raise UserError(f"{data_dir} has another tokenizer than init_from = {cfg.init_from!r}: prepare it with that "
                         "one, or start from scratch")
