@@ -3,15 +3,11 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
+from hardware import try_lock
 
 _held = {}  # path → the open file whose lock this process has: it must stay open
 
@@ -84,14 +80,25 @@ def hold(path, what):
         return
     file = open(path, "a+", encoding="utf-8")
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for attempt in range(5):  # `is_held` takes it for a moment
+            if try_lock(file):
+                break
+            time.sleep(0.05)
         else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise UserError(f"another process is at work on {what}: wait for its end, or stop it (its lock {path.name} "
-                        "ends with it)") from error
+            file.close()
+            raise UserError(f"another process is at work on {what}: wait for its end, or stop it (its lock {path.name} "
+                            "ends with it)")
     except OSError as error:  # a file system without locks
         print(f"note: {what} cannot be locked ({error.strerror}): let no other process work on it", file=sys.stderr)
     _held[path] = file
+
+
+def is_held(path):
+    """Whether another process holds a file's lock; None on a file system without locks."""
+    try:
+        with open(path, "r+", encoding="utf-8") as file:
+            return not try_lock(file)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None

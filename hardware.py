@@ -1,13 +1,17 @@
-"""What this machine can do, decided in one place: the device, the dtype, whether to compile, how much at a time."""
+"""What differs between machines, decided in one place: CUDA, Apple's MPS or the CPU, the dtype, whether to compile, the
+fused optimizer, how much at a time; and between Linux, macOS and Windows: the signals that stop a run, locks on files.
+
+torch is imported where it is asked something: prepare.py comes here for a lock alone, and starts sooner without it.
+"""
 
 import math
 import os
-
-import torch
+import platform
+import signal
 
 from errors import UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 # Below this many floating-point operations, a run on a CUDA device ends before compiling is repaid. Not measured.
 FLOPS_THAT_REPAY_COMPILING = 1e15
@@ -19,6 +23,8 @@ def pick_device(name):
 
     Raises UserError for a device that this machine, or this build of PyTorch, does not have.
     """
+    import torch
+
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # torchrun's
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -47,10 +53,12 @@ def pick_dtype(name, device):
 
     Raises UserError for float16 on MPS: its gradients need a scaler, which is for CUDA and, to try it out, the CPU.
     """
+    import torch
+
     if name == "float16" and device.type == "mps":
         raise UserError("dtype = 'float16' is not for mps: use bfloat16 or float32")
     if name != "auto":
-        return DTYPES[name]
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # torch 2.11 has no public question for this
@@ -62,9 +70,10 @@ def pick_weights(name, device, stories):
     """What to keep the weights in for telling so many stories at once: a torch.dtype or, on a CPU, "int8".
 
     auto: the fastest. One story waits for the weights to come from memory, and int8's are the smallest; many wait for
-    arithmetic, at which int8 is slower here. Raises UserError as `pick_dtype` does, and for int8 anywhere but on a CPU.
+    arithmetic, at which int8 is slower here. On processors other than x86 int8 was not tried, so auto leaves it there.
+    Raises UserError as `pick_dtype` does, and for int8 anywhere but on a CPU.
     """
-    if name == "auto" and device.type == "cpu" and stories == 1:
+    if name == "auto" and device.type == "cpu" and stories == 1 and platform.machine() in ("x86_64", "AMD64"):
         return "int8"
     if name == "int8" and device.type != "cpu":
         raise UserError(f"dtype = 'int8' is for telling stories on a CPU; on {device.type} use auto")
@@ -74,8 +83,11 @@ def pick_weights(name, device, stories):
 def pick_compile(wish, device, flops):
     """Whether to use torch.compile, and why not where the answer is no: (bool, str).
 
-    auto: where it works and pays, for a run of that many floating-point operations.
+    auto: where it works and pays, for a run of that many floating-point operations. (On Windows PyTorch comes without
+    the compiler that it needs, Triton; where a user has put it there, it works.)
     """
+    import torch
+
     if wish != "auto":
         return wish, "compile = False"
     if device.type != "cuda":
@@ -89,6 +101,11 @@ def pick_compile(wish, device, flops):
     return True, ""
 
 
+def pick_fused(device):
+    """Whether AdamW updates all parameters in one kernel. On MPS that was not tried, so it is left there."""
+    return device.type in ("cpu", "cuda")
+
+
 def pick_device_batch_size(wish, sequences, shape, device):
     """How many of an update's sequences go through the model of a GPTConfig at once: if possible a divisor of them.
 
@@ -98,7 +115,7 @@ def pick_device_batch_size(wish, sequences, shape, device):
         return min(wish, sequences)
     # Bytes that a token leaves for the backward pass, as measured on a CPU (docs/speed.md); on a GPU it is less.
     token_bytes = shape.n_layer * (65 * shape.n_embd + 8 * shape.n_head * shape.block_size)
-    memory = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 768 * 2**20
+    memory = memory_of(device) // 2 if device.type == "cuda" else 768 * 2**20
     most = max(1, memory // (token_bytes * shape.block_size))
     divisor = max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
     return divisor if 2 * divisor > most else math.ceil(sequences / math.ceil(sequences / most))
@@ -106,15 +123,46 @@ def pick_device_batch_size(wish, sequences, shape, device):
 
 def refuse_what_cannot_fit(shape, sequences, device):
     """Raise UserError where a GPTConfig, or an update of that many sequences, is beyond all memory there is."""
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return  # Windows does not tell without another package
+    memory = memory_of(device)
     # A parameter, its gradient and AdamW's two means in float32; a token's place, input and target in int64.
     needed = 16 * shape.num_parameters() + 32 * sequences * shape.block_size
     if needed > memory:
         raise UserError(f"{shape.num_parameters():,} parameters and updates of {sequences * shape.block_size:,} tokens "
                         f"need more than the {memory / 2**30:.0f} GiB of {device}: lower n_layer, n_embd, block_size "
                         "or batch_size")
+
+
+def memory_of(device):
+    """All memory of a device in bytes; infinity where it does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    # Windows does not tell without another package.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def stop_signals():
+    """The signals that ask a run to stop: Ctrl-C's, a scheduler's (Windows never sends it), and Windows' Ctrl-Break's.
+    """
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
+
+def try_lock(file):
+    """Lock an open file for this process, without waiting; whether that went. The lock ends when the file is closed.
+
+    Raises OSError on a file system without locks.
+    """
+    try:
+        if platform.system() == "Windows":
+            import msvcrt
+
+            file.seek(0)  # it locks bytes from there on; they need not exist
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the one or the other is each system's word for: it is taken
+        return False
+    return True

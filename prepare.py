@@ -101,8 +101,9 @@ def parse_args(argv):
                              f"Hugging Face hub, or a dataset on the hub (default: {HUB_DATASET})")
     parser.add_argument("--name", help="the folder under data/ (default: the source's last part, with the tokenizer "
                                        "behind it when that is not gpt2)")
-    parser.add_argument("--tokenizer", default="gpt2", help="an encoding of tiktoken, or bpe:4096 to train a "
-                                                            "byte-level BPE of 4096 tokens on the text (default: gpt2)")
+    parser.add_argument("--tokenizer", default="gpt2", help="an encoding of tiktoken; bpe:4096 to train a byte-level "
+                                                            "BPE of 4096 tokens on the text; or the folder of a run or "
+                                                            "a dataset, to take its own (default: gpt2)")
     parser.add_argument("--text_column", default="text", help="the column that holds the stories (default: text)")
     parser.add_argument("--validation_fraction", type=fraction, default=0.01,
                         help="share of the stories, drawn at random, that makes the validation split where the source "
@@ -126,7 +127,7 @@ def default_name(source, tokenizer):
     """The name of a dataset: `nursery` and bpe:2048 give `nursery-bpe2048`."""
     path = Path(source)
     name = (path.stem if path.suffix in FORMATS else path.resolve().name).lower()
-    name += "" if tokenizer == "gpt2" else "-" + tokenizer.replace(":", "")
+    name += "" if tokenizer == "gpt2" else "-" + Path(tokenizer).name.replace(":", "")
     if not is_plain_name(name):
         raise UserError(f"{name!r}, the source's last part, is no plain folder name: give one with --name")
     return name
@@ -149,7 +150,8 @@ def differences(before, now):
 def write_dataset(folder, args, made_with):
     """Write the token files, the tokenizer and meta.json into a folder; meta.json's dict comes back."""
     trained_size = trained_vocabulary_size(args.tokenizer)
-    tokenizer = None if trained_size else Tokenizer.named(args.tokenizer)  # first: it may fail, and costs little
+    # First: it may fail, and costs little.
+    tokenizer = None if trained_size else open_tokenizer(args.tokenizer)
 
     corpus = Corpus(args)
     counts, characters = survey(corpus)
@@ -184,6 +186,11 @@ def trained_vocabulary_size(name):
         raise UserError(f"--tokenizer {name!r}: a vocabulary has at least 257 tokens (the bytes and end of text), "
                         "as in bpe:4096")
     return int(size)
+
+
+def open_tokenizer(name):
+    """The tokenizer of a run's or a dataset's folder, or the encoding of that name. Raises UserError for neither."""
+    return Tokenizer.load(name) if Path(name, "tokenizer.tiktoken").exists() else Tokenizer.named(name)
 
 
 class Corpus:

@@ -35,7 +35,8 @@ def main(argv=None):
     model, tokenizer, state = checkpoint.load_model(path)
     dtype = pick_weights(args.dtype, device, args.num_samples)
     model = model.to_int8() if dtype == "int8" else model.to(device, dtype)
-    print(f"{path}: {state['tokens']:,} tokens of training" + (
+    trained = f"{state['tokens']:,} tokens of training" if state["tokens"] else "trained elsewhere"
+    print(f"{path}: {trained}" + (
         f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else "")
         + f"; weights in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 

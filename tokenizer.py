@@ -43,7 +43,8 @@ class Tokenizer:
         """
         if name not in tiktoken.list_encoding_names():
             known = ", ".join(sorted(tiktoken.list_encoding_names()))
-            raise UserError(f"unknown tokenizer '{name}': use one of {known}, or bpe:4096 to train one of 4096 tokens")
+            raise UserError(f"unknown tokenizer '{name}': use one of {known}, bpe:4096 to train one of 4096 tokens, "
+                            "or the folder of a run or a dataset")
         try:
             theirs = tiktoken.get_encoding(name)
             return cls(_encoding(theirs.name, theirs._pat_str, theirs._mergeable_ranks, theirs._special_tokens))
@@ -73,7 +74,7 @@ class Tokenizer:
             size = len(vocabulary) + 1
             raise UserError(f"the text gives a vocabulary of only {size} tokens: use --tokenizer bpe:{size} or less")
 
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary.items()}
         return cls(tiktoken.Encoding(f"bpe{vocab_size}", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                      special_tokens={END_OF_TEXT: vocab_size - 1}))
@@ -176,7 +177,7 @@ def refuse_endless_space(text, longest=300_000):
                         f"{text[:run.start()][-30:]!r}: take them out")
 
 
-def _byte_of_character():
+def byte_of_character():
     """The byte that each printable character stands for in `tokenizers`' byte-level vocabularies (GPT-2's table).
 
     Printable bytes stand for themselves; the others, in order, for the characters from 256 on.

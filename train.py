@@ -30,7 +30,8 @@ import files
 from config import Config, over, read_command_line
 from dataset import Split, TrainingOrder, evaluation_windows, read_meta
 from errors import UserError, exit_with_one_line
-from hardware import pick_compile, pick_device, pick_device_batch_size, pick_dtype, refuse_what_cannot_fit
+from hardware import (pick_compile, pick_device, pick_device_batch_size, pick_dtype, pick_fused, refuse_what_cannot_fit,
+                      stop_signals)
 from layers import head_loss
 from model import GPT, GPTConfig
 from ranks import add_up, add_up_gradients, agree, from_rank_0, join, leave
@@ -184,7 +185,7 @@ def main(argv=None):
         if old:
             old["model"]["transformer.wpe.weight"] = old["model"]["transformer.wpe.weight"][:cfg.block_size]
             model.load_state_dict(old["model"])
-            print(f"starting from the weights of {cfg.init_from}, after {old['tokens']:,} tokens of training")
+            print(f"starting from the weights of {cfg.init_from}, after {old['tokens']:,} tokens of training here")
         if rank == 0:
             start_folder(out_dir, data_dir, args.overwrite)
     iteration = update * cfg.gradient_accumulation_steps
@@ -205,7 +206,7 @@ def main(argv=None):
         if rank == 0:  # print is not safe in a handler
             os.write(2, b"\nstopping after this update or evaluation; once more stops at once\n")
 
-    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.signal(s, ask_to_stop) for s in stop_signals()}
 
     # ---- the loop ----
     step_model = model
@@ -429,7 +430,8 @@ def make_optimizers(model, cfg):
         is_hidden = cfg.optimizer == "muon" and name.startswith("transformer.h.")
         (vectors if p.dim() < 2 else hidden if is_hidden else matrices).append(p)
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                    fused=pick_fused(matrices[0].device))]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:

@@ -45,10 +45,13 @@ def test_a_lock_keeps_other_processes_out_and_dies_with_its_owner(tmp_path):
     code = f"import files, time; files.hold({str(path)!r}, 'it'); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
+    assert files.is_held(path)
     with pytest.raises(UserError, match="another process is at work on out/x"):
         files.hold(path, "out/x")
     other.send_signal(signal.SIGKILL)
     other.wait()
+    assert files.is_held(path) is False and files.is_held(tmp_path / "none") is False
+    assert not (tmp_path / "none").exists()
     files.hold(path, "out/x")
     files.hold(path, "out/x")  # one's own lock is no hindrance
     again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -38,7 +38,7 @@ import train
 from data import nursery
 from dataset import Split, evaluation_windows, read_meta, seal
 from errors import Parser, UserError, exit_with_one_line
-from hardware import DTYPES, pick_device, pick_weights
+from hardware import pick_device, pick_weights
 from model import GPT, GPTConfig, KVCache, choose_token, window_start
 from ranks import add_up_gradients, agree, join, leave
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
@@ -375,7 +375,7 @@ def bench_generate(args, device, ceilings, folder):
     net = GPT(PUBLISHED).eval()
     picked = {stories: str(pick_weights("auto", device, stories)).removeprefix("torch.") for stories in (1, 32)}
     dtypes = sorted({"float32", "bfloat16", picked[32]})  # an older GPU's is float16
-    models = {dtype: copy.deepcopy(net).to(device, DTYPES[dtype]) for dtype in dtypes}
+    models = {dtype: copy.deepcopy(net).to(device, getattr(torch, dtype)) for dtype in dtypes}
     if device.type == "cpu":
         models["int8"] = copy.deepcopy(net).to_int8()
     block_size = PUBLISHED.block_size
@@ -441,7 +441,7 @@ def losses_by_dtype(out_dir, device, count=64):
     losses = {}
     for dtype in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
         model, _, state = checkpoint.load_model(checkpoint.best_in(out_dir))
-        model = model.to_int8() if dtype == "int8" else model.to(device, DTYPES[dtype])
+        model = model.to_int8() if dtype == "int8" else model.to(device, getattr(torch, dtype))
         split = Split(Path("data", state["config"]["dataset"]), "validation", model.config.block_size)
         x, y = (torch.from_numpy(tokens).to(device) for tokens in split.windows(evaluation_windows(split, count)))
         each = [F.cross_entropy(model(a[None])[0].float(), b) for a, b in zip(x, y)]
