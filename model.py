@@ -191,13 +191,15 @@ class GPT(nn.Module):
         return self.int8_head(x) if self.int8_head else linear(x, self.transformer.wte.weight)  # (B, T, V)
 
     @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, end_of_text=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, end_of_text=None,
+                 with_logits=False):
         """Go on from token ids (B, T), T at least 1; yields the next token of every sequence, (B,), one at a time.
 
         `temperature` 0 takes the likeliest token; `top_k` and `top_p` keep only the k likeliest tokens (0: all) and
         the likeliest that together hold a share p of the probability (nucleus sampling, Holtzman et al. 2020,
         arXiv 1904.09751). `generator`, on the model's device, seeds the choice. A sequence that has given
-        `end_of_text` gives nothing else after it, and generation stops when all have.
+        `end_of_text` gives nothing else after it, and generation stops when all have. `with_logits` yields pairs: the
+        tokens (B,), and the logits (B, V) that they were chosen by, which are good until the next step.
 
         The model reads the window that begins at `window_start`; when that moves, the window's tokens are read anew.
         Set the model to eval() first: in training mode dropout is on.
@@ -219,7 +221,7 @@ class GPT(nn.Module):
             if end_of_text is not None:
                 token = token.masked_fill(ended, end_of_text)
                 ended |= token == end_of_text
-            yield token
+            yield (token, logits[:, -1]) if with_logits else token
             if end_of_text is not None and ended.all():
                 return
             idx = torch.cat([idx, token[:, None]], dim=1)

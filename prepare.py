@@ -271,13 +271,14 @@ def open_source(args):
 
 
 def text_files(path):
-    """A .txt file, or a folder of nothing else, as split → paths; {} for any other source.
+    """A .txt file, or a folder of nothing else but hidden files, as split → paths; {} for any other source.
 
     In a folder, a name that ends in valid or validation (TinyStories-valid.txt) is the validation split.
     """
     if path.is_file():
         return {"train": [path]} if path.suffix == ".txt" else {}
-    texts = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    texts = sorted(file for file in path.rglob("*") if file.is_file() and not any(
+        part.startswith(".") for part in file.relative_to(path).parts)) if path.is_dir() else []
     if not texts or any(file.suffix != ".txt" for file in texts):
         return {}
     validation = [file for file in texts if re.search(r"(^|[-_.])valid(ation)?$", file.stem)]

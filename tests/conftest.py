@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 # A closed port in place of the network: what tries to download fails at once, the same on every machine.
 for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
     os.environ[name] = "http://127.0.0.1:9"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["HF_HUB_OFFLINE"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell would ignore it
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt")
+
 import train
 from conftest import TINY
 from tools import compare

@@ -121,6 +121,16 @@ def test_a_story_ends_at_end_of_text_and_generation_when_all_have():
     assert all((row[end:] == 7).all() for row, end in zip(steps, ends))
 
 
+def test_the_logits_that_a_token_was_chosen_by():
+    model, idx = small(), torch.randint(50, (2, 3))
+    for token, logits in model.generate(idx, 12, temperature=0, with_logits=True):
+        with torch.no_grad():
+            expected = model(idx[:, window_start(idx.size(1), 8):])[:, -1]  # (B, V)
+        torch.testing.assert_close(logits, expected)
+        assert torch.equal(token, logits.argmax(-1))
+        idx = torch.cat([idx, token[:, None]], 1)
+
+
 def test_seed_decides_the_story():
     def story(seed):
         generator = torch.Generator().manual_seed(seed)

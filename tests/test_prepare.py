@@ -87,6 +87,8 @@ def test_a_dataset_from_the_hub_is_read_as_the_folder_is(here, monkeypatch):
 def test_folder_of_text_files(here):
     write(here / "books/b.txt", STORIES[3:6])
     write(here / "books/more/a.txt", STORIES[:3])
+    (here / "books/.DS_Store").write_bytes(b"\0\0\0\1Bud1")  # a Mac leaves one in every folder that was looked at
+    write(here / "books/.git/COMMIT_EDITMSG.txt", ["More books"])
     prepare.main(["books"])
     stories = prepared("books")[1]
     assert len(stories["validation"]) == 1 and sorted(stories["train"] + stories["validation"]) == sorted(STORIES[:6])
@@ -143,6 +145,19 @@ def test_trained_vocabulary(here):
     meta, stories = prepared("nursery-bpe400")
     assert meta["vocab_size"] == 400 and meta["end_of_text"] == 399
     assert sorted(stories["train"] + stories["validation"]) == sorted(nursery.stories(100, 1337))
+
+
+def test_the_tokenizer_of_other_data_is_taken_from_its_folder(here, fails):
+    prepare.main(["nursery", "--tokenizer", "bpe:400", "--max_stories", "100"])
+    write(here / "mine.txt", STORIES)
+    prepare.main(["mine.txt", "--tokenizer", "data/nursery-bpe400/"])
+    assert Tokenizer.load("data/mine-nursery-bpe400") == Tokenizer.load("data/nursery-bpe400")
+    stories = prepared("mine-nursery-bpe400")[1]
+    assert sorted(stories["train"] + stories["validation"]) == sorted(STORIES)
+    Path("data/nursery-bpe400/tokenizer.tiktoken").write_text("")
+    assert "tokenizer.tiktoken is damaged" in fails(prepare.main, ["mine.txt", "--tokenizer", "data/nursery-bpe400",
+                                                                   "--force"])
+    assert "or the folder of a run or a dataset" in fails(prepare.main, ["mine.txt", "--tokenizer", "out/none"])
 
 
 def test_a_vocabulary_beyond_65536_tokens_is_kept_in_uint32(here):

@@ -9,8 +9,9 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_ci_finds_both_commands_once_on_a_line_each():
-    loop = (ROOT / ".ci/run").read_text().split("for requirements")[1]
+def test_ci_finds_its_commands_once_on_a_line_each():
+    loop = (ROOT / ".ci/run").read_text().split("for requirements in ")[1].splitlines()[0]
+    assert len(loop.split()) == 4
     for requirements in re.findall(r"requirements\S*\.txt", loop):
         assert len(re.findall(rf"^pip install -r {re.escape(requirements)} && python .*$", README, re.M)) == 1
 

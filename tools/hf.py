@@ -1,6 +1,6 @@
 """Runs to and from Hugging Face's `transformers`, as an ordinary GPT-2.
 
-    python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM, llama.cpp's converter
+    python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM, llama.cpp
     python -m tools.hf import stories-30m out/stories-30m       a run for sample.py and for train.py --init_from
     python -m tools.hf import openai-community/gpt2 out/gpt2    the same, from the Hugging Face hub
 
@@ -101,7 +101,7 @@ def to_gpt2(model, end_of_text):
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function="gelu_new", resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        bos_token_id=end_of_text, eos_token_id=end_of_text))
+        bos_token_id=end_of_text, eos_token_id=end_of_text, n_ctx=c.block_size))  # the last: llama.cpp asks for it
     weights = {name: torch.zeros_like(p) if name.endswith(".bias") else p for name, p in theirs.state_dict().items()}
     weights |= turned(model.state_dict())
     theirs.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
@@ -138,7 +138,7 @@ def to_their_tokenizer(tokenizer, block_size):
         return GPT2Tokenizer(vocab=vocab, merges=merges, **options)
     # Possessive repeats are there for speed, and after {1,3} mean something else in `tokenizers`; there $ is also
     # where a line ends.
-    pattern = re.sub(r"(?<=[?*+}])\+", "", encoding._pat_str).replace("$", r"\z")
+    pattern = re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", encoding._pat_str).replace("$", r"\z")
     theirs = Theirs(models.BPE(vocab=vocab, merges=merges))
     theirs.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),

@@ -1,0 +1,463 @@
+"""tools/serve: what its server answers, that it stops when the reader goes, and the page in a browser."""
+
+import asyncio
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+
+pytest.importorskip("starlette", reason="pip install -r requirements-extra.txt")
+pytest.importorskip("uvicorn", reason="pip install -r requirements-extra.txt")
+
+import checkpoint
+import sample
+from conftest import ROOT
+from tools import serve
+
+
+@pytest.fixture(scope="module")
+def runs(trained, tmp_path_factory):
+    """A folder with the runs out/tiny and out/other."""
+    folder = tmp_path_factory.mktemp("served")
+    for name in ("other", "tiny"):
+        shutil.copytree(trained / "out/tiny", folder / "out" / name)
+        os.utime(folder / "out" / name / "ckpt.pt")  # the newest is the last one
+    return folder
+
+
+def start(folder, *words):
+    """A server as a user starts it: its process and its first line."""
+    process = subprocess.Popen([sys.executable, "-m", "tools.serve", "--port=0", *words], cwd=folder, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return process, process.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def url(runs):
+    process, line = start(runs)
+    yield line.split()[0]
+    process.kill()
+    process.communicate()
+
+
+def ask(url, asked, headers={}, method="POST", path="/tell"):
+    """The status and the text of an answer."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    body = asked if isinstance(asked, bytes | None) else json.dumps(asked)
+    connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def told(url, **asked):
+    """The events of a story."""
+    status, text = ask(url, {"run": "tiny", "prompt": "Once upon", "max_new_tokens": 30, "seed": 3} | asked)
+    assert status == 200, text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_story_is_the_one_that_sample_tells(url, runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    settings = {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "max_new_tokens": 60, "seed": 7}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    sample.main(["--out_dir=out/tiny", "--start=Naïve 🦊", *flags])
+    story = capsys.readouterr().out
+    about, *tokens, end = told(url, prompt="Naïve 🦊", **settings)
+    assert "Naïve 🦊" + "".join(event["text"] for event in [*tokens, end]) + "\n" == story
+    assert about["about"]["parameters"] == 11_648 and about["about"]["block_size"] == 16 and about["seed"] == 7
+    assert end["tokens"] == len(tokens) + (end["end"] == "story")
+    assert told(url, seed=1)[1:-1] == told(url, seed=1)[1:-1] != told(url, seed=2)[1:-1]
+
+
+def test_probabilities_are_the_models_own(url, runs):
+    """Whatever the temperature is, and in the order of the ranks."""
+    model, tokenizer, _ = checkpoint.load_model(runs / "out/tiny/ckpt.pt")
+    tokens = [tokenizer.end_of_text, *tokenizer.encode("Once upon")]
+    with torch.no_grad():
+        probs = model(torch.tensor([tokens]))[0, -1].softmax(-1)
+    for temperature in (0, 2):
+        first = told(url, temperature=temperature)[1]
+        likeliest = [p for _, p in first["likeliest"]]
+        assert len(likeliest) == 5 and likeliest == sorted(likeliest, reverse=True)
+        assert likeliest[0] == pytest.approx(probs.max().item(), abs=0.01)
+        assert first["rank"] == 1 and [first["text"], first["p"]] == first["likeliest"][0] if temperature == 0 else True
+        if first["rank"] <= 5:
+            assert first["likeliest"][first["rank"] - 1] == [first["text"], first["p"]]
+        else:
+            assert first["p"] <= likeliest[-1]
+
+
+def test_the_end_of_a_story_has_a_probability_too(url):
+    for seed in range(200):
+        *_, last, end = told(url, seed=seed, max_new_tokens=200, temperature=1.5)
+        if end["end"] == "story":
+            break
+    assert end["end"] == "story" and 0 < end["p"] < 1
+    assert end["rank"] > 5 or end["likeliest"][end["rank"] - 1] == [None, end["p"]]
+    assert told(url, max_new_tokens=5)[-1]["end"] == "length" and "p" not in told(url, max_new_tokens=5)[-1]
+
+
+def test_the_page_and_the_runs(url):
+    status, page = ask(url, None, method="GET", path="/")
+    assert status == 200 and page == (ROOT / "tools/serve.html").read_text(encoding="utf-8")
+    assert json.loads(ask(url, None, method="GET", path="/runs")[1]) == {"runs": ["tiny", "other"]}
+    assert ask(url, None, method="GET", path="/tell")[0] == 405 and ask(url, None, method="GET", path="/../x")[0] == 404
+
+
+@pytest.mark.parametrize("asked, complaint", [
+    ({"run": "none"}, "there is no run 'none' under out/"), ({"run": "../out/tiny"}, "there is no run"),
+    ({"run": ["tiny"]}, "there is no run"), ({}, "there is no run None"), ([], "a request has run, prompt, "),
+    ({"run": "tiny", "tempurature": 1}, "a request has run, prompt, temperature"),
+    ({"run": "tiny", "prompt": 5}, "the prompt is not a text of at most 10,000 characters"),
+    ({"run": "tiny", "prompt": "a" * 10_001}, "the prompt is not a text of at most 10,000 characters"),
+    ({"run": "tiny", "prompt": "a" * 90_000}, "the request is too long"),
+    ({"run": "tiny", "temperature": -1}, "temperature = -1 is not a number from 0 to 100"),
+    ({"run": "tiny", "temperature": "hot"}, "temperature = 'hot' is not a number"),
+    ({"run": "tiny", "temperature": float("nan")}, "temperature = nan is not a number"),
+    ({"run": "tiny", "top_p": 0}, "top_p = 0 is not a number from 1e-09 to 1"),
+    ({"run": "tiny", "top_k": 1.5}, "top_k = 1.5 is not a whole number"),
+    ({"run": "tiny", "top_k": True}, "top_k = True is not a whole number"),
+    ({"run": "tiny", "max_new_tokens": 2001}, "max_new_tokens = 2001 is not a whole number from 1 to 2000"),
+    ({"run": "tiny", "seed": 2**53}, "seed = "), (b"{", "the request is not JSON"), (b"\xff", "the request is not JSON"),
+    (b"[" * 50_000, "the request is not JSON"),
+])
+def test_bad_requests_are_told_what_is_wrong(url, asked, complaint):
+    status, text = ask(url, asked)
+    assert status == 400 and complaint in json.loads(text)["error"]
+
+
+def test_odd_prompts_are_told(url):
+    for prompt in ("", "\ud83e", "<|endoftext|>", "\0", "a b " * 2000):
+        assert told(url, prompt=prompt, max_new_tokens=3)[-1]["end"]
+    assert told(url, prompt="a b " * 2000, max_new_tokens=1)[0]["prompt_tokens"] > 16
+
+
+def test_pages_from_elsewhere_get_no_answer(url):
+    assert ask(url, {"run": "tiny"}, {"Host": "evil.example"})[0] == 400
+    assert ask(url, {"run": "tiny"}, {"Content-Type": "text/plain"})[0] == 400
+
+
+def call(app, asked, disconnect_after=None, hold=None, messages=None):
+    """Ask the application itself; the status and the lines that it sent before the reader went away.
+
+    The reader goes after `disconnect_after` lines, or reads nothing until the event `hold`.
+    """
+    messages = [] if messages is None else messages
+
+    async def run():
+        gone = asyncio.Event()
+        body = [{"type": "http.request", "body": json.dumps(asked).encode()}]
+
+        async def receive():
+            if not body:
+                await gone.wait()
+            return body.pop() if body else {"type": "http.disconnect"}
+
+        async def send(message):
+            messages.append(message)
+            if hold and message.get("body"):
+                await hold.wait()
+            if len([m for m in messages if m.get("body")]) == disconnect_after:
+                gone.set()
+
+        scope = {"type": "http", "method": "POST", "path": "/tell", "raw_path": b"/tell", "query_string": b"",
+                 "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+                 "asgi": {"version": "3.0", "spec_version": "2.3"}}
+        await app(scope, receive, send)
+        return messages[0]["status"], b"".join(m.get("body", b"") for m in messages).splitlines()
+    return run()
+
+
+def test_a_story_stops_when_its_reader_goes_away(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(serve, "MOST_WAITING", 1)
+    app = serve.make_app(torch.device("cpu"))
+    asked = {"run": "tiny", "max_new_tokens": 2000, "seed": 3}
+
+    async def both():
+        status, lines = await call(app, asked, disconnect_after=3)
+        assert status == 200 and 3 <= len(lines) < 20
+        status, lines = await call(app, asked | {"max_new_tokens": 5})  # its place is free again
+        assert status == 200 and json.loads(lines[-1])["end"]
+    asyncio.run(both())
+
+
+def test_no_more_stories_at_once_than_allowed(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(serve, "MOST_WAITING", 3)
+    app = serve.make_app(torch.device("cpu"))
+    asked = {"run": "tiny", "max_new_tokens": 5}
+
+    async def many():
+        hold = asyncio.Event()
+        sent = [[], [], []]
+        waiting = [asyncio.create_task(call(app, asked, hold=hold, messages=messages)) for messages in sent]
+        while not all(sent):  # until all three have been let in
+            await asyncio.sleep(0.01)
+        status, lines = await call(app, asked)
+        assert status == 503 and b"3 stories are being told already" in lines[0]
+        hold.set()
+        assert [status for status, _ in await asyncio.gather(*waiting)] == [200] * 3
+        assert (await call(app, asked))[0] == 200
+    asyncio.run(many())
+
+
+def test_a_run_that_trains_on_is_read_anew_and_one_that_breaks_is_told(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    device = torch.device("cpu")
+    asked = {"run": "tiny", "prompt": "", "seed": 1, "max_new_tokens": 5, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    before = list(serve.tell(device, **asked))
+    state = checkpoint.load("out/tiny/ckpt.pt")
+    checkpoint.save("out/tiny/ckpt.pt", state | {"tokens": 77})
+    after = list(serve.tell(device, **asked))
+    assert after[0]["about"]["tokens_of_training"] == 77 != before[0]["about"]["tokens_of_training"]
+    Path("out/tiny/ckpt.pt").write_bytes(b"no")
+    app = serve.make_app(device)
+    status, lines = asyncio.run(call(app, {"run": "tiny"}))
+    assert "out/tiny/ckpt.pt is damaged" in json.loads(lines[-1])["error"]
+
+
+@pytest.mark.parametrize("words, complaint, code", [
+    (["--prot=8000"], "did you mean --port?", 2), (["--port=70000"], "70000 is not from 0 to 65535", 2),
+    (["--device=tpu"], "device = 'tpu' cannot be used", 1), (["--host=203.0.113.7"], "cannot listen at 203.0.113.7", 1),
+    (["--host=no.such.host.invalid"], "cannot listen at no.such.host.invalid", 1),
+])
+def test_wrong_flags(runs, monkeypatch, fails, words, complaint, code):
+    monkeypatch.chdir(runs)
+    assert complaint in fails(serve.main, words, code)
+
+
+def test_a_port_in_use_no_run_and_no_package(runs, here, fails, monkeypatch):
+    assert "no trained model under out/" in fails(serve.main, [])
+    monkeypatch.chdir(runs)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert "another --port, or 0" in fails(serve.main, [f"--port={other.getsockname()[1]}"])
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "needs starlette and uvicorn: pip install -r requirements-extra.txt" in fails(serve.main, [])
+
+
+def test_it_ends_with_ctrl_c_also_in_the_middle_of_a_story(runs):
+    process, line = start(runs, "--host=0.0.0.0")
+    assert process.stdout.readline().startswith("note: whoever can reach 0.0.0.0")
+    connection = http.client.HTTPConnection("127.0.0.1", int(line.split()[0].rsplit(":")[-1]), timeout=60)
+    connection.request("POST", "/tell", json.dumps({"run": "tiny", "max_new_tokens": 2000}),
+                       {"Content-Type": "application/json", "Host": "my.laptop"})
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err and err.splitlines()[-1] == "stopped"
+
+
+# ---- the page, in Debian's Chromium ----
+
+needs_browser = pytest.mark.skipif(not shutil.which("chromium") or not shutil.which("chromedriver"),
+                                   reason="apt-get install chromium chromium-driver")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -r requirements-dev.txt")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update",
+                 "disable-background-networking", "disable-sync", "no-proxy-server", "window-size=1100,900",
+                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(chromium, url):
+    """The page, just opened, with the seed 3; at the end nothing has gone wrong in it or come from elsewhere."""
+    chromium.get(url)
+    wait(chromium, "document.querySelectorAll('#run option').length == 2")
+    fill(chromium, seed=3, max_new_tokens=40)
+    yield chromium
+    assert chromium.get_log("browser") == []
+    addresses = chromium.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert all(address.startswith(url) for address in addresses)
+
+
+def wait(browser, condition, seconds=30):
+    from selenium.webdriver.support.ui import WebDriverWait
+    WebDriverWait(browser, seconds, 0.02).until(lambda it: it.execute_script(f"return {condition}"), condition)
+
+
+def fill(browser, **values):
+    for name, value in values.items():
+        browser.execute_script(f"document.getElementById('{name}').value = arguments[0]", str(value))
+
+
+def find(browser, css):
+    return browser.find_elements("css selector", css)
+
+
+def texts(browser):
+    return [element.get_attribute("textContent") for element in find(browser, ".story")]
+
+
+TOLD = "document.getElementById('status').textContent.startsWith('told')"
+
+
+@needs_browser
+def test_type_tell_and_copy(page, url):
+    prompt = find(page, "#prompt")[0]
+    prompt.clear()
+    prompt.send_keys("One naïve day\nthe fox")
+    find(page, "#tell")[0].click()
+    wait(page, TOLD)
+    expected = "One naïve day\nthe fox" + "".join(event["text"] for event in told(
+        url, prompt="One naïve day\nthe fox", max_new_tokens=40)[1:])
+    assert [text.removesuffix(" ∎") for text in texts(page)] == [expected]
+    assert find(page, "#status")[0].text == "told, with seed 3"
+    find(page, "article button")[0].click()
+    wait(page, "document.querySelector('article button').textContent == 'Copied'")
+    assert page.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == expected
+
+
+@needs_browser
+def test_it_streams_and_stops(page):
+    fill(page, max_new_tokens=2000, temperature=0)  # which goes in circles for ever
+    # How many tokens there were whenever the page changed: some are seen before the last ones come.
+    page.execute_script("""window.seen = new Set()
+        new MutationObserver(() => seen.add(document.querySelectorAll('.token').length))
+            .observe(document.getElementById('stories'), {childList: true, subtree: true})""")
+    find(page, "#tell")[0].click()
+    wait(page, "document.querySelectorAll('.token').length > 20")
+    find(page, "#stop")[0].click()
+    wait(page, "document.getElementById('status').textContent.startsWith('stopped; the seed was 3')")
+    made = len(find(page, ".token"))
+    assert 20 < made < 2000 and page.execute_script("return seen.size") > 3
+    assert not find(page, "#stop")[0].is_enabled() and not find(page, "#error")[0].is_displayed()
+    find(page, "#openings button")[1].click()  # an opening replaces the prompt, and is told at once
+    wait(page, "document.querySelectorAll('.token').length > 20")
+    assert texts(page)[0].startswith("One day, Lily")
+    find(page, "#prompt")[0].send_keys("\ue00c")  # Escape
+    wait(page, "document.getElementById('status').textContent.startsWith('stopped')")
+
+
+@needs_browser
+def test_two_runs_side_by_side(page, url):
+    find(page, "#beside option[value=other]")[0].click()
+    find(page, "#tell")[0].click()
+    wait(page, TOLD)
+    assert [heading.text for heading in find(page, "article h2")] == ["tiny", "other"]
+    events = told(url, prompt="Once upon a time", max_new_tokens=40)[1:]
+    expected = "Once upon a time" + "".join(event["text"] for event in events)
+    assert [text.removesuffix(" ∎") for text in texts(page)] == [expected] * 2  # copies of each other, and one seed
+    left, right = (article.rect for article in find(page, "article"))
+    assert left["y"] == right["y"] and left["x"] + left["width"] < right["x"]
+
+
+@needs_browser
+def test_tokens_show_their_probabilities_to_the_mouse_and_to_the_keyboard(page, url):
+    from selenium.webdriver import ActionChains, Keys
+    find(page, "#tell")[0].click()
+    wait(page, TOLD)
+    events = told(url, prompt="Once upon a time", max_new_tokens=40)[1:]
+    tokens, tip = find(page, ".token"), find(page, "#tip")[0]
+    assert not tip.is_displayed()
+
+    def shown(event):
+        wait(page, "!document.getElementById('tip').hidden")
+        rows = [row.get_attribute("textContent") for row in find(page, "#tip div")]
+        chosen = [row.get_attribute("textContent") for row in find(page, "#tip .chosen")]
+        percent = "< 0.1 %" if event["p"] < 0.0005 else f"{100 * event['p']:.1f} %"
+        return len(rows) >= 5 and len(chosen) == 1 and chosen[0].endswith(percent)
+
+    wide = next(i for i, token in enumerate(tokens) if token.rect["width"] > 6)
+    ActionChains(page).move_to_element(tokens[wide]).perform()
+    assert shown(events[wide])
+    ActionChains(page).move_to_element(find(page, "h1")[0]).perform()
+    assert not tip.is_displayed()
+
+    find(page, "#tell")[0].send_keys(Keys.TAB)  # Stop is disabled: the next stop is the story, as one
+    assert page.switch_to.active_element == tokens[0] and shown(events[0])
+    for key, place in [(Keys.ARROW_RIGHT, 1), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_LEFT, 1), (Keys.END, len(tokens) - 1),
+                       (Keys.ARROW_RIGHT, len(tokens) - 1), (Keys.HOME, 0)]:
+        page.switch_to.active_element.send_keys(key)
+        assert page.switch_to.active_element == tokens[place] and shown(events[place])
+        assert tokens[place].get_attribute("aria-describedby") == "tip"
+    page.switch_to.active_element.send_keys(Keys.TAB)
+    assert page.switch_to.active_element.text == "Copy" and not tip.is_displayed()
+
+
+@needs_browser
+def test_the_keyboard_alone_is_enough(page):
+    from selenium.webdriver import Keys
+    assert page.switch_to.active_element == find(page, "#prompt")[0]
+    page.switch_to.active_element.send_keys(" there was", Keys.CONTROL + Keys.ENTER)
+    wait(page, TOLD)
+    assert texts(page)[0].startswith("Once upon a time there was")
+    reached = []
+    for _ in range(14):
+        page.switch_to.active_element.send_keys(Keys.TAB)
+        reached.append(page.switch_to.active_element.get_attribute("id") or page.switch_to.active_element.tag_name)
+    assert [name for name in reached if name != "button"] == [
+        "run", "beside", "temperature", "top_k", "top_p", "max_new_tokens", "seed", "tell", "span"]
+
+
+@needs_browser
+def test_what_goes_wrong_is_told_in_words(page, runs):
+    fill(page, top_p=5)
+    find(page, "#tell")[0].click()  # the browser says itself that 5 is too much
+    assert find(page, "article") == []
+    fill(page, top_p=1)
+    (runs / "out/other").rename(runs / "out/gone")
+    find(page, "#beside option[value=other]")[0].click()
+    find(page, "#tell")[0].click()
+    wait(page, "!document.getElementById('error').hidden")
+    (runs / "out/gone").rename(runs / "out/other")
+    assert find(page, "#error")[0].text == "other: there is no run 'other' under out/"
+    wait(page, "document.querySelectorAll('.token').length >= 40")
+    assert "400" in page.get_log("browser")[0]["message"]  # Chromium's own note of the refusal
+
+
+@needs_browser
+def test_a_phones_width_and_the_dark(page):
+    light = find(page, "body")[0].value_of_css_property("background-color")
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                         {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                         {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    fill(page, beside="other")
+    find(page, "#tell")[0].click()
+    wait(page, TOLD)
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert find(page, "body")[0].value_of_css_property("background-color") != light
+    above, below = (article.rect for article in find(page, "article"))
+    assert above["y"] + above["height"] <= below["y"] and above["width"] > 300
+    for token in find(page, ".token")[::13]:
+        page.execute_script("arguments[0].focus()", token)
+        tip = page.execute_script("return document.getElementById('tip').getBoundingClientRect().toJSON()")
+        assert tip["left"] >= 0 and tip["right"] <= 360 and tip["top"] >= 0
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@needs_browser
+def test_a_server_that_is_gone_is_told(chromium, runs):
+    process, line = start(runs)
+    chromium.get(line.split()[0])
+    wait(chromium, "document.querySelectorAll('#run option').length == 2")
+    process.kill()
+    process.communicate()
+    find(chromium, "#tell")[0].click()
+    wait(chromium, "document.getElementById('error').textContent == 'the server does not answer: is it still running?'")
+    chromium.get_log("browser")
