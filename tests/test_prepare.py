@@ -149,15 +149,15 @@ def test_trained_vocabulary(here):
 
 def test_the_tokenizer_of_other_data_is_taken_from_its_folder(here, fails):
     prepare.main(["nursery", "--tokenizer", "bpe:400", "--max_stories", "100"])
+    Path("data/nursery-bpe400").rename("other")
     write(here / "mine.txt", STORIES)
-    prepare.main(["mine.txt", "--tokenizer", "data/nursery-bpe400/"])
-    assert Tokenizer.load("data/mine-nursery-bpe400") == Tokenizer.load("data/nursery-bpe400")
-    stories = prepared("mine-nursery-bpe400")[1]
+    prepare.main(["mine.txt", "--tokenizer", "other/"])
+    assert Tokenizer.load("data/mine-other") == Tokenizer.load("other")
+    stories = prepared("mine-other")[1]
     assert sorted(stories["train"] + stories["validation"]) == sorted(STORIES)
-    Path("data/nursery-bpe400/tokenizer.tiktoken").write_text("")
-    assert "tokenizer.tiktoken is damaged" in fails(prepare.main, ["mine.txt", "--tokenizer", "data/nursery-bpe400",
-                                                                   "--force"])
-    assert "or the folder of a run or a dataset" in fails(prepare.main, ["mine.txt", "--tokenizer", "out/none"])
+    Path("other/tokenizer.tiktoken").write_text("")
+    assert "tokenizer.tiktoken is damaged" in fails(prepare.main, ["mine.txt", "--tokenizer", "other", "--name", "x"])
+    assert "or the folder of a run or a dataset" in fails(prepare.main, ["mine.txt", "--tokenizer", "out/no"])
 
 
 def test_a_vocabulary_beyond_65536_tokens_is_kept_in_uint32(here):
