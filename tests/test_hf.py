@@ -199,7 +199,9 @@ def change_json(path, change):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    (lambda t: t["model"]["merges"].reverse(), "does not merge in the order of its ids"),
+    (lambda t: t["model"]["merges"].reverse(), "is not the 256 bytes and a token for each merge"),
+    (lambda t: t["model"]["vocab"].update(qxz=300), "is not the 256 bytes and a token for each merge"),
+    (lambda t: t["model"]["vocab"].pop("!"), "is not the 256 bytes and a token for each merge"),
     (lambda t: t.update(normalizer={"type": "Lowercase"}), "is not GPT-2's kind"),
     (lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "is not GPT-2's kind"),
 ])

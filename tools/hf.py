@@ -221,9 +221,9 @@ def import_(source, out_dir, overwrite):
     if Path(source).is_dir() and not Path(source, "config.json").exists():
         raise UserError(f"{source} has no config.json: name the folder of a model, or a model on the hub")
     with transformers_at_work(f"read {source} as a model"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         refuse_another_architecture(source, config)  # before gigabytes of it are downloaded
-        their_tokenizer = AutoTokenizer.from_pretrained(source)
+        their_tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         theirs, loading = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):  # transformers has put random numbers in their place
         raise UserError(f"{source} is damaged: it has no {missing[0]}")
@@ -287,9 +287,10 @@ def from_their_tokenizer(source, theirs, end_of_text):
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items()}
     merges = [tuple(bytes(byte_of[c] for c in part) for part in (pair.split(" ") if isinstance(pair, str) else pair))
               for pair in model["merges"]]
-    if merges != merges_of(ranks) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise UserError(f"the tokenizer of {source} does not merge in the order of its ids, or lacks bytes: it cannot "
-                        "be imported")
+    all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if merges != merges_of(ranks) or not all_bytes or len(ranks) != 256 + len(merges):
+        raise UserError(f"the tokenizer of {source} is not the 256 bytes and a token for each merge, in the order of "
+                        "the merges: use a model that has GPT-2's kind")
     name = "gpt2" if len(ranks) == 50256 else f"bpe{len(ranks) + len(special)}"
     return Tokenizer(tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
