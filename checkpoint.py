@@ -16,7 +16,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -113,13 +113,22 @@ def can_go_on(out_dir):
     return any(Path(out_dir, name).exists() for name in ("last.pt", "last.prev.pt"))
 
 
+def runs(root="out"):
+    """The run folders under `root` that have a checkpoint, the one whose checkpoint was written last first."""
+    written = {}
+    for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
+        for path in Path(root).glob(f"*/{name}"):
+            with suppress(FileNotFoundError):  # a run that is saving has renamed it
+                written[path.parent] = max(written.get(path.parent, 0), path.stat().st_mtime)
+    return sorted(written, key=written.get, reverse=True)
+
+
 def newest_run(root="out"):
     """The run folder under `root` whose checkpoint was written last. Raises UserError where there is none."""
-    checkpoints = [path for name in ("ckpt.pt", "last.pt", "last.prev.pt") for path in Path(root).glob(f"*/{name}")]
-    if not checkpoints:
+    if not (found := runs(root)):
         raise UserError(f"no trained model under {root}/: train one first, for example  "
                         "python train.py config/quickstart.py")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    return found[0]
 
 
 def best_in(out_dir):

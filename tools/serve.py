@@ -160,9 +160,7 @@ def check(asked, runs):
 
 def names_of_runs():
     """The names of the folders under out/ that have a checkpoint, the newest first."""
-    found = {path.parent: path.stat().st_mtime for name in ("last.prev.pt", "last.pt", "ckpt.pt")
-             for path in Path("out").glob(f"*/{name}")}
-    return [folder.name for folder in sorted(found, key=found.get, reverse=True)]
+    return [folder.name for folder in checkpoint.runs()]
 
 
 loading = threading.Lock()  # so that two stories do not load the same run twice
