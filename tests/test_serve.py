@@ -204,7 +204,7 @@ def test_no_more_stories_at_once_than_allowed(runs, monkeypatch):
         waiting = [asyncio.create_task(call(app, asked, hold=hold, messages=messages)) for messages in sent]
         while not all(sent):  # until all three have been let in
             await asyncio.sleep(0.01)
-        status, lines = await call(app, asked)
+        status, lines = await asyncio.wait_for(call(app, asked), 30)
         assert status == 503 and b"3 stories are being told already" in lines[0]
         hold.set()
         assert [status for status, _ in await asyncio.gather(*waiting)] == [200] * 3
