@@ -439,7 +439,7 @@ def test_a_phones_width_and_the_dark(page):
     fill(page, beside="other")
     find(page, "#tell")[0].click()
     wait(page, TOLD)
-    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert page.execute_script("return document.documentElement.scrollWidth <= 360")
     assert find(page, "body")[0].value_of_css_property("background-color") != light
     above, below = (article.rect for article in find(page, "article"))
     assert above["y"] + above["height"] <= below["y"] and above["width"] > 300
