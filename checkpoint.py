@@ -139,7 +139,10 @@ def best_in(out_dir):
     for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
         if Path(out_dir, name).exists():
             return Path(out_dir, name)
-    raise UserError(f"no checkpoint in {out_dir}: train a model first, or name its folder with --out_dir")
+    if Path(out_dir, "config.json").exists():
+        raise UserError(f"{out_dir} is a model for transformers: make a run of it with  "
+                        f"python -m tools.hf import {out_dir} out/NAME")
+    raise UserError(f"no checkpoint in {out_dir}: train a model first, or name the folder of another run")
 
 
 def load_model(path):

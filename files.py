@@ -80,10 +80,10 @@ def hold(path, what):
         return
     file = open(path, "a+", encoding="utf-8")
     try:
-        for attempt in range(5):  # `is_held` takes it for a moment
+        for attempt in range(10):  # `is_held` takes it for a moment
             if try_lock(file):
                 break
-            time.sleep(0.05)
+            time.sleep(0.02)
         else:
             file.close()
             raise UserError(f"another process is at work on {what}: wait for its end, or stop it (its lock {path.name} "
@@ -94,7 +94,11 @@ def hold(path, what):
 
 
 def is_held(path):
-    """Whether another process holds a file's lock; None on a file system without locks."""
+    """Whether another process holds a file's lock; None where that cannot be told: on a file system without locks, or
+    for a file that may only be read.
+    """
+    if Path(path).absolute() in _held:
+        return False
     try:
         with open(path, "r+", encoding="utf-8") as file:
             return not try_lock(file)

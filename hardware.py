@@ -80,6 +80,13 @@ def pick_weights(name, device, stories):
     return name if name == "int8" else pick_dtype(name, device)
 
 
+def pick_stories_at_once(device):
+    """How many threads may tell stories at once. On a GPU one alone: another would disturb the recording of its steps,
+    and MPS does not bear two (pytorch issue 197805). On a CPU a second takes half of the first one's speed.
+    """
+    return 2 if device.type == "cpu" else 1
+
+
 def pick_compile(wish, device, flops):
     """Whether to use torch.compile, and why not where the answer is no: (bool, str).
 

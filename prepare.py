@@ -302,8 +302,9 @@ def reading(source):
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text ({error.reason}): convert it, for example with "
-                        "iconv -f latin1 -t utf8") from error
+        theirs = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"  # Windows' two others
+        raise UserError(f"{source} is not UTF-8 text ({error.reason}): convert it, for example with  "
+                        f"iconv -f {theirs} -t utf-8 OLD > NEW") from error
     except ConnectionError as error:
         raise UserError(f"cannot reach {source} on the Hugging Face hub: check the name and the network, or give a "
                         "local file or folder, or nursery") from error
@@ -311,7 +312,8 @@ def reading(source):
         known = type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow"))
         if not known and not isinstance(error, (OSError, ValueError)):
             raise
-        raise UserError(f"cannot read {source}, it is broken or not what its name says: {error}") from error
+        needed = ". A folder needs .txt, .jsonl or .parquet files" if Path(source).is_dir() else ""
+        raise UserError(f"cannot read {source}, it is broken or not what its name says: {error}{needed}") from error
 
 
 def read_column(dataset, column, source):

@@ -40,6 +40,21 @@ def test_a_line_that_cannot_be_appended_is_an_error_that_names_the_file(tmp_path
         files.append_line(tmp_path / "log.jsonl", {"kind": "step"})
 
 
+def test_asking_whether_a_lock_is_held_keeps_nobody_from_it(tmp_path):
+    path = tmp_path / ".lock"
+    path.touch()
+    code = f"import files\nprint('asking', flush=True)\nwhile True: files.is_held({str(path)!r})"
+    asking = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert asking.stdout.readline() == "asking\n"
+    for _ in range(30):
+        files.hold(path, "it")
+        assert files.is_held(path) is False  # by another process; and one's own lock is not lost by asking
+        assert files._held[path]
+        files._held.pop(path).close()
+    asking.kill()
+    asking.communicate()
+
+
 def test_a_lock_keeps_other_processes_out_and_dies_with_its_owner(tmp_path):
     path = tmp_path / ".lock"
     code = f"import files, time; files.hold({str(path)!r}, 'it'); print('held', flush=True); time.sleep(60)"

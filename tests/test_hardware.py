@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from errors import UserError
 from hardware import (pick_compile, pick_device, pick_device_batch_size, pick_dtype, pick_fused, pick_weights,
-                      refuse_what_cannot_fit, stop_signals, try_lock)
+                      pick_stories_at_once, refuse_what_cannot_fit, stop_signals, try_lock)
 from model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -124,6 +124,7 @@ def test_what_is_decided_on_each_kind_of_machine(monkeypatch, name):
     assert pick_dtype("auto", picked) == getattr(torch, dtype)
     assert pick_compile("auto", picked, 1e20)[0] == compiled
     assert pick_fused(picked) == fused
+    assert pick_stories_at_once(picked) == (2 if device == "cpu" else 1)
     assert pick_weights("auto", picked, 1) == (weights if weights == "int8" else getattr(torch, weights))
     assert stop_signals() == [getattr(signal, name) for name in signals]
 

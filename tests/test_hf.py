@@ -72,7 +72,7 @@ def test_transformers_computes_the_same_from_an_export(run, capsys):
     assert theirs_told[0, prompt.size(1):].tolist() == told
 
 
-def test_an_export_says_what_it_is(run):
+def test_an_export_says_what_it_is(run, fails):
     theirs, their_tokenizer = exported("out/tiny", "model")
     assert sorted(os.listdir("model")) == ["README.md", "config.json", "generation_config.json", "model.safetensors",
                                            "tokenizer.json", "tokenizer_config.json"]
@@ -86,8 +86,11 @@ def test_an_export_says_what_it_is(run):
     assert their_tokenizer.encode(END_OF_TEXT) == [299]
     card = Path("model/README.md").read_text()
     for said in (f"{state['figures']['val_loss']:.4f} nats", f"{state['figures']['val_bpb']:.4f} bits per byte",
-                 "| learning_rate | 0.01 |", "| training data | nursery-bpe300: 54 stories", "bpe300, 300 tokens"):
+                 "| learning_rate | 0.01 |", "tokens of 54 stories (nursery-bpe300)", "| tokens of training | 1,536 |",
+                 "bpe300, 300 tokens"):
         assert said in card
+    assert "is a model for transformers: make a run of it with python -m tools.hf import model out/NAME" in fails(
+        sample.main, ["--out_dir=model"])
     code = card.split("```python")[1].split("```")[0].replace("max_length=16", "max_length=16, do_sample=False")
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert told.returncode == 0 and told.stdout.startswith("Once upon a time")
@@ -113,6 +116,9 @@ def test_out_and_back_is_the_same_model(run, capsys):
     assert its_tokenizer == tokenizer and its_tokenizer.name == tokenizer.name
     assert model.state_dict().keys() == back.state_dict().keys()
     assert all(torch.equal(p, back.state_dict()[name]) for name, p in model.state_dict().items())
+    hf.main(["export", "out/back", "again"])
+    card = Path("again/README.md").read_text()
+    assert "| trained on | elsewhere, and imported |" in card and "learning_rate" not in card
     sample.main(["--out_dir=out/back", "--seed=1"])
     assert "out/back/ckpt.pt: trained elsewhere" in capsys.readouterr().err
 
@@ -183,6 +189,7 @@ def test_other_special_tokens_and_another_name_for_the_end(run, their_tokenizer)
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     ({"n_inner": 64}, "has n_inner = 64, and only 4 * n_embd = 128"),
     ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon = 0.001"),
+    ({"n_positions": 1}, "theirs is damaged, by its config.json: block_size = 1 is not allowed"),
     ({"tie_word_embeddings": False}, "has a head that does not share the token embedding"),
     ({"vocab_size": 290, "eos_token_id": 2, "bos_token_id": 2}, "has 290 token embeddings for a tokenizer of 300"),
 ])
@@ -203,6 +210,9 @@ def change_json(path, change):
     (lambda t: t["model"]["vocab"].update(qxz=300), "is not the 256 bytes and a token for each merge"),
     (lambda t: t["model"]["vocab"].pop("!"), "is not the 256 bytes and a token for each merge"),
     (lambda t: t.update(normalizer={"type": "Lowercase"}), "is not GPT-2's kind"),
+    (lambda t: t["model"].update(dropout=0.5), "is not GPT-2's kind"),
+    (lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 300, "content": "xyzzy", "special": False}),
+     "has words added to it, such as 'xyzzy'"),
     (lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "is not GPT-2's kind"),
 ])
 def test_another_tokenizer_is_refused(their_tokenizer, fails, change, complaint):
@@ -216,20 +226,33 @@ def test_a_broken_folder_is_one_line(their_tokenizer, fails):
     gpt2_folder(their_tokenizer)
     whole = Path("theirs/model.safetensors").read_bytes()
     Path("theirs/model.safetensors").write_bytes(whole[:1000])
-    assert "cannot read theirs as a model: " in fails(hf.main, ["import", "theirs", "out/x"])
+    assert "cannot read theirs as a model (" in fails(hf.main, ["import", "theirs", "out/x"])
     Path("theirs/model.safetensors").unlink()
-    assert "cannot read theirs as a model: " in fails(hf.main, ["import", "theirs", "out/x"])
+    assert "cannot read theirs as a model (" in fails(hf.main, ["import", "theirs", "out/x"])
+    Path("theirs/tokenizer.json").rename("theirs/tokenizer.old")
+    Path("theirs/model.safetensors").write_bytes(whole)
+    assert "theirs has no tokenizer.json" in fails(hf.main, ["import", "theirs", "out/x"])
+    Path("theirs/tokenizer.old").rename("theirs/tokenizer.json")
+    change_json("theirs/config.json", lambda config: config.update(n_embd=64))
+    assert "of the shape that config.json says" in fails(hf.main, ["import", "theirs", "out/x"])
+    change_json("theirs/config.json", lambda config: config.update(n_head=0))
+    assert "by its config.json: n_head = 0 is not allowed" in fails(hf.main, ["import", "theirs", "out/x"])
     Path("theirs/config.json").write_text("{")
-    assert "cannot read theirs as a model: " in fails(hf.main, ["import", "theirs", "out/x"])
+    assert "cannot read theirs as a model (" in fails(hf.main, ["import", "theirs", "out/x"])
     Path("theirs/config.json").unlink()
     assert "theirs has no config.json" in fails(hf.main, ["import", "theirs", "out/x"])
-    assert "cannot read nobody/nothing as a model: " in fails(hf.main, ["import", "nobody/nothing", "out/x"])
+    assert "cannot read nobody/nothing as a model (" in fails(hf.main, ["import", "nobody/nothing", "out/x"])
+    for source in ("./none", "a/b/c", "", "theirs/tokenizer.json"):
+        assert f"{source!r} is no folder, and no name" in fails(hf.main, ["import", source, "out/x"])
 
 
-def test_weights_that_are_missing_are_not_made_up(their_tokenizer, fails):
+def test_weights_that_are_missing_or_no_numbers_are_refused(their_tokenizer, fails):
     from safetensors.torch import load_file, save_file
     gpt2_folder(their_tokenizer)
     weights = load_file("theirs/model.safetensors")
+    save_file(weights | {"transformer.ln_f.bias": torch.full((32,), torch.nan)}, "theirs/model.safetensors",
+              {"format": "pt"})
+    assert "some of its weights are not numbers" in fails(hf.main, ["import", "theirs", "out/x"])
     del weights["transformer.h.1.mlp.c_fc.weight"]
     save_file(weights, "theirs/model.safetensors", {"format": "pt"})
     assert "theirs is damaged: it has no transformer.h.1.mlp.c_fc.weight" in fails(
@@ -273,14 +296,17 @@ def test_other_ways_to_cut_words(here, pattern):
 def test_what_is_there_is_replaced_only_when_told(run, fails, capsys):
     hf.main(["export", "out/tiny", "model"])
     assert "model is there already" in fails(hf.main, ["export", "out/tiny", "model"])
-    Path("model/mine.txt").write_text("mine")
-    hf.main(["export", "out/tiny", "model", "--overwrite"])
-    assert Path("model/mine.txt").exists() and not list(Path("model").glob(".*"))
+    assert "--overwrite is for import" in fails(hf.main, ["export", "out/tiny", "x", "--overwrite"], code=2)
+    Path(".x.partial").mkdir()  # of an export that was killed
+    Path(".x.partial/rest").touch()
+    Path("x").mkdir()
+    hf.main(["export", "out/tiny", "x"])
+    assert sorted(os.listdir("x")) == sorted(os.listdir("model")) and not Path(".x.partial").exists()
     assert "out/tiny already holds a run" in fails(hf.main, ["import", "model", "out/tiny"])
     hf.main(["import", "model", "out/tiny", "--overwrite"])
     assert sorted(os.listdir("out/tiny")) == [".lock", "ckpt.pt", "meta.json", "tokenizer.tiktoken"]
     Path("file").write_text("")
-    assert "file is there already" in fails(hf.main, ["export", "out/tiny", "file", "--overwrite"])
+    assert "file is there already" in fails(hf.main, ["export", "out/tiny", "file"])
 
 
 def test_what_is_wrong_is_told(run, fails, monkeypatch):

@@ -9,10 +9,13 @@ An export has the weights (safetensors, float32), the tokenizer, and a model car
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict
+from logging import CRITICAL, getLogger
 from pathlib import Path
 
 import tiktoken
@@ -24,7 +27,7 @@ from dataset import read_meta, seal
 from errors import Parser, UserError, exit_with_one_line
 from model import GPT, GPTConfig
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_of_character
-from train import refuse_another_run, start_folder
+from train import start_folder
 
 # GPT-2 keeps these matrices of a block as (in, out), torch's linear layers as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -38,13 +41,19 @@ FIXED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pyto
 def main(argv=None):
     """Export or import; `argv` as on the command line."""
     parser = Parser(prog="python -m tools.hf", description="Runs to and from Hugging Face's transformers.")
-    parser.add_argument("what", choices=["export", "import"], help="a run to a model's folder, or a model to a run")
+    parser.add_argument("what", choices=["export", "import"], metavar="{export,import}",
+                        help="a run to a model's folder, or a model to a run")
     parser.add_argument("source", metavar="FROM", help="export: a run's folder; import: a model's, or its hub id")
     parser.add_argument("target", metavar="TO", type=Path, help="export: the model's folder; import: the run's")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model or the run that is there")
+    parser.add_argument("--overwrite", action="store_true", help="import: replace the run that is there")
     args = parser.parse_args(argv)
     quieten_transformers()
-    (export if args.what == "export" else import_)(args.source, args.target, args.overwrite)
+    if args.what == "import":
+        import_(args.source, args.target, args.overwrite)
+    elif args.overwrite:
+        parser.error("--overwrite is for import: export replaces nothing")
+    else:
+        export(args.source, args.target)
 
 
 def quieten_transformers():
@@ -53,43 +62,53 @@ def quieten_transformers():
         from transformers.utils import logging
     except ImportError as error:
         raise UserError("this needs transformers:  pip install -r requirements-extra.txt") from error
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # or it would ask the hub for a conversion
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(CRITICAL)  # what it warns of comes as an error anyway
 
 
 @contextmanager
-def transformers_at_work(doing):
-    """Turn what can go wrong in transformers into a UserError that says what could not be done."""
+def transformers_at_work(doing, advice):
+    """Turn what can go wrong in transformers into a UserError: what could not be done, why, and what to do."""
     try:
         yield
     except Exception as error:  # a folder can be broken in as many ways as it has files, each with a library of its own
         theirs = type(error).__module__.startswith(("transformers", "huggingface_hub", "safetensors", "httpx"))
         if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)) and type(error) is not Exception:
             raise
-        raise UserError(f"cannot {doing}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot {doing} ({reason}): {advice}") from error
 
 
 # ---- export ----
 
-def export(out_dir, folder, overwrite):
+def export(out_dir, folder):
     """Write the best checkpoint of a run as a folder that `from_pretrained` loads.
 
-    Raises UserError where the run cannot be read, or something else is in the folder already.
+    Raises UserError where the run cannot be read, the folder not be written, or something is in it already.
     """
     path = checkpoint.best_in(out_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not overwrite):
-        raise UserError(f"{folder} is there already: name another folder, or replace the model in it (--overwrite)")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: remove it, or name another folder")
     model, tokenizer, state = checkpoint.load_model(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (transformers_at_work(f"write {folder}"),
-          tempfile.TemporaryDirectory(dir=folder, prefix=".") as partial):  # under its name a file is whole
-        to_gpt2(model, tokenizer.end_of_text).save_pretrained(partial)
-        to_their_tokenizer(tokenizer, model.config.block_size).save_pretrained(partial)
-        card = model_card(folder.resolve().name, model, state, read_meta(path.parent))
-        Path(partial, "README.md").write_text(card, encoding="utf-8")
-        Path(partial, "model.safetensors").chmod(0o644)  # safetensors' is for its owner alone
-        for file in Path(partial).iterdir():
-            file.replace(folder / file.name)
+    theirs = to_gpt2(model, tokenizer.end_of_text)
+    their_tokenizer = to_their_tokenizer(tokenizer, model.config.block_size)
+    card = model_card(folder.resolve().name, model, state, read_meta(path.parent))
+    partial = folder.resolve().with_name(f".{folder.resolve().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        with transformers_at_work(f"write {folder}", "make room, or name another folder"):
+            partial.mkdir(parents=True)
+            theirs.save_pretrained(partial)
+            their_tokenizer.save_pretrained(partial)
+            Path(partial, "README.md").write_text(card, encoding="utf-8")
+            Path(partial, "model.safetensors").chmod(0o644)  # safetensors' is for its owner alone
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"{folder}: the {model.num_parameters():,} parameters of {path} as a GPT-2 for transformers")
 
 
@@ -169,10 +188,14 @@ def merges_of(ranks):
 
 def model_card(name, model, state, meta):
     """The README.md of an exported model: how to use it, what it learnt from, how well, by which settings."""
-    figures, c, data = state["figures"], model.config, meta["splits"]["train"]
+    figures, c, data, settings = state["figures"], model.config, meta["splits"]["train"], ""
     losses = (f"{figures['val_loss']:.4f} nats a token, {figures['val_bpb']:.4f} bits per byte (on the windows that "
               f"were evaluated at iteration {figures['iter']:,})" if "val_loss" in figures else "not measured")
-    settings = "\n".join(f"| {setting} | {value} |" for setting, value in state["config"].items())
+    trained = "elsewhere, and imported"
+    if state["tokens"]:
+        trained = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
+        settings = "\nThe settings of the run:\n\n| setting | value |\n|---|---|\n" + "".join(
+            f"| {setting} | {value} |\n" for setting, value in state["config"].items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -180,8 +203,8 @@ pipeline_tag: text-generation
 
 # {name}
 
-A GPT-2 of {model.num_parameters():,} parameters that tells stories: {c.n_layer} layers, {c.n_head} heads, width \
-{c.n_embd}, a context of {c.block_size} tokens for the prompt and the story together.
+A GPT-2 of {model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width \
+{c.n_embd}, a context of {c.block_size} tokens for the prompt and what follows it.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -194,17 +217,11 @@ print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], s
 
 | | |
 |---|---|
-| training data | {state['config']['dataset']}: {data.get('stories', 0):,} stories, {data['tokens']:,} tokens |
-| tokens of training | {state['tokens']:,} |
+| trained on | {trained} |
+| tokens of training | {f"{state['tokens']:,}" if state['tokens'] else 'unknown'} |
 | validation loss | {losses} |
 | tokenizer | {meta['tokenizer']['name']}, {c.vocab_size:,} tokens |
-
-The settings of the run:
-
-| setting | value |
-|---|---|
-{settings}
-"""
+{settings}"""
 
 
 # ---- import ----
@@ -216,17 +233,23 @@ def import_(source, out_dir, overwrite):
     """
     from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
-    if not overwrite:
-        refuse_another_run(out_dir)
-    if Path(source).is_dir() and not Path(source, "config.json").exists():
+    if checkpoint.holds_run(out_dir) and not overwrite:
+        raise UserError(f"{out_dir} already holds a run: name another folder, or replace it (--overwrite)")
+    is_folder = source and Path(source).is_dir()
+    if is_folder and not Path(source, "config.json").exists():
         raise UserError(f"{source} has no config.json: name the folder of a model, or a model on the hub")
-    with transformers_at_work(f"read {source} as a model"):
+    if not is_folder and (Path(source).is_file() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
+        raise UserError(f"{source!r} is no folder, and no name that a model on the hub can have: name one of these")
+    with transformers_at_work(f"read {source} as a model",
+                              "name a folder with all of its files or, with a network, a model on the hub"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         refuse_another_architecture(source, config)  # before gigabytes of it are downloaded
         their_tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        theirs, loading = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):  # transformers has put random numbers in their place
-        raise UserError(f"{source} is damaged: it has no {missing[0]}")
+        theirs, loading = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True,
+                                                          ignore_mismatched_sizes=True)
+    # In the place of these transformers has put random numbers.
+    if absent := sorted(loading["missing_keys"]) or sorted(name for name, *_ in loading["mismatched_keys"]):
+        raise UserError(f"{source} is damaged: it has no {absent[0]} of the shape that config.json says")
     tokenizer = from_their_tokenizer(source, their_tokenizer, config.eos_token_id)
     model = from_gpt2(source, theirs, tokenizer.vocab_size)
     write_run(out_dir, model, tokenizer, overwrite)
@@ -245,12 +268,21 @@ def refuse_another_architecture(source, config):
     if config.n_inner not in (None, 4 * config.n_embd):
         raise UserError(f"{source} has n_inner = {config.n_inner}, and only 4 * n_embd = {4 * config.n_embd} can be "
                         "imported: use a GPT-2")
+    try:
+        Config(**shape_of(config, config.n_positions))
+    except UserError as error:
+        raise UserError(f"{source} is damaged, by its config.json: {error}") from error
+
+
+def shape_of(config, block_size):
+    """The settings that a recipe would have for the shape of a model, from its config."""
+    return {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "block_size": block_size}
 
 
 def from_gpt2(source, theirs, vocab_size):
     """A GPT with the weights of a GPT2LMHeadModel. Rows of the embedding that no token has are left out.
 
-    Raises UserError where the head has weights of its own, or tokens have none.
+    Raises UserError where the head has weights of its own, tokens have none, or one is not a number.
     """
     c, weights = theirs.config, theirs.state_dict()
     wte = weights["transformer.wte.weight"]  # (V, C)
@@ -262,6 +294,8 @@ def from_gpt2(source, theirs, vocab_size):
         print(f"left out: {len(wte) - vocab_size} token embeddings beyond the tokenizer's {vocab_size:,}")
     model = GPT(GPTConfig(vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, c.resid_pdrop, bias=True))
     model.load_state_dict(turned(weights) | {"transformer.wte.weight": wte[:vocab_size]})
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{source} is damaged: some of its weights are not numbers")
     return model
 
 
@@ -271,9 +305,14 @@ def from_their_tokenizer(source, theirs, end_of_text):
     """
     described = json.loads(theirs.backend_tokenizer.to_str()) if theirs.is_fast else {}
     model, cutting = described.get("model") or {}, described.get("pre_tokenizer") or {}
+    if not model.get("vocab"):  # where its files are missing, transformers makes an empty one
+        raise UserError(f"{source} has no tokenizer.json: save the tokenizer beside the model")
     byte_level = cutting.get("type") == "ByteLevel" and cutting["use_regex"] and not cutting["add_prefix_space"]
-    if model.get("type") != "BPE" or not byte_level or described.get("normalizer"):
+    if model.get("type") != "BPE" or model["dropout"] or not byte_level or described.get("normalizer"):
         raise UserError(f"the tokenizer of {source} is not GPT-2's kind, a byte-level BPE: use a model that has one")
+    if plain := [token["content"] for token in described["added_tokens"] if not token["special"]]:
+        raise UserError(f"the tokenizer of {source} has words added to it, such as {plain[0]!r}: use a model without "
+                        "them")
     special = {token["content"]: token["id"] for token in described["added_tokens"]}
     end_of_text = special.get(theirs.eos_token, end_of_text)
     if end_of_text not in special.values():
@@ -302,13 +341,13 @@ def write_run(out_dir, model, tokenizer, overwrite):
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": c.vocab_size, "end_of_text": tokenizer.end_of_text,
             "dtype": "uint16" if c.vocab_size <= 1 << 16 else "uint32",
             "splits": {"train": no_data, "validation": no_data}}
-    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "block_size": c.block_size, "bias": c.bias}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         Path(folder, "meta.json").write_text(json.dumps(seal(meta), indent=2) + "\n", encoding="utf-8")
         start_folder(out_dir, Path(folder), overwrite)
+    config = Config(out_dir=str(out_dir), **shape_of(c, c.block_size))
     checkpoint.save(out_dir / "ckpt.pt", {
-        "model": model.state_dict(), "model_config": asdict(c), "config": asdict(Config(out_dir=str(out_dir), **shape)),
+        "model": model.state_dict(), "model_config": asdict(c), "config": asdict(config),
         "data_sha256": checkpoint.data_sha256(meta), "iter": 0, "update": 0, "tokens": 0, "figures": {"iter": 0}})
 
 

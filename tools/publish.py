@@ -16,6 +16,7 @@ import re
 import shlex
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import checkpoint
@@ -64,25 +65,34 @@ def follow(folder, target, published):
     What is published has to be the beginning of what the log says. Where it is not, as after a run was resumed from an
     earlier checkpoint, or was overwritten, the target begins again. Raises UserError where there is no log.
     """
+    seen = None
     for poll in itertools.count():
         held = files.is_held(folder / ".lock")  # asked before reading: so what came until the end is read after it
-        records, stories, written = read(folder)
-        now = entries(folder, records, stories)
-        if not (now or published) and (held is False or not folder.is_dir()):
-            raise UserError(f"no log in {folder}: name the folder of a run, such as out/tinystories")
-        if now and published and now[:len(published)] != published:
-            print(f"note: the log of {folder} has been cut back or replaced: from now on it is published as it is")
-            published.clear()
-        if now and not published:
-            target.begin(records[0], written - now[-1][1])
-        if new := now[len(published):]:
-            target.add(new)
-            published += new
+        if seen != (there := sizes_and_times(folder)) or held is False:
+            seen = there
+            records, stories, written = read(folder)
+            now = entries(folder, records, stories)
+            if not (now or published) and (held is False or not folder.is_dir()):
+                raise UserError(f"no log in {folder}: name the folder of a run, such as out/tinystories")
+            if now and published and now[:len(published)] != published:
+                print(f"note: the log of {folder} has been cut back or replaced: from now on it is published as it is")
+                published.clear()
+            if now and not published:
+                target.begin(records[0], written - now[-1][1])
+            if new := now[len(published):]:
+                target.add(new)
+                published += new
         if held is False:
             return
         if not poll:
             print(f"following {folder}" + (" until its training ends" if held else ": Ctrl-C ends that"), flush=True)
         time.sleep(POLL_SECONDS)
+
+
+def sizes_and_times(folder):
+    """What changes with a run's log and samples: a long log takes a second to read, which training can use."""
+    paths = [path for path in (folder / "log.jsonl", folder / "samples.md") if path.exists()]
+    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def read(folder):
@@ -146,17 +156,18 @@ class TensorBoard:
 
     def begin(self, first, start):
         """Make a new event file, and delete those before; the run's clock began at `start`."""
-        self.folder.mkdir(exist_ok=True)
-        files.hold(self.folder / ".lock", self.folder)  # another publishing would delete this one's file
-        if self.writer:
-            self.writer.close()
-        for path in self.folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        self.writer, self.start = self.make_writer(str(self.folder)), start
+        with self.writing():
+            self.folder.mkdir(exist_ok=True)
+            files.hold(self.folder / ".lock", self.folder)  # another publishing would delete this one's file
+            if self.writer:
+                self.writer.close()
+            for path in self.folder.glob("events.out.tfevents.*"):
+                path.unlink()
+            self.writer, self.start = self.make_writer(str(self.folder)), start
 
     def add(self, entries):
         """Write entries. Raises UserError where the disk is full."""
-        try:
+        with self.writing():
             for iteration, seconds, values in entries:
                 for name, value in values.items():
                     if name == "settings":
@@ -164,13 +175,21 @@ class TensorBoard:
                     write = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
                     write(name, value, iteration, self.start + seconds)
             self.writer.flush()
+
+    @contextmanager
+    def writing(self):
+        """Turn a full disk and its like into a UserError."""
+        try:
+            yield
         except OSError as error:
-            raise files.cannot_write(self.folder, error) from error
+            raise UserError(f"cannot write {self.folder} ({error.strerror or error}): make room, then publish again"
+                            ) from error
 
     def close(self):
         """Close the event file; the words for how to look at it."""
         if self.writer:
-            self.writer.close()
+            with self.writing():
+                self.writer.close()
         root = shlex.quote(os.path.relpath(os.path.dirname(os.path.abspath(self.folder.parent))))
         return f"events: {self.folder}\nlook at them: tensorboard --logdir {root}"
 

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import functools
 import json
+import os
 import secrets
 import socket
 import threading
@@ -22,7 +23,7 @@ import torch
 
 import checkpoint
 from errors import Parser, UserError, exit_with_one_line
-from hardware import pick_device, pick_weights
+from hardware import pick_device, pick_stories_at_once, pick_weights
 
 LOOPBACK = ("127.0.0.1", "localhost")
 LONGEST_PROMPT = 10_000  # characters
@@ -50,6 +51,8 @@ def main(argv=None):
                         help="the address to listen at; 0.0.0.0: everyone on the network (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(argv)
+    if not args.host:
+        parser.error("--host is empty: 0.0.0.0 is every address of this machine")
     try:
         import uvicorn
         app = make_app(pick_device(args.device), args.host, lambda: server.should_exit)
@@ -59,8 +62,9 @@ def main(argv=None):
     try:
         listening = socket.create_server((args.host, args.port))
     except OSError as error:
-        raise UserError(f"cannot listen at {args.host}, port {args.port} ({error.strerror}): another --port, or 0 for "
-                        "any that is free, may do") from error
+        reason = os.strerror(error.errno) if error.errno > 0 else error.strerror  # below 0: the name is not known
+        raise UserError(f"cannot listen at {args.host}, port {args.port} ({reason}): give another --port (0: any that "
+                        "is free) or --host") from error
     print(f"http://{args.host}:{listening.getsockname()[1]}  (Ctrl-C stops)", flush=True)
     if args.host not in LOOPBACK:
         print(f"note: whoever can reach {args.host} can ask for stories; the connection is not encrypted", flush=True)
@@ -78,11 +82,11 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import FileResponse, JSONResponse, StreamingResponse
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    # A second story on a CPU takes half of its speed; on a GPU it would disturb the recording of the first one's steps.
-    at_once = asyncio.Semaphore(1 if device.type == "cuda" else 2)
+    at_once = asyncio.Semaphore(pick_stories_at_once(device))
     waiting = 0
 
     async def page(request):
@@ -96,21 +100,22 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
             asked = check(await body_of(request), await run_in_threadpool(names_of_runs))
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400, HEADERS)
-        if waiting >= MOST_WAITING:
-            return JSONResponse({"error": f"{waiting} stories are being told already: try again when one has ended"},
-                                503, HEADERS)
+        except ClientDisconnect:  # in the middle of the request
+            return Response()
         return StreamingResponse(lines(asked), media_type="application/x-ndjson", headers=HEADERS)
 
     async def lines(asked):
-        # Starlette ends this at an await when the reader has gone away.
         nonlocal waiting
+        if waiting >= MOST_WAITING:
+            yield json.dumps({"error": f"{waiting} stories are being told already: try again when one has ended"})
+            return
         waiting += 1
-        try:
+        try:  # Starlette ends it, at an await, when the reader has gone away
             async with at_once:
                 events = tell(device, **asked)
                 while not stopping() and (event := await run_in_threadpool(next, events, None)):
                     yield json.dumps(event) + "\n"
-        except UserError as error:
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             yield json.dumps({"error": str(error)}) + "\n"
         finally:
             waiting -= 1
@@ -123,12 +128,13 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
 
 async def body_of(request):
     """The JSON of a request. Raises UserError where it is too long, or not JSON."""
-    if request.headers.get("content-type") != "application/json":  # other pages cannot send this without being asked
+    kind = request.headers.get("content-type", "").split(";")[0]
+    if kind != "application/json":  # a browser lets no page from elsewhere send this
         raise UserError("the request is not application/json")
     body = b""
     async for part in request.stream():
         body += part
-        if len(body) > 8 * LONGEST_PROMPT:
+        if len(body) > 16 * LONGEST_PROMPT:  # a character is at most 12 bytes of JSON
             raise UserError(f"the request is too long: a prompt has at most {LONGEST_PROMPT:,} characters")
     try:
         return json.loads(body)
@@ -151,7 +157,7 @@ def check(asked, runs):
     for name, (kind, low, high, default) in LIMITS.items():
         value = asked.get(name)
         if value is not None and not (type(value) in (int, kind) and low <= value <= high):
-            raise UserError(f"{name} = {value!r} is not a {'whole ' * (kind is int)}number from {low:g} to {high:g}")
+            raise UserError(f"{name} = {value!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
         values[name] = default if value is None else kind(value)
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**32)
@@ -166,7 +172,7 @@ def names_of_runs():
 loading = threading.Lock()  # so that two stories do not load the same run twice
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # as many as the page shows side by side
 def load(path, modified, device):
     """The model of a checkpoint, ready to tell one story on a device, its tokenizer and the checkpoint's other figures.
 
@@ -217,8 +223,11 @@ def probabilities(token, logits, tokenizer):
     def spelt(token):
         return None if token == tokenizer.end_of_text else tokenizer.decode([token])
 
-    return {"p": probs[token].item(), "rank": int((probs > probs[token]).sum()) + 1,
-            "likeliest": [[spelt(t), p] for t, p in zip(best.indices.tolist(), best.values.tolist())]}
+    # Equal ones are common in bfloat16: a token that is among the likeliest has its place there, others come behind.
+    likeliest = best.indices.tolist()
+    rank = likeliest.index(token) if token in likeliest else max(int((probs > probs[token]).sum()), RUNNERS_UP)
+    return {"p": probs[token].item(), "rank": rank + 1,
+            "likeliest": [[spelt(t), p] for t, p in zip(likeliest, best.values.tolist())]}
 
 
 if __name__ == "__main__":
