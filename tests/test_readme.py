@@ -21,6 +21,10 @@ def test_the_table_has_every_setting_with_its_default_and_meaning():
     assert rows == [(f.name, str(f.default), f.metadata["meaning"]) for f in fields(Config)]
 
 
+def test_nothing_is_left_to_be_filled_in():
+    assert not re.search(r"@@|TODO|XXX", README)
+
+
 def test_every_file_has_its_place_in_the_plan():
     plan = README.split("## The plan of the house")[1]
     files = [path for pattern in ("*.py", "tools/*.py", "docs/*.md", "data/*.py") for path in ROOT.glob(pattern)]

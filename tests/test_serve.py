@@ -175,7 +175,9 @@ def call(app, asked, disconnect_after=None, hold=None, messages=None):
                  "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
                  "asgi": {"version": "3.0", "spec_version": "2.3"}}
         await app(scope, receive, send)
-        return messages[0]["status"], b"".join(m.get("body", b"") for m in messages).splitlines()
+        body = b"".join(m.get("body", b"") for m in messages)
+        assert body.endswith(b"\n")  # or the page would not read the last line
+        return messages[0]["status"], body.splitlines()
     return run()
 
 

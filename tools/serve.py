@@ -106,17 +106,17 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
 
     async def lines(asked):
         nonlocal waiting
-        if waiting >= MOST_WAITING:
-            yield json.dumps({"error": f"{waiting} stories are being told already: try again when one has ended"})
+        if waiting >= MOST_WAITING:  # asked and counted in one step: many requests may come at once
+            yield line({"error": f"{waiting} stories are being told already: try again when one has ended"})
             return
         waiting += 1
         try:  # Starlette ends it, at an await, when the reader has gone away
             async with at_once:
                 events = tell(device, **asked)
                 while not stopping() and (event := await run_in_threadpool(next, events, None)):
-                    yield json.dumps(event) + "\n"
+                    yield line(event)
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            yield json.dumps({"error": str(error)}) + "\n"
+            yield line({"error": str(error)})
         finally:
             waiting -= 1
 
@@ -124,6 +124,11 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK if host in LOOPBACK else ["*"])
     return Starlette(middleware=[hosts], routes=[
         Route("/", page), Route("/runs", runs), Route("/tell", ask, methods=["POST"])])
+
+
+def line(event):
+    """A dict as a line of JSON."""
+    return json.dumps(event) + "\n"
 
 
 async def body_of(request):
