@@ -1,6 +1,7 @@
 """Run folders: whole files under their names, damage told by name, logs cut back."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,15 +84,17 @@ def test_a_foreign_checkpoint_is_refused(here, state):
         checkpoint.load_model("ckpt.pt")
 
 
-def test_newest_run_is_that_of_the_newest_checkpoint(here):
+def test_runs_are_listed_by_their_newest_checkpoint(here):
     with pytest.raises(UserError, match="no trained model under out/"):
         checkpoint.newest_run()
-    for age, name in enumerate(["b/ckpt.pt", "a/last.pt", "c/ckpt.pt"]):
-        (here / "out" / name).parent.mkdir(parents=True)
-        (here / "out" / name).touch()
-        os.utime(here / "out" / name, (1000 - age, 1000 - age))
-    assert checkpoint.newest_run().name == "b"
-    assert checkpoint.best_in("out/b").name == "ckpt.pt" and checkpoint.best_in("out/a").name == "last.pt"
+    for name, file, when in [("a", "last.prev.pt", 1), ("a", "ckpt.pt", 4), ("b", "last.pt", 3), ("b", "ckpt.pt", 2),
+                             ("c", "last.prev.pt", 5), ("no", "log.jsonl", 6)]:
+        path = Path("out", name, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (when, when))
+    assert checkpoint.runs() == [Path("out/c"), Path("out/a"), Path("out/b")]
+    assert checkpoint.newest_run() == Path("out/c")
 
 
 def test_a_torn_last_line_is_passed_over_and_a_damaged_line_is_named(tmp_path):

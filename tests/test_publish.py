@@ -346,6 +346,14 @@ def test_a_torn_line_and_a_story_to_come_are_waited_for(run, scripted, capsys):
     assert len(list(run.glob(EVENTS))) == 1 and "note:" not in capsys.readouterr().out
 
 
+def test_training_that_ends_before_it_logs_is_told(run, scripted, fails):
+    pytest.importorskip("tensorboard")
+    (run / "log.jsonl").unlink()
+    (run / "samples.md").unlink()
+    scripted()
+    assert "no log in out/x" in fails(publish.main, ["out/x", "--to=tensorboard"])
+
+
 def test_what_is_logged_while_the_tool_reads_is_not_lost(run, scripted, monkeypatch, capsys):
     """An evaluation and its story just before the log is read, and the end of the training just after."""
     pytest.importorskip("tensorboard")
