@@ -95,6 +95,7 @@ def test_runs_are_listed_by_their_newest_checkpoint(here):
         os.utime(path, (when, when))
     assert checkpoint.runs() == [Path("out/c"), Path("out/a"), Path("out/b")]
     assert checkpoint.newest_run() == Path("out/c")
+    assert [checkpoint.best_in(f"out/{name}").name for name in "abc"] == ["ckpt.pt", "ckpt.pt", "last.prev.pt"]
 
 
 def test_a_torn_last_line_is_passed_over_and_a_damaged_line_is_named(tmp_path):
