@@ -46,11 +46,13 @@ def test_asking_whether_a_lock_is_held_keeps_nobody_from_it(tmp_path):
     code = f"import files\nprint('asking', flush=True)\nwhile True: files.is_held({str(path)!r})"
     asking = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert asking.stdout.readline() == "asking\n"
-    for _ in range(30):
-        files.hold(path, "it")
-        files._held.pop(path).close()
-    asking.kill()
-    asking.communicate()
+    try:
+        for _ in range(30):
+            files.hold(path, "it")
+            files._held.pop(path).close()
+    finally:
+        asking.kill()
+        asking.communicate()
 
 
 def test_a_lock_keeps_other_processes_out_and_dies_with_its_owner(tmp_path):
