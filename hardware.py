@@ -91,7 +91,7 @@ def pick_compile(wish, device, flops):
     """Whether to use torch.compile, and why not where the answer is no: (bool, str).
 
     auto: where it works and pays, for a run of that many floating-point operations. (On Windows PyTorch comes without
-    the compiler that it needs, Triton; where a user has put it there, it works.)
+    Triton, the compiler that it needs.)
     """
     import torch
 
