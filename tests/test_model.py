@@ -101,8 +101,8 @@ def test_window_start_is_the_designs():
 @torch.no_grad()
 @pytest.mark.parametrize("fixed_shapes", [False, True])  # as on a CPU, as on a GPU
 def test_cache_takes_one_token_as_it_takes_many(fixed_shapes):
-    model, idx = small(), torch.randint(50, (2, 8))
-    cache = KVCache(model.config, 2, "cpu", torch.float32)
+    model, idx = small().double(), torch.randint(50, (2, 8))
+    cache = KVCache(model.config, 2, "cpu", torch.float64)
     cache.fixed_shapes = fixed_shapes
     model(idx[:, :5], cache=cache)
     for t in range(5, 8):
@@ -122,7 +122,7 @@ def test_a_story_ends_at_end_of_text_and_generation_when_all_have():
 
 
 def test_the_logits_that_a_token_was_chosen_by():
-    model, idx = small(), torch.randint(50, (2, 3))
+    model, idx = small().double(), torch.randint(50, (2, 3))  # so that rounding is far below the bound of the comparison
     for token, logits in model.generate(idx, 12, temperature=0, with_logits=True):
         with torch.no_grad():
             expected = model(idx[:, window_start(idx.size(1), 8):])[:, -1]  # (B, V)
@@ -159,7 +159,7 @@ def test_top_k_and_top_p_leave_out_the_rest():
     assert drawn(logits, top_k=2).nonzero().flatten().tolist() == [1, 3]
     assert drawn(logits, top_k=1)[1] == 1
     assert drawn(logits, top_k=99).nonzero().numel() == 4
-    assert drawn(logits, top_p=0.5)[1] == 1
+    assert drawn(logits, top_p=0.45)[1] == 1
     assert drawn(logits, top_p=0.6).nonzero().flatten().tolist() == [1, 3]
     assert drawn(logits, top_p=1e-9)[1] == 1
     torch.testing.assert_close(drawn(logits, top_k=2)[1], torch.tensor(0.5 / 0.8), atol=0.02, rtol=0)

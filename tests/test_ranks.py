@@ -57,30 +57,29 @@ def losses(out_dir):
     return [r["loss"] for r in log if r["kind"] == "step"] + [r["val_loss"] for r in log if r["kind"] == "eval"]
 
 
-def same_to_rounding(one, other):
-    assert losses(one) == pytest.approx(losses(other), rel=1e-3)
-    a, b = (checkpoint.load(Path(folder, "last.pt"))["model"] for folder in (one, other))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=2e-3)
-
-
 def wait_for_steps(out_dir, count):
     log = Path(out_dir, "log.jsonl")
     while not log.exists() or len(log.read_bytes().splitlines()) <= count:
         time.sleep(0.01)
 
 
-def test_two_ranks_do_what_one_process_does_and_hold_the_same_weights(with_data):
-    train.main([*WORDS, "--out_dir=out/one"])
-    (code, out, err), other = on_ranks(2, [*WORDS, "--out_dir=out/two"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_do_what_one_process_does_and_hold_the_same_weights(with_data, large_eps, optimizer):
+    words = [*WORDS, f"--optimizer={optimizer}"]
+    train.main([*words, "--out_dir=out/one"])
+    (code, out, err), other = on_ranks(2, [*words, "--out_dir=out/two"])
     assert code == other[0] == 0 and "4 sequences at a time on each of 2 processes" in out, err
     assert other[1] == ""  # rank 0 speaks for all
-    same_to_rounding("out/one", "out/two")
+    assert losses("out/one") == pytest.approx(losses("out/two"), rel=1e-3)
+    if optimizer == "adamw":  # Muon orthogonalises in bfloat16, which turns rounding noise into other weights
+        a, b = (checkpoint.load(f"out/{name}/last.pt")["model"] for name in ("one", "two"))
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
     a, b = torch.load("weights0.pt"), torch.load("weights1.pt")
     assert all(torch.equal(a[name], b[name]) for name in a) and len(a) > 10
 
 
-def test_a_run_goes_on_with_more_ranks_and_with_fewer(with_data, capsys):
+def test_a_run_goes_on_with_more_ranks_and_with_fewer(with_data, large_eps, capsys):
     ends = ["--lr_decay_iters=24", "--max_iters=10"]
     train.main([*WORDS, "--out_dir=out/one"])
     train.main([*WORDS, *ends, "--out_dir=out/up"])

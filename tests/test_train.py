@@ -262,7 +262,7 @@ def test_minutes_become_updates_at_the_pace_so_far():
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_an_update_is_the_same_however_it_is_cut(with_data, cut, monkeypatch):
+def test_an_update_is_the_same_however_it_is_cut(with_data, large_eps, cut, monkeypatch):
     """Of 8 sequences at once; 3 leave a smaller last piece, as auto may."""
     words = [*TINY, "--max_iters=6", "--dropout=0"]
     train.main([*words, "--out_dir=out/whole"])
@@ -275,7 +275,7 @@ def test_an_update_is_the_same_however_it_is_cut(with_data, cut, monkeypatch):
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
 
 
-def test_the_update_is_adamw_with_clipping_on_the_sequences_of_the_order(with_data):
+def test_the_update_is_adamw_with_clipping_on_the_sequences_of_the_order(with_data, large_eps):
     """One update against the plain form of it: all sequences at once, and the formulas of AdamW."""
     train.main([*TINY, "--max_iters=2", "--dropout=0", "--grad_clip=0.1", "--out_dir=out/x"])
     torch.manual_seed(1337)
@@ -290,8 +290,8 @@ def test_the_update_is_adamw_with_clipping_on_the_sequences_of_the_order(with_da
     for name, p in model.named_parameters():
         g = p.grad * 0.1 / norm
         decayed = p * (1 - lr * 0.1) if p.dim() == 2 else p  # weight decay: matrices, not biases and norms
-        expected = decayed - lr * g / (g.abs() + 1e-8)  # the first AdamW step, its two means corrected for bias
-        torch.testing.assert_close(weights("out/x")[name], expected, rtol=1e-4, atol=2e-5)
+        expected = decayed - lr * g / (g.abs() + 1e-3)  # the first AdamW step, its two means corrected for bias
+        torch.testing.assert_close(weights("out/x")[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_evaluation_is_without_dropout_and_the_same_each_time(with_data):
@@ -645,7 +645,7 @@ def test_training_and_sampling_need_neither_datasets_nor_tokenizers(with_data):
     assert done.returncode == 0, done.stderr
 
 
-def test_compiled_training_gives_the_same_losses(with_data, monkeypatch):
+def test_compiled_training_gives_the_same_losses(with_data, large_eps, monkeypatch):
     """The model is traced forwards and backwards; turning that into C++ would take half of all the tests' time."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for wish in ("False", "True"):
