@@ -22,9 +22,9 @@ PATIENCE = timedelta(minutes=10)  # for a rank that is alive but late: compiling
 
 def join():
     """Meet the other ranks of the run, where there are some; (rank, how many they are)."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1 or "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return 0, 1
+    ranks = int(os.environ["WORLD_SIZE"])  # may be 1: on one GPU, torchrun then tries the way that several take
     if int(os.environ["RANK"]):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
     # torchrun's store outlives a restart, and has the addresses of the processes that are gone: each start needs names

@@ -2,24 +2,25 @@
 
 import json
 import sys
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd.profiler_util import Interval
 
 import files
 import model
 import train
-from model import GPT, GPTConfig
+from model import GPT
 from tokenizer import Tokenizer
 from tools import bench
 
 
 @pytest.fixture
 def small(monkeypatch, here):
-    """The bench with a small model, and all that its contenders change put back after the test."""
-    monkeypatch.setattr(bench, "PUBLISHED", GPTConfig(300, 16, 2, 2, 32))
-    monkeypatch.setattr(bench, "MATMULS", {"head": (8, 32, 300), "c_fc": (8, 32, 128)})
+    """An empty folder; all that the bench's contenders change in it is put back after the test."""
     for module, name in [(model, "Dropout"), (model, "attend"), (train, "head_loss"), (sys, "stdout"),
                          (files, "append_line")]:
         monkeypatch.setattr(module, name, getattr(module, name))
@@ -50,27 +51,29 @@ class Parent:
         self.turns.append(turn)
 
 
-@pytest.mark.parametrize("name", ["plain", "this project", "… with all logits at once"])
-def test_each_contender_trains_an_update_a_turn(small, here, monkeypatch, name):
-    bench.write_random_dataset(here / "data" / "bench")
+@pytest.mark.parametrize("name, changes, updates_of_turns", [
+    ("plain", {}, [0, 1, 2]), ("this project", {}, [0, 1, 2]), ("… with all logits at once", {}, [0, 1, 2]),
+    ("… eager", {"small": True, "steps": 2}, [0, 0, 1, 1, 2, 2])])
+def test_each_contender_trains_its_updates_in_each_turn(small, here, monkeypatch, name, changes, updates_of_turns):
+    bench.write_random_dataset(here / "data" / "bench", bench.TINY)
     parent, updates, step = Parent(), [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: updates.append(len(parent.turns)) or
                         step(self, *args))
     with pytest.raises(SystemExit):
-        bench.contend(parent, name, str(here), "cpu", 1)
-    assert updates == [0, 1, 2]  # one before each report
+        bench.contend(parent, name, replace(bench.Race(str(here), "cpu", bench.TINY), **changes))
+    assert updates == updates_of_turns  # before each report
     assert all(seconds > 0 and mb > 10 for seconds, mb in parent.turns)
 
 
 def test_the_data_of_the_bench_is_a_dataset_with_a_tokenizer(small, here):
-    bench.write_random_dataset(here / "data" / "bench")
+    bench.write_random_dataset(here / "data" / "bench", bench.TINY)
     tokenizer = Tokenizer.load(here / "data" / "bench")
     assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode("a story")) == "a story"
 
 
 def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
-    bench.main(["generate", "--json", "--rounds", "1", "--out_dir", "out/tiny", "--device", "cpu"])
+    bench.main(["generate", "--tiny", "--json", "--rounds", "1", "--out_dir", "out/tiny", "--device", "cpu"])
     result = json.loads(capsys.readouterr().out)
     assert result.keys() == {"machine", "ceilings", "generate"}
     assert all(result["ceilings"][key] > 0 for key in ("matmul_fp32_gflops", "matmul_bf16_gflops", "read_gb_per_s"))
@@ -85,17 +88,19 @@ def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
 
 
 def test_prepare_and_train_keys_and_the_table(small, here, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "NURSERY_STORIES", 1500)
     monkeypatch.setattr(bench, "race", lambda names, about, rounds, peaks, starts: (
         peaks.update(dict.fromkeys(names, 1.0)), dict.fromkeys(names, np.array([2.0])))[1])
-    bench.main(["prepare", "--rounds", "1"])
+    bench.main(["prepare", "--tiny", "--rounds", "1"])
     out = capsys.readouterr().out
     assert "mb_per_s" in out and "matmul_bf16_gflops" in out and "gflops_of_each" in out
-    bench.main(["train", "--json", "--rounds", "1", "--device", "cpu"])
+    bench.main(["train", "--tiny", "--json", "--rounds", "1", "--device", "cpu"])
     result = json.loads(capsys.readouterr().out)["train"]
     assert result.keys() >= {"baseline_tokens_per_s", "baseline_bf16_compiled_tokens_per_s", "tokens_per_s", "mfu",
                              "baseline_peak_mb", "peak_mb"}
     assert result["tokens_per_s"] == 32 * 16 / 2.0
+    flops = 6 * bench.TINY.num_parameters() + 12 * 2 * 16 * 32  # of a token
+    assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops / result["mfu_of_tflops"] / 1e12)
+    assert result["mfu_of_measured"] == result["mfu"]  # a CPU has no data sheet here
 
 
 @pytest.mark.parametrize("words", [["trian"], ["--rounds", "0"], ["--rounds", "x"], ["--device"]])
@@ -104,9 +109,38 @@ def test_wrong_words_are_told(fails, words):
 
 
 def test_two_processes_exchange_gradients_by_both_ways(small, capsys):
-    bench.main(["ranks", "--json", "--rounds=1"])
+    bench.main(["ranks", "--tiny", "--json", "--rounds=1"])
     figures = json.loads(capsys.readouterr().out)["ranks"]
-    assert figures["processes"] == 2 and figures["exchanged_mb"] == 4 * bench.PUBLISHED.num_parameters() / 1e6
+    assert figures["processes"] == 2 and figures["exchanged_mb"] == 4 * bench.TINY.num_parameters() / 1e6
     assert list(figures["seconds"]) == ["the exchange alone", "an update without exchange", "… with one exchange",
                                         "… with DistributedDataParallel"]
     assert all(seconds > 0 for seconds in figures["seconds"].values())
+
+
+def test_small_steps_are_the_fast_recipes(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "race", lambda names, about, rounds, peaks, starts: dict.fromkeys(names, [0.5]))
+    bench.main(["small", "--tiny", "--json", "--rounds=1", "--device=cpu"])
+    figures = json.loads(capsys.readouterr().out)["small"]
+    assert figures["tokens_a_step"] == 8 * 16 and figures["tokens_per_s"] == 2 * 8 * 16 / 0.5
+    assert figures["ms_a_step"] == 250
+
+
+def test_a_profile_has_the_dearest_operations(small, capsys):
+    bench.main(["profile", "--tiny", "--json", "--rounds=1", "--device=cpu"])
+    figures = json.loads(capsys.readouterr().out)["profile"]
+    for work in ("published step", "small step", "one story"):
+        shares = list(figures[f"{work}: share of the kernels' time"].values())
+        assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
+        assert figures[f"{work}: milliseconds profiled"] > 0 and figures[f"{work}: idle"] is None
+    assert "aten::addmm" in figures["published step: share of the kernels' time"]
+
+
+def test_idle_is_the_time_in_which_no_kernel_runs():
+    def event(name, start, end, kind=torch.autograd.DeviceType.CUDA, note=False):
+        return types.SimpleNamespace(name=name, device_type=kind, is_user_annotation=note, time_range=Interval(start, end))
+
+    events = [event("a", 0, 300), event("b", 200, 400), event("a", 600, 700), event("step", 0, 1000, note=True),
+              event("launch", 0, 1000, torch.autograd.DeviceType.CPU)]
+    figures = bench.dearest("x", types.SimpleNamespace(events=lambda: events), 1e-3)
+    assert figures["x: share of the kernels' time"] == pytest.approx({"a": 400 / 600, "b": 200 / 600})
+    assert figures["x: idle"] == pytest.approx(0.5)

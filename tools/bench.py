@@ -7,10 +7,12 @@ Machines are noisy, so contenders take turns within one run, and ratios tell mor
 is a process of its own, which also gives its own peak of memory.
 """
 
+import collections
 import copy
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -20,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from contextlib import chdir
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -29,29 +32,30 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import checkpoint
 import files
 import model as model_py
 import train
+from config import read_recipe
 from data import nursery
 from dataset import Split, evaluation_windows, read_meta, seal
 from errors import Parser, UserError, exit_with_one_line
-from hardware import pick_device, pick_weights
+from hardware import pick_device, pick_dtype, pick_weights
 from model import GPT, GPTConfig, KVCache, choose_token, window_start
 from ranks import add_up_gradients, agree, join, leave
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = GPTConfig(vocab_size=50257)
+TINY = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)  # for trying the bench itself
 BATCH_SIZE = 32
+FAST = ROOT / "config" / "tinystories_fast.py"  # the recipe whose small steps are measured
 RANK_BATCH = {"cpu": 32, "cuda": 128}  # sequences of a process in the bench of several
 NURSERY_STORIES = 140_000  # 102 MB of text
-WIDTH = PUBLISHED.n_embd
-# (rows, inside, columns) of the products of a batch: the reference, then qkv, attention's output, the MLP's two, head.
-MATMULS = {"4096³": (4096, 4096, 4096), "c_attn": (4096, WIDTH, 3 * WIDTH), "attn.c_proj": (4096, WIDTH, WIDTH),
-           "c_fc": (4096, WIDTH, 4 * WIDTH), "mlp.c_proj": (4096, 4 * WIDTH, WIDTH), "head": (4096, WIDTH, 50257)}
 # Dense bf16 TFLOP/s by the makers' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
 WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}  # tables, each row of which is a contender
@@ -66,6 +70,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, in place of "
                                                             "tables")
+    parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the bench itself")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     parser.add_argument("--out_dir", help="generate: also this run's validation loss in each dtype")
     args = parser.parse_args(argv)
@@ -77,7 +82,8 @@ def main(argv=None):
         raise UserError("the training bench compares with torch.compile, which needs a C++ compiler: install one")
 
     device = pick_device(args.device)
-    result = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.rounds)}
+    args.shape = TINY if args.tiny else PUBLISHED
+    result = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.shape, args.rounds)}
     for subject in [args.subject] if args.subject else SUBJECTS:
         with tempfile.TemporaryDirectory() as folder:
             result[subject] = SUBJECTS[subject](args, device, result["ceilings"], Path(folder))
@@ -89,9 +95,20 @@ def main(argv=None):
 
 def describe_machine(device):
     """The machine, versions and date, without which no figure means anything."""
-    return {"device": train.describe(device), "processor": processor_name(), "cores": os.cpu_count(),
+    gpu = gpu_and_driver() if device.type == "cuda" else {}
+    return {"device": train.describe(device), **gpu, "processor": processor_name(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "date": date.today().isoformat(), "git": train.git_commit()}
+
+
+def gpu_and_driver():
+    """Memory, driver and CUDA of the current GPU; the driver is None where nvidia-smi is not to be found."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    driver = None
+    if shutil.which(query[0]):
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return {"gpu_memory_gib": memory / 2**30, "driver": driver, "cuda": torch.version.cuda}
 
 
 def processor_name():
@@ -158,27 +175,39 @@ def wait_for(device):
 # ---- what the machine can do ----
 
 
-def measure_ceilings(device, rounds):
-    """The rates of matrix products at this model's shapes and of reading memory; the best stand first."""
+def products(shape, device):
+    """The matrix products to time, name → (rows, inside, columns): a reference, then those of a batch of a GPTConfig."""
+    C, rows = shape.n_embd, BATCH_SIZE * shape.block_size
+    side = 256 if shape is TINY else 8192 if device.type == "cuda" else 4096
+    return {f"{side}³": (side, side, side), "c_attn": (rows, C, 3 * C), "attn.c_proj": (rows, C, C),
+            "c_fc": (rows, C, 4 * C), "mlp.c_proj": (rows, 4 * C, C), "head": (rows, C, shape.vocab_size)}
+
+
+def measure_ceilings(device, shape, rounds):
+    """The rates of matrix products at a GPTConfig's shapes and of reading memory; the best stand first."""
+    repeats = 20 if device.type == "cuda" else 1  # one product on a GPU is over before its launch can be neglected
+
     def multiply(a, b):
         def run():
-            F.linear(a, b)
+            for _ in range(repeats):
+                F.linear(a, b)
             wait_for(device)
         return run
 
     def read():
-        block.sum()
+        for _ in range(repeats):
+            block.sum()
         wait_for(device)
 
     contenders, flops = {}, {}
     for dtype in ("fp32", "bf16"):
-        for name, (m, k, n) in MATMULS.items():
+        for name, (m, k, n) in products(shape, device).items():
             kind = torch.float32 if dtype == "fp32" else torch.bfloat16
             a, b = (torch.randn(shape, device=device, dtype=kind) for shape in ((m, k), (n, k)))
             contenders[f"{dtype} {name}"] = multiply(a, b)
-            flops[f"{dtype} {name}"] = 2 * m * k * n / 1e9
-    block = torch.ones(2**28, device=device)  # 1 GiB: no cache holds it
-    contenders["read"], flops["read"] = read, 4 * 2**28 / 1e9
+            flops[f"{dtype} {name}"] = repeats * 2 * m * k * n / 1e9
+    block = torch.ones(2**20 if shape is TINY else 2**28, device=device)  # 1 GiB: no cache holds it
+    contenders["read"], flops["read"] = read, repeats * 4 * block.numel() / 1e9
     medians, spreads = rates(flops, take_turns(contenders, rounds))
     best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
     return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"],
@@ -219,31 +248,84 @@ CONTENDERS = {
     "… with torch's attention": ([torchs_attention], []),
     "… with all logits at once": ([whole_head], []),
 }
+# The same for small steps, at FAST's settings.
+SMALL_CONTENDERS = {
+    "this project": ([], []),
+    "… compiled": ([], ["--compile=True"]),
+    "… eager": ([], ["--compile=False"]),
+    "… eager, AdamW alone": ([], ["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"]),
+}
+
+
+@dataclass(frozen=True)
+class Race:
+    """What the processes of a race have in common."""
+
+    folder: str  # which has data/bench
+    device: str
+    shape: GPTConfig
+    small: bool = False  # FAST's steps in place of the published ones
+    accumulation: int = 1  # micro-batches in a published step
+    steps: int = 1  # optimizer steps in a turn
+
+    @property
+    def tokens(self):
+        """Tokens in a turn."""
+        return self.steps * self.shape.block_size * (
+            read_recipe(FAST)["batch_size"] if self.small else BATCH_SIZE * self.accumulation)
+
+    def words(self):
+        """The words for train.py that make it a contender."""
+        shape = [f"--{name}={getattr(self.shape, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size")]
+        recipe = [str(FAST)] if self.small else [f"--gradient_accumulation_steps={self.accumulation}", "--min_lr=1e-5"]
+        return [*recipe, *shape, "--dataset=bench", f"--device={self.device}", "--max_iters=1000000",
+                "--eval_interval=1000000", "--checkpoint_minutes=1e9", f"--log_interval={self.steps}"]
 
 
 def bench_train(args, device, ceilings, folder):
     """The project's own update next to a plain loop's, and with each of its pieces changed or taken away."""
     on_gpu = device.type == "cuda"
-    accumulation = 32 if on_gpu else 1  # the whole published update takes a CPU a minute
-    tokens = BATCH_SIZE * accumulation * PUBLISHED.block_size
-    write_random_dataset(folder / "data" / "bench")
+    # The whole published update takes a CPU a minute.
+    about = Race(str(folder), str(device), args.shape, accumulation=32 if on_gpu else 1)
+    write_random_dataset(folder / "data" / "bench", args.shape)
     same = "… compiled" if on_gpu else "… eager"  # what auto picks, so the project itself again
     names = [name for name in CONTENDERS if name != same and not (on_gpu and name.endswith("attention"))]
-    # All side by side, in turn; but a GPU has not the memory for all, and is not as noisy: there one after the other.
+    # All in turn on a CPU. A GPU has not the memory for all, and is less noisy: there the first three, then each alone.
+    alone = [[name] for name in names[3:]] if on_gpu else []
     seconds, peaks, starts = {}, {}, {}
-    for group in [[name] for name in names] if on_gpu else [names]:
-        seconds |= race(group, (str(folder), str(device), accumulation), args.rounds, peaks, starts)
-    medians, spreads = rates(dict.fromkeys(names, tokens), seconds)
+    for group in [names[:3] if on_gpu else names, *alone]:
+        seconds |= race(group, about, args.rounds, peaks, starts)
+    medians, spreads = rates(dict.fromkeys(names, about.tokens), seconds)
 
-    flops_per_token = 6 * GPT(PUBLISHED).num_parameters() + 12 * PUBLISHED.n_layer * PUBLISHED.block_size * WIDTH
-    peak = bf16_peak(device, ceilings)
     own, plain, compiled = (medians[name] for name in ("this project", "plain", "plain, bf16, compiled"))
     return {"baseline_tokens_per_s": plain, "baseline_bf16_compiled_tokens_per_s": compiled, "tokens_per_s": own,
             "times_baseline": own / plain, "times_baseline_bf16_compiled": own / compiled,
-            "mfu": own * flops_per_token / peak, "mfu_of_tflops": peak / 1e12,
-            "baseline_peak_mb": peaks["plain"], "peak_mb": peaks["this project"], "tokens_an_update": tokens,
+            **utilisation(own, args.shape, device, ceilings),
+            "baseline_peak_mb": peaks["plain"], "peak_mb": peaks["this project"], "tokens_an_update": about.tokens,
             "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_update_s_of_each": starts,
             "spreads": spreads}
+
+
+def bench_small(args, device, ceilings, folder):
+    """The small steps of config/tinystories_fast.py, where launching and the optimizers count more than products."""
+    about = Race(str(folder), str(device), args.shape, small=True, steps=20 if device.type == "cuda" else 2)
+    write_random_dataset(folder / "data" / "bench", args.shape)
+    names = [name for name in SMALL_CONTENDERS if device.type == "cuda" or name not in ("… compiled", "… eager")]
+    peaks, starts = {}, {}
+    medians, spreads = rates(dict.fromkeys(names, about.tokens), race(names, about, args.rounds, peaks, starts))
+    own = medians["this project"]
+    return {"tokens_per_s": own, "ms_a_step": 1000 * about.tokens / about.steps / own,
+            "tokens_a_step": about.tokens // about.steps, **utilisation(own, args.shape, device, ceilings),
+            "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_turn_s_of_each": starts,
+            "spreads": spreads}
+
+
+def utilisation(tokens_per_s, shape, device, ceilings):
+    """Model FLOP/s utilisation (MFU) of training: over a known GPU's data sheet, and over the best product measured."""
+    flops = tokens_per_s * (6 * shape.num_parameters() + 12 * shape.n_layer * shape.block_size * shape.n_embd)
+    measured = ceilings["matmul_bf16_gflops"] * 1e9
+    peak = data_sheet_peak(device) or measured
+    return {"mfu": flops / peak, "mfu_of_tflops": peak / 1e12, "mfu_of_measured": flops / measured}
 
 
 def race(names, about, rounds, peaks, starts):
@@ -255,7 +337,7 @@ def race(names, about, rounds, peaks, starts):
     pipes, children = {}, []
     for name in names:
         pipes[name], theirs = context.Pipe()
-        children.append(context.Process(target=contend, args=(theirs, name, *about), daemon=True))
+        children.append(context.Process(target=contend, args=(theirs, name, about), daemon=True))
         children[-1].start()
         theirs.close()
 
@@ -278,14 +360,16 @@ def race(names, about, rounds, peaks, starts):
             child.kill()
 
 
-def contend(pipe, name, folder, device, accumulation):
-    """A contender's process: one update each time the pipe says so, its seconds and the peak of memory sent back."""
-    os.chdir(folder)
+def contend(pipe, name, about):
+    """A contender's process: one turn each time the pipe says so, its seconds and the peak of memory sent back."""
+    os.chdir(about.folder)
     sys.stdout = open(os.devnull, "w")
-    pieces, words = CONTENDERS[name]
+    pieces, words = (SMALL_CONTENDERS if about.small else CONTENDERS)[name]
     for take_away in pieces:
         take_away()
-    device = torch.device(device)
+    if about.shape == TINY:  # turning its graphs into C++ would take half a minute
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    device = torch.device(about.device)
     started = None
 
     def turn():
@@ -301,12 +385,11 @@ def contend(pipe, name, folder, device, accumulation):
 
     turn()
     if words is None:
-        return plain_loop(device, "compiled" in name, accumulation, turn)
-    # train.py's own loop: its log line, one an update, is where a turn ends.
-    files.append_line = lambda path, record: turn() if record["kind"] == "step" else None
-    train.main(["--dataset=bench", f"--out_dir=out/{os.getpid()}", f"--device={device}", "--min_lr=1e-5",
-                f"--gradient_accumulation_steps={accumulation}", "--log_interval=1", "--max_iters=1000000",
-                "--eval_interval=1000000", "--checkpoint_minutes=1e9", *words])
+        return plain_loop(about, device, "compiled" in name, turn)
+    # train.py's own loop: its log line, one in so many steps (and one of the first), is where a turn ends.
+    files.append_line = lambda path, record: (
+        turn() if record["kind"] == "step" and record["update"] % about.steps == 0 else None)
+    train.main([*about.words(), f"--out_dir=out/{os.getpid()}", *words])
 
 
 def peak_mb(device):
@@ -321,18 +404,29 @@ def peak_mb(device):
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
-def plain_loop(device, compiled, accumulation, turn):
-    """What a straightforward script does: the same model of torch's own layers, one micro-batch at a time."""
+def plain_loop(about, device, compiled, turn):
+    """What a straightforward script does: the same model of torch's own layers, one micro-batch at a time.
+
+    On a GPU with all that nanoGPT does there: bf16, TF32, fused AdamW, a vocabulary padded to a multiple of 64, and the
+    next micro-batch on its way while the device computes.
+    """
     torch.manual_seed(0)
-    model = GPT(PUBLISHED).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    on_gpu, shape = device.type == "cuda", about.shape
+    torch.set_float32_matmul_precision("high" if on_gpu else "highest")
+    model = GPT(replace(shape, vocab_size=64 * math.ceil(shape.vocab_size / 64)) if on_gpu else shape).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu)
     step = torch.compile(model) if compiled else model
-    bf16 = compiled or device.type == "cuda"
+
+    def fetch():
+        tokens = torch.randint(shape.vocab_size, (2, BATCH_SIZE, shape.block_size))
+        return tokens.pin_memory().to(device, non_blocking=True) if on_gpu else tokens
+
+    x, y = fetch()
     while True:
-        for _ in range(accumulation):
-            x, y = torch.randint(PUBLISHED.vocab_size, (2, BATCH_SIZE, PUBLISHED.block_size)).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = step(x, y) / accumulation
+        for _ in range(about.accumulation):
+            with torch.autocast(device.type, torch.bfloat16, enabled=compiled or on_gpu):
+                loss = step(x, y) / about.accumulation
+            x, y = fetch()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -340,17 +434,16 @@ def plain_loop(device, compiled, accumulation, turn):
         turn()
 
 
-def bf16_peak(device, ceilings):
-    """FLOP/s that utilisation is measured against: a known GPU's data sheet, else the best product measured here."""
+def data_sheet_peak(device):
+    """Dense bf16 FLOP/s of a GPU by its maker's data sheet; None for another one, and for a CPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [tflops for part, tflops in PEAK_TFLOPS.items() if part in name]
-    return known[0] * 1e12 if known else ceilings["matmul_bf16_gflops"] * 1e9
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
-def write_random_dataset(folder):
-    """A dataset of random tokens, with a tokenizer of GPT-2's size whose tokens are any pairs of bytes."""
+def write_random_dataset(folder, shape):
+    """A dataset of random tokens, with a tokenizer of a GPTConfig's size whose tokens are any pairs of bytes."""
     folder.mkdir(parents=True)
-    size = PUBLISHED.vocab_size
+    size = shape.vocab_size
     ranks = {bytes([i]) if i < 256 else bytes(divmod(i, 256)): i for i in range(size - 1)}
     tokenizer = Tokenizer(tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                             special_tokens={END_OF_TEXT: size - 1}))
@@ -370,20 +463,21 @@ def write_random_dataset(folder):
 
 
 def bench_generate(args, device, ceilings, folder):
-    """Stories by one and by 32, with and without the cache, in each dtype; and the wait for the first token."""
+    """Stories by one, by 32 and on a GPU by 512, with and without the cache, in each dtype; and the first token."""
     torch.manual_seed(0)
-    net = GPT(PUBLISHED).eval()
-    picked = {stories: str(pick_weights("auto", device, stories)).removeprefix("torch.") for stories in (1, 32)}
+    net = GPT(args.shape).eval()
+    counts = (1, 32, 512) if device.type == "cuda" else (1, 32)
+    picked = {stories: str(pick_weights("auto", device, stories)).removeprefix("torch.") for stories in counts}
     dtypes = sorted({"float32", "bfloat16", picked[32]})  # an older GPU's is float16
     models = {dtype: copy.deepcopy(net).to(device, getattr(torch, dtype)) for dtype in dtypes}
     if device.type == "cpu":
         models["int8"] = copy.deepcopy(net).to_int8()
-    block_size = PUBLISHED.block_size
+    block_size = args.shape.block_size
     story = 2 * block_size  # a usual length, and the window moves on the way
     lengths = [n - window_start(n, block_size) for n in range(block_size // 8, story, block_size // 4)]
     contenders, amounts = {}, {}
     for dtype, model in models.items():
-        for stories in (1, 32):
+        for stories in counts:
             idx = torch.zeros(stories, 1, dtype=torch.long, device=device)
             contenders[f"{dtype} {stories}"] = functools.partial(with_cache, model, idx, story)
             contenders[f"{dtype} {stories} no cache"] = functools.partial(without_cache, model, idx, lengths)
@@ -392,7 +486,7 @@ def bench_generate(args, device, ceilings, folder):
     medians, spreads = rates(amounts, take_turns(contenders, args.rounds))
 
     weights = net.num_parameters() * BYTES[picked[1]]
-    result = {"dtype_1": picked[1], "dtype_32": picked[32]}
+    result = {f"dtype_{stories}": dtype for stories, dtype in picked.items()}
     for stories, dtype in picked.items():
         result[f"tokens_per_s_{stories}"] = medians[f"{dtype} {stories}"]
         result[f"no_cache_tokens_per_s_{stories}"] = medians[f"{dtype} {stories} no cache"]
@@ -417,7 +511,7 @@ def without_cache(model, idx, lengths):
     """Tell one token at some lengths of the window, all of which is read for it, the head on the last alone."""
     weight = model.transformer.wte.weight
     for length in lengths:
-        cache = KVCache(PUBLISHED, len(idx), idx.device, weight.dtype)  # empty: nothing is taken from it
+        cache = KVCache(model.config, len(idx), idx.device, weight.dtype)  # empty: nothing is taken from it
         logits = model(idx.expand(-1, length), cache=cache)[:, -1]  # (B, V)
         choose_token(logits, 0.8, 200, 1.0, None)
     wait_for(idx.device)
@@ -425,8 +519,8 @@ def without_cache(model, idx, lengths):
 
 def first_token_seconds(model, device, folder, rounds):
     """From the command to the end of a story of one token, in a process of its own: the median."""
-    write_random_dataset(folder / "run")
-    checkpoint.save(folder / "run" / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(PUBLISHED),
+    write_random_dataset(folder / "run", model.config)
+    checkpoint.save(folder / "run" / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(model.config),
                                                  "data_sha256": checkpoint.data_sha256(read_meta(folder / "run")),
                                                  "config": {}, "tokens": 0, "figures": {}})
     command = [sys.executable, ROOT / "sample.py", "--out_dir", folder / "run", "--start", "Once upon a time",
@@ -456,7 +550,7 @@ def bench_prepare(args, device, ceilings, folder):
     """The whole of prepare.py on 100 MB of nursery stories, and the tokenizer alone on a part, in one thread."""
     path, stories = folder / "nursery.txt", []
     with open(path, "w", encoding="utf-8") as file:
-        for story in nursery.stories(NURSERY_STORIES, seed=1):
+        for story in nursery.stories(1500 if args.tiny else NURSERY_STORIES, seed=1):
             file.write(f"{story}\n{END_OF_TEXT}\n")
             stories.append(story)
     whole = sum(len(story.encode()) for story in stories) / 1e6
@@ -486,7 +580,7 @@ def bench_ranks(args, device, ceilings, folder):
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     processes = [context.Process(target=rank_seconds, daemon=True, args=(
-        rank, count, port, device.type, PUBLISHED, args.rounds, None if rank else theirs))
+        rank, count, port, device.type, args.shape, args.rounds, None if rank else theirs))
                  for rank in range(count)]
     for process in processes:
         process.start()
@@ -499,8 +593,8 @@ def bench_ranks(args, device, ceilings, folder):
         for process in processes:
             process.join()
     medians, spreads = rates(dict.fromkeys(seconds, 1), seconds)
-    megabytes = 4 * PUBLISHED.num_parameters() / 1e6
-    weights = torch.zeros(3, PUBLISHED.num_parameters())  # and AdamW's two means
+    megabytes = 4 * args.shape.num_parameters() / 1e6
+    weights = torch.zeros(3, args.shape.num_parameters())  # and AdamW's two means
     saves = take_turns({"save": lambda: checkpoint.save(folder / "last.pt", {"model": weights})}, args.rounds)["save"]
     return {"processes": count, "sequences_of_each": RANK_BATCH[device.type], "exchanged_mb": megabytes,
             "seconds": {name: 1 / rate for name, rate in medians.items()},
@@ -560,7 +654,75 @@ def rank_seconds(rank, ranks, port, kind, shape, rounds, pipe):
     leave()
 
 
-SUBJECTS = {"train": bench_train, "generate": bench_generate, "prepare": bench_prepare, "ranks": bench_ranks}
+# ---- where the time goes ----
+
+def bench_profile(args, device, ceilings, folder):
+    """The dearest kernels (on a CPU operations) of a published step, of a small one and of a story, as shares."""
+    write_random_dataset(folder / "data" / "bench", args.shape)
+    result = {}
+    for name, small in (("published step", False), ("small step", True)):
+        about = Race(str(folder), str(device), args.shape, small, accumulation=32 if device.type == "cuda" else 1)
+        result |= dearest(name, *profile_training(about, name.replace(" ", "_")))
+    model = GPT(args.shape).eval().to(device, pick_dtype("auto", device))
+    idx = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with_cache(model, idx, args.shape.block_size)
+    with torch.profiler.profile() as profiler:
+        started = time.perf_counter()
+        with_cache(model, idx, args.shape.block_size)
+        seconds = time.perf_counter() - started
+    return result | dearest("one story", profiler, seconds)
+
+
+def profile_training(about, name, warm=8, active=4):
+    """(profiler, seconds) of `active` optimizer steps of train.py, after `warm` others."""
+    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=warm - 2, warmup=2, active=active))
+    ends = []
+
+    def after_step(optimizer, args, kwargs):  # AdamW's is the first or the only one of a training step
+        if isinstance(optimizer, torch.optim.AdamW):
+            if len(ends) in (warm - 1, warm + active - 1):
+                wait_for(torch.device(about.device))  # the seconds are those of the work, not of its launches
+            ends.append(time.perf_counter())
+            profiler.step()
+
+    hook = register_optimizer_step_post_hook(after_step)
+    stdout = sys.stdout
+    try:
+        with chdir(about.folder), profiler, open(os.devnull, "w") as sys.stdout:
+            train.main([*about.words(), f"--out_dir=out/{name}", "--log_interval=1000000", "--eval_iters=1",
+                        f"--max_iters={(warm + active + 1) * (1 if about.small else about.accumulation)}",
+                        "--warmup_iters=0"])
+    finally:
+        sys.stdout = stdout
+        hook.remove()
+    return profiler, ends[warm + active - 1] - ends[warm - 1]
+
+
+def dearest(name, profiler, seconds, count=10):
+    """Two figures of a profile: its kernels that take longest (name → share of all their time), and the idle share.
+
+    Idle is a GPU on which no kernel runs; profiling itself makes that more. On a CPU there is no such figure.
+    """
+    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA
+               and not event.is_user_annotation]
+    times = collections.Counter()
+    for event in kernels:
+        times[event.name[:90]] += event.time_range.elapsed_us()
+    if not kernels:
+        times.update({row.key[:90]: row.self_cpu_time_total for row in profiler.key_averages()
+                      if not row.key.startswith("ProfilerStep")})
+    busy = end = 0.0
+    for span in sorted((event.time_range for event in kernels), key=lambda span: span.start):
+        busy += max(0.0, span.end - max(end, span.start))
+        end = max(end, span.end)
+    whole = sum(times.values())
+    return {f"{name}: share of the kernels' time": {key: us / whole for key, us in times.most_common(count)},
+            f"{name}: milliseconds profiled": 1000 * seconds,
+            f"{name}: idle": 1 - busy / 1e6 / seconds if kernels else None}
+
+
+SUBJECTS = {"machine": lambda *_: {}, "train": bench_train, "small": bench_small, "generate": bench_generate,
+            "profile": bench_profile, "prepare": bench_prepare, "ranks": bench_ranks}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,296 @@
+"""Prove the program on CUDA with one command, and leave the figures for the documentation behind.
+
+    python -m tests.cuda                                 every part, in at most 25 minutes
+    python -m tests.cuda --only machine,tests,bench      some parts
+    python -m tests.cuda --device cpu --tiny             every part at toy size, to try this script itself
+
+Each part is a process of its own and writes its result at once, to report.json and report.md in --out. A part that
+fails is reported with the end of its output, and the next one starts. The same command again does what is left: parts
+that are done are skipped, and a training run that --minutes cut short is resumed.
+
+Needs torch, numpy, tiktoken, tqdm, pytest and a prepared dataset; no network. docs/cuda.md says more.
+"""
+
+import functools
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import files  # noqa: E402  from the project, whatever the current folder is
+from errors import Parser, UserError, exit_with_one_line  # noqa: E402
+
+TINY_WORDS = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 "
+              "--max_iters=8 --warmup_iters=1 --eval_interval=4 --eval_iters=1 --compile=False").split()
+GRACE = 30  # seconds that a training run has to save after SIGTERM
+
+
+class Failed(Exception):
+    """A part's command failed; the message is the end of its output."""
+
+
+class OutOfTime(Exception):
+    """A part's command was stopped because --minutes are over."""
+
+
+@dataclass
+class Proof:
+    """What the parts have in common."""
+
+    device: str
+    tiny: bool
+    data: Path  # a prepared dataset folder
+    out: Path  # gets the report, the logs and the runs
+    deadline: float  # of time.monotonic()
+
+    def call(self, name, command, environment=None):
+        """Run a Python command in `out`; its stdout comes back, and all it prints goes to logs/NAME.log.
+
+        Raises Failed, and OutOfTime where it was still going at the deadline.
+        """
+        log = self.out / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (environment or {})
+        if self.tiny:
+            environment["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
+        with open(log, "w+", encoding="utf-8") as stderr, open(log.with_suffix(".out"), "w+", encoding="utf-8") as stdout:
+            process = subprocess.Popen([sys.executable, *map(str, command)], cwd=self.out, env=environment,
+                                       stdout=stdout, stderr=stderr, start_new_session=True)
+            try:
+                process.wait(max(0, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired as error:
+                raise OutOfTime(f"stopped after {error.timeout:.0f} s, as --minutes are over") from error
+            finally:  # also on Ctrl-C: nothing of the part may stay on the GPU
+                end_group(process)
+            texts = [Path(file.name).read_text(encoding="utf-8", errors="replace") for file in (stdout, stderr)]
+        if process.returncode:
+            end = "\n".join("".join(texts).splitlines()[-40:])
+            raise Failed(f"{' '.join(map(str, command))}: exit code {process.returncode}\n{end}")
+        return texts[0]
+
+
+def end_group(process):
+    """End a process and all that it has started: SIGTERM, on which training saves, and SIGKILL after GRACE seconds."""
+    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            os.kill(process.pid, number)
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # no process of its group is left
+
+
+# ---- the parts: each takes a Proof and returns a dict of figures ----
+
+
+def bench(subject, proof):
+    """What tools.bench measures of a subject; the machine and its ceilings stand in the first one's figures alone."""
+    words = ["--tiny", "--rounds=1"] if proof.tiny else ["--rounds=5"]
+    text = proof.call(f"bench-{subject}", ["-m", "tools.bench", subject, "--json", f"--device={proof.device}", *words])
+    result = json.loads(text)
+    return {**result["machine"], **result["ceilings"]} if subject == "machine" else result[subject]
+
+
+def run_tests(proof):
+    """The tests with the mark `cuda`, and how many of them there were."""
+    text = proof.call("tests", ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs", f"--rootdir={ROOT}",
+                                ROOT / "tests" / "cuda" / "test_cuda.py"], {"TEST_DEVICE": proof.device})
+    counts = re.findall(r"(\d+) (passed|skipped)", text.splitlines()[-1])
+    return {kind: int(count) for count, kind in counts} | {
+        "skipped_because": re.findall(r"^SKIPPED .*?: (.*)$", text, re.M)}
+
+
+def train(name, words, proof):
+    """A training run to its end: its loss on the whole validation split, its speed and a story.
+
+    Raises OutOfTime where the run was stopped; it has saved then, and is resumed by the next call.
+    """
+    recipe, *words = words
+    if proof.tiny:
+        words = [word for word in words if not word.startswith(("--max_tokens", "--eval_interval"))] + TINY_WORDS
+    script, here = ROOT / "train.py", [f"--device={proof.device}", f"--out_dir=out/{name}"]
+    proof.call(name, [script, ROOT / "config" / recipe, f"--dataset={proof.data.name}", *here, *words,
+                      "--resume=auto"])
+    log = [json.loads(line) for line in Path(proof.out, "out", name, "log.jsonl").read_text().splitlines()]
+    steps = [record for record in log if record["kind"] == "step"]
+    speed = statistics.median(record["tokens_per_s"] for record in steps)
+    measured = dict(line.split(": ") for line in proof.call(
+        f"{name}-eval", [script, "--eval_only", *here]).splitlines() if ": " in line)
+    story = proof.call(f"{name}-story", [ROOT / "sample.py", *here, "--start=Once upon a time", "--seed=1"])
+    return {"loss": float(measured["loss"]), "standard_error": float(measured["standard_error"]),
+            "bits_per_byte": float(measured["bits_per_byte"]), "tokens": steps[-1]["tokens"],
+            "seconds": log[-1]["seconds"], "tokens_per_s": speed, "training_seconds": steps[-1]["tokens"] / speed,
+            "first_step_seconds": steps[0]["seconds"], "resumed": sum(record["kind"] == "run" for record in log) - 1,
+            "command": f"python train.py config/{recipe} {' '.join(words)}".strip(), "story": story.strip()}
+
+
+def train_seeds(words, proof):
+    """The same run with three seeds: the noise of a whole run."""
+    losses = [train(f"seed-{seed}", [*words, f"--seed={seed}"], proof)["loss"] for seed in (1, 2, 3)]
+    return {"losses": ", ".join(map(str, losses)), "mean": statistics.mean(losses),
+            "standard_deviation": statistics.stdev(losses)}
+
+
+FAST = "tinystories_fast.py"
+LONG = ["--max_tokens=81_920_000", "--eval_interval=8000", "--log_interval=200"]
+PARTS = {
+    "machine": functools.partial(bench, "machine"),
+    "tests": run_tests,
+    "bench-train": functools.partial(bench, "train"),
+    "bench-small": functools.partial(bench, "small"),
+    "bench-generate": functools.partial(bench, "generate"),
+    "bench-profile": functools.partial(bench, "profile"),
+    "published": functools.partial(train, "published", ["tinystories.py"]),
+    "published-falling": functools.partial(train, "published-falling", ["tinystories.py", "--learning_rate=1e-3"]),
+    "fast-3m": functools.partial(train, "fast-3m", [FAST]),
+    "fast-8m": functools.partial(train, "fast-8m", [FAST, "--max_tokens=8_100_000", "--eval_interval=800"]),
+    "seeds": functools.partial(train_seeds, [FAST, "--eval_interval=800"]),
+    # Last, as they take by far the longest: 80,000 small steps each.
+    "fast-82m": functools.partial(train, "fast-82m", [FAST, *LONG]),
+    "fast-82m-dropout": functools.partial(train, "fast-82m-dropout", [FAST, *LONG, "--dropout=0.1"]),
+}
+
+
+# ---- the report ----
+
+
+def read_report(proof):
+    """The report so far, or a new one. Raises UserError where it is of another device, dataset or size."""
+    about = {"device": proof.device, "tiny": proof.tiny, "data": proof.data.name}
+    path = proof.out / "report.json"
+    if not path.exists():
+        return {**about, "parts": {}}
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        parts = report["parts"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged: remove it, or name another folder with --out") from error
+    if {**about, "parts": parts} != report:
+        raise UserError(f"{path} is of another device, dataset or size: name another folder with --out")
+    return report
+
+
+def write_report(proof, report):
+    """Write report.json and report.md, each whole or not at all."""
+    for name, text in (("report.json", json.dumps(report, indent=2)), ("report.md", as_markdown(report))):
+        files.replace(proof.out / name, lambda file: file.write(text.encode()))
+
+
+def as_markdown(report):
+    """The report as Markdown: a section a part, a table of its figures, then its texts."""
+    size = " at toy size (no figure means anything)" if report["tiny"] else ""
+    lines = [f"# `python -m tests.cuda --device {report['device']}`{size}, on data/{report['data']}"]
+    for name, part in report["parts"].items():
+        lines += ["", f"## {name}: {part['status']}, {part['seconds']:.0f} s", ""]
+        if "error" in part:
+            lines += ["```", part["error"], "```"]
+        figures = list(flat(part.get("figures", {})))
+        if figures:
+            lines += ["| figure | value |", "|---|---|",
+                      *(f"| {key} | {number(value)} |" for key, value in figures if key != "story")]
+        lines += [f"\n> {paragraph}" for key, text in figures if key == "story"
+                  for paragraph in text.splitlines() if paragraph]
+    return "\n".join(lines) + "\n"
+
+
+def flat(figures, prefix=""):
+    """The figures of nested dicts, (name, value) each; spreads stand in report.json alone."""
+    for name, value in figures.items():
+        if isinstance(value, dict) and name != "spreads":
+            yield from flat(value, f"{prefix}{name}: ")
+        elif name != "spreads":
+            yield f"{prefix}{name}".replace("|", "/"), value
+
+
+def number(value):
+    """A figure as a table's cell."""
+    return f"{value:,.5g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+# ---- the command ----
+
+
+@exit_with_one_line
+def main(argv=None):
+    """Do the parts that are asked for and not done yet; exit code 1 where one of them failed or was not finished."""
+    args = parse_args(argv)
+    out, data = args.out.resolve(), args.data.resolve()
+    if not (data / "meta.json").exists():
+        raise UserError(f"no dataset in {args.data}: make it with  python prepare.py  or name another with --data")
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    link = out / "data" / data.name
+    if not link.exists():
+        link.unlink(missing_ok=True)  # a link to what is no longer there
+        link.symlink_to(data, target_is_directory=True)
+    proof = Proof(args.device, args.tiny, data, out, time.monotonic() + 60 * args.minutes)
+    files.hold(out / ".lock", args.out)
+    report = read_report(proof)
+    bad = [name for name in args.only if not do_part(name, proof, report)]
+    print(f"report: {args.out / 'report.md'}")
+    if bad:
+        raise UserError(f"not done: {', '.join(bad)}; the report says why, and the same command tries them again")
+
+
+def do_part(name, proof, report):
+    """Do a part unless it is done, and put its result into the report; whether it is done now."""
+    if report["parts"].get(name, {}).get("status") == "done":
+        print(f"{name}: done before")
+        return True
+    if time.monotonic() >= proof.deadline:
+        print(f"{name}: not started, as --minutes are over")
+        return False
+    print(f"{name}: ", end="", flush=True)
+    started = time.monotonic()
+    try:
+        result = {"status": "done", "figures": PARTS[name](proof)}
+    except OutOfTime as error:
+        result = {"status": "not finished", "error": str(error)}
+    except Exception as error:  # whatever it is, the next part must start
+        result = {"status": "failed", "error": str(error) if isinstance(error, Failed) else repr(error)}
+    result["seconds"] = time.monotonic() - started
+    report["parts"].pop(name, None)
+    report["parts"] = {part: result if part == name else report["parts"][part]
+                       for part in PARTS if part == name or part in report["parts"]}
+    write_report(proof, report)
+    print(f"{result['status']} after {result['seconds']:.0f} s", flush=True)
+    return result["status"] == "done"
+
+
+def parse_args(argv):
+    """The command line as a namespace; exits with code 2 for wrong flags."""
+    parser = Parser(prog="python -m tests.cuda", description="Prove the program on CUDA and report its figures.")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try this script (default: cuda)")
+    parser.add_argument("--minutes", type=float, default=25, help="when to stop; a later call goes on (default: 25)")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="NAME,…",
+                        help=f"parts, or the words before their hyphens: {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--data", type=Path, default=Path("data/tinystories"), help="a prepared dataset "
+                                                                                    "(default: data/tinystories)")
+    parser.add_argument("--out", type=Path, default=Path("out/cuda"), help="gets the report, the logs and the runs "
+                                                                           "(default: out/cuda)")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: only to try this script")
+    args = parser.parse_args(argv)
+    names = args.only.split(",")
+    for name in names:
+        if not any(name in (part, part.split("-")[0]) for part in PARTS):
+            parser.error(f"no part {name!r}: the parts are {', '.join(PARTS)}")
+    args.only = [part for part in PARTS if part in names or part.split("-")[0] in names]
+    if not args.minutes > 0:
+        parser.error(f"argument --minutes: {args.minutes:g} is not above 0")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Training and decoding on "cuda" without a GPU: on fake tensors, which know their device and have no contents.
+
+A tensor made on the wrong device fails here as it would on a GPU. Only a CUDA build of PyTorch can do it. The backward
+pass needs a real GPU; what of it is this project's own, the head's gradients, is made in the forward pass.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train
+from config import Config
+from model import GPT, GPTConfig, KVCache, choose_token
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def model():
+    """A model of fake tensors on CUDA."""
+    with FakeTensorMode(), CUDA:
+        yield GPT(GPTConfig(300, block_size=16, n_layer=2, n_head=2, n_embd=16))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_training_step_stays_on_the_device(model, dtype, monkeypatch):
+    x = torch.empty(4, 16, dtype=torch.long, device=CUDA)
+    torch.set_autocast_enabled("cuda", dtype is not None)  # torch.autocast would not, without a GPU
+    torch.set_autocast_dtype("cuda", dtype or torch.float16)
+    try:
+        loss, each = model(x, x), model(x, x, reduction="none")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert loss.device == each.device == CUDA and loss.dtype == each.dtype == torch.float32
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    optimizers = train.make_optimizers(model, Config(optimizer="muon"))
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).device == CUDA
+    for optimizer in optimizers:
+        optimizer.step()
+        assert {value.device for state in optimizer.state.values() for value in state.values()} == {CUDA}
+
+
+@torch.no_grad()
+def test_cached_decoding_stays_on_the_device(model):
+    model.eval()
+    x = torch.empty(4, 16, dtype=torch.long, device=CUDA)
+    cache = KVCache(model.config, 4, CUDA, torch.float32)
+    assert cache.fixed_shapes
+    model(x[:, :5], cache=cache)
+    logits = model(x[:, 5:6], cache=cache)
+    assert logits.device == CUDA and logits.shape == (4, 1, 300)
+    for settings in ((0, 0, 1.0), (0.8, 0, 1.0), (0.8, 5, 0.9)):
+        assert choose_token(logits[:, -1], *settings, None).device == CUDA
