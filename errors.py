@@ -16,7 +16,7 @@ def exit_with_one_line(main):
     """Decorate a script's `main(argv=None)` so that what a user can put right ends in one line and an exit code.
 
     Exit codes: 1 for `UserError` and for errors of the operating system (a full disk, a file that may not be read),
-    130 for Ctrl-C, 141 where the reader of stdout has gone away (`| head`). argparse itself exits with 2 for wrong
+    and where a GPU has too little memory, 130 for Ctrl-C, 141 where the reader of stdout has gone away (`| head`). argparse itself exits with 2 for wrong
     flags. Everything else is a fault of the program and keeps its traceback.
     """
     @functools.wraps(main)
@@ -36,6 +36,10 @@ def exit_with_one_line(main):
             message, code = "stopped", 130
         except MemoryError as error:
             message, code = f"error: out of memory: {error or 'use smaller sizes'}", 1
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's for a GPU; not all scripts import torch
+                raise
+            message, code = f"error: out of memory on the GPU: use smaller sizes, or --device=cpu ({error})", 1
         if message and os.environ.get("RANK", "0") != "0":  # one of torchrun's processes, perhaps on another machine
             message = f"{message} (rank {os.environ['RANK']} on {platform.node()})"
         if message:

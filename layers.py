@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 # Rows of logits that exist at once: on a CPU 100 MB of GPT-2's vocabulary, on a GPU enough for full-sized products.
 HEAD_ROWS = {"cpu": 1024, "cuda": 16384}
+# In float16, whose largest number is 65,504, so few that the sum of a head's gradient over them cannot exceed it.
+HEAD_ROWS_FLOAT16 = 2048
 # Their columns are padded to a multiple of this: tensor cores are slow on odd shapes such as 50,257.
 HEAD_MULTIPLE = {"cpu": 1, "cuda": 64}
 
@@ -112,7 +114,7 @@ class _HeadLoss(torch.autograd.Function):
         padding = -V % HEAD_MULTIPLE.get(x.device.type, 1)
         # As (C, V'), in which both products below are quickest on a CPU.
         weight = F.pad(weight.to(dtype), (0, 0, 0, padding)).T.contiguous()
-        rows = min(N, HEAD_ROWS.get(x.device.type, 1024))
+        rows = min(N, HEAD_ROWS.get(x.device.type, 1024), HEAD_ROWS_FLOAT16 if dtype == torch.float16 else N)
         buffer = x.new_empty(rows, V + padding)  # the logits, then probabilities, then gradients of these rows
         losses = torch.empty(N, device=x.device)
         if with_gradient:

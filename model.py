@@ -234,11 +234,7 @@ class GPT(nn.Module):
         """
         tokens = torch.zeros(cache.kv.size(2), 1, dtype=torch.long, device=cache.kv.device)
         with torch.cuda.device(tokens.device):  # another thread than the main one has its own current device
-            stream = torch.cuda.Stream()  # for a run outside of the recording: CUDA's libraries set themselves up in it
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self(tokens, cache=cache)
-            torch.cuda.current_stream().wait_stream(stream)
+            self(tokens, cache=cache)  # not recorded: CUDA's libraries set themselves up in it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self(tokens, cache=cache)

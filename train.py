@@ -172,6 +172,9 @@ def main(argv=None):
         with checkpoint.taking_from(out_dir / "last.pt"):
             model.load_state_dict(last["model"])
             for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+                for group in state["param_groups"]:
+                    if "fused" in group:  # as on the device that the run was on before
+                        group["fused"] = pick_fused(device)
                 optimizer.load_state_dict(state)
             if last["scaler"]:  # empty where the run was not in fp16 before
                 scaler.load_state_dict(last["scaler"])

@@ -78,6 +78,15 @@ def test_head_loss_stays_finite_where_a_probability_vanishes(dtype, most):
     assert head_loss(x, weight, torch.tensor([0]))[1].item() == 0
 
 
+def test_head_gradients_of_a_frequent_token_do_not_overflow_in_float16(monkeypatch):
+    """Half of 16,384 rows times 19.6 is more than float16 holds; no loss scale can mend what is summed before it."""
+    monkeypatch.setitem(layers.HEAD_ROWS, "cpu", 16384)
+    x, weight = torch.full((16384, 1), 19.6), torch.zeros(2, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        mean, _ = head_loss(x, weight, torch.zeros(16384, dtype=torch.long))
+    torch.testing.assert_close(torch.autograd.grad(mean, weight)[0], torch.tensor([[-9.8], [9.8]]), rtol=1e-2, atol=0)
+
+
 def test_head_loss_of_what_is_not_a_number_is_not_a_number():
     assert head_loss(torch.full((3, 2), math.nan), torch.ones(5, 2), torch.zeros(3, dtype=torch.long))[0].isnan()
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 from conftest import ROOT, launch
@@ -77,6 +78,13 @@ def test_stories_can_be_told_in_other_dtypes(run, capsys):
 ])
 def test_what_is_missing_is_told(run, fails, words, complaint):
     assert complaint in fails(sample.main, words)
+
+
+def test_a_gpu_with_too_little_memory_is_one_line(run, fails, monkeypatch):
+    def to(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    assert "out of memory on the GPU: use smaller sizes" in fails(sample.main, ["--dtype=float32"])
 
 
 def test_no_run_and_a_broken_one(here, fails):

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import inspect
 import json
 import os
 import shutil
@@ -186,9 +187,12 @@ def test_a_story_stops_when_its_reader_goes_away(runs, monkeypatch):
     monkeypatch.setattr(serve, "MOST_WAITING", 1)
     app = serve.make_app(torch.device("cpu"))
     asked = {"run": "tiny", "max_new_tokens": 2000, "seed": 3}
+    told, tell = [], serve.tell
+    monkeypatch.setattr(serve, "tell", lambda device, **asked: told.append(tell(device, **asked)) or told[-1])
 
     async def both():
         status, lines = await call(app, asked, disconnect_after=3)
+        assert inspect.getgeneratorstate(told[0]) == inspect.GEN_CLOSED  # and nothing of it is left
         assert status == 200 and 3 <= len(lines) < 20
         status, lines = await call(app, asked | {"max_new_tokens": 5})  # its place is free again
         assert status == 200 and json.loads(lines[-1])["end"]

@@ -475,6 +475,19 @@ def test_overflowing_gradients_in_float16_skip_their_update_and_are_counted(with
     assert 10 < steps[-1]["skipped"] < 30 and steps[-1]["grad_norm"] > 0 and not same(weights("out/x"), before)
 
 
+def test_a_run_of_a_device_without_fused_adamw_goes_on_with_it(with_data):
+    """As from MPS to CUDA: in float16, the fused one cannot do with the state of the other."""
+    words = [*TINY, "--out_dir=out/x", "--lr_decay_iters=24"]
+    train.main([*words, "--max_iters=4"])
+    state = checkpoint.load("out/x/last.pt", checkpoint.LAST_HAS)
+    for group in state["optimizers"][0]["param_groups"]:
+        group["fused"] = False
+    checkpoint.save(Path("out/x/last.pt"), state)
+    train.main([*words, "--resume", "--max_iters=8", "--dtype=float16"])
+    state = checkpoint.load("out/x/last.pt", checkpoint.LAST_HAS)
+    assert state["update"] == 4 and all(group["fused"] for group in state["optimizers"][0]["param_groups"])
+
+
 def test_resume_keeps_what_the_recipe_says_otherwise(with_data, capsys):
     Path("tiny.py").write_text("".join(word.removeprefix("--").replace("=", "='", 1) + "'\n" if "data" in word or
                                        "dtype" in word else word.removeprefix("--") + "\n" for word in TINY))

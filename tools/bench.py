@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -66,7 +67,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 def main(argv=None):
     """Measure and print; `argv` as on the command line."""
     parser = Parser(prog="python -m tools.bench", description="Measure this program's speed on this machine.")
-    parser.add_argument("subject", nargs="?", choices=SUBJECTS, help="one of them alone (default: all)")
+    parser.add_argument("subject", nargs="?", choices=["machine", *SUBJECTS],
+                        help="one of them alone, or what the machine can do (default: all)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, in place of "
                                                             "tables")
@@ -84,7 +86,7 @@ def main(argv=None):
     device = pick_device(args.device)
     args.shape = TINY if args.tiny else PUBLISHED
     result = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.shape, args.rounds)}
-    for subject in [args.subject] if args.subject else SUBJECTS:
+    for subject in SUBJECTS if args.subject is None else {args.subject} & SUBJECTS.keys():
         with tempfile.TemporaryDirectory() as folder:
             result[subject] = SUBJECTS[subject](args, device, result["ceilings"], Path(folder))
     if args.json:
@@ -246,7 +248,7 @@ CONTENDERS = {
     "… dropout 0": ([], ["--dropout=0"]),
     "… with torch's dropout": ([torchs_dropout], []),
     "… with torch's attention": ([torchs_attention], []),
-    "… with all logits at once": ([whole_head], []),
+    "… with all logits at once": ([whole_head], ["--device_batch_size=32"]),  # of a whole step they fill a GPU
 }
 # The same for small steps, at FAST's settings.
 SMALL_CONTENDERS = {
@@ -290,6 +292,7 @@ def bench_train(args, device, ceilings, folder):
     write_random_dataset(folder / "data" / "bench", args.shape)
     same = "… compiled" if on_gpu else "… eager"  # what auto picks, so the project itself again
     names = [name for name in CONTENDERS if name != same and not (on_gpu and name.endswith("attention"))]
+    names = names[:3] if args.tiny else names
     # All in turn on a CPU. A GPU has not the memory for all, and is less noisy: there the first three, then each alone.
     alone = [[name] for name in names[3:]] if on_gpu else []
     seconds, peaks, starts = {}, {}, {}
@@ -437,7 +440,7 @@ def plain_loop(about, device, compiled, turn):
 def data_sheet_peak(device):
     """Dense bf16 FLOP/s of a GPU by its maker's data sheet; None for another one, and for a CPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def write_random_dataset(folder, shape):
@@ -721,8 +724,8 @@ def dearest(name, profiler, seconds, count=10):
             f"{name}: idle": 1 - busy / 1e6 / seconds if kernels else None}
 
 
-SUBJECTS = {"machine": lambda *_: {}, "train": bench_train, "small": bench_small, "generate": bench_generate,
-            "profile": bench_profile, "prepare": bench_prepare, "ranks": bench_ranks}
+SUBJECTS = {"train": bench_train, "small": bench_small, "generate": bench_generate, "profile": bench_profile,
+            "prepare": bench_prepare, "ranks": bench_ranks}
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -112,9 +113,11 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
         waiting += 1
         try:  # Starlette ends it, at an await, when the reader has gone away
             async with at_once:
-                events = tell(device, **asked)
-                while not stopping() and (event := await run_in_threadpool(next, events, None)):
-                    yield line(event)
+                # Closed at once when the reader goes, not by the garbage collector: on a GPU a story holds a CUDA graph,
+                # whose end must not come while the next story has one (pytorch issue 193402).
+                with closing(tell(device, **asked)) as events:
+                    while not stopping() and (event := await run_in_threadpool(next, events, None)):
+                        yield line(event)
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             yield line({"error": str(error)})
         finally:

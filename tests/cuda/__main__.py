@@ -114,7 +114,7 @@ def run_tests(proof):
 
 
 def train(name, words, proof):
-    """A training run to its end: its loss on the whole validation split, its speed and a story.
+    """A training run to its end, its best checkpoint's loss on the whole validation split, and its speed.
 
     Raises OutOfTime where the run was stopped; it has saved then, and is resumed by the next call.
     """
@@ -129,12 +129,19 @@ def train(name, words, proof):
     speed = statistics.median(record["tokens_per_s"] for record in steps)
     measured = dict(line.split(": ") for line in proof.call(
         f"{name}-eval", [script, "--eval_only", *here]).splitlines() if ": " in line)
-    story = proof.call(f"{name}-story", [ROOT / "sample.py", *here, "--start=Once upon a time", "--seed=1"])
     return {"loss": float(measured["loss"]), "standard_error": float(measured["standard_error"]),
             "bits_per_byte": float(measured["bits_per_byte"]), "tokens": steps[-1]["tokens"],
             "seconds": log[-1]["seconds"], "tokens_per_s": speed, "training_seconds": steps[-1]["tokens"] / speed,
             "first_step_seconds": steps[0]["seconds"], "resumed": sum(record["kind"] == "run" for record in log) - 1,
-            "command": f"python train.py config/{recipe} {' '.join(words)}".strip(), "story": story.strip()}
+            "command": f"python train.py config/{recipe} {' '.join(words)}".strip()}
+
+
+def train_and_tell(name, words, proof):
+    """The same, and a story."""
+    figures = train(name, words, proof)
+    story = proof.call(f"{name}-story", [ROOT / "sample.py", f"--device={proof.device}", f"--out_dir=out/{name}",
+                                         "--start=Once upon a time", "--seed=1"])
+    return figures | {"story": story.strip()}
 
 
 def train_seeds(words, proof):
@@ -153,14 +160,15 @@ PARTS = {
     "bench-small": functools.partial(bench, "small"),
     "bench-generate": functools.partial(bench, "generate"),
     "bench-profile": functools.partial(bench, "profile"),
-    "published": functools.partial(train, "published", ["tinystories.py"]),
-    "published-falling": functools.partial(train, "published-falling", ["tinystories.py", "--learning_rate=1e-3"]),
-    "fast-3m": functools.partial(train, "fast-3m", [FAST]),
-    "fast-8m": functools.partial(train, "fast-8m", [FAST, "--max_tokens=8_100_000", "--eval_interval=800"]),
+    "published": functools.partial(train_and_tell, "published", ["tinystories.py"]),
+    "published-falling": functools.partial(train_and_tell, "published-falling",
+                                           ["tinystories.py", "--learning_rate=1e-3"]),
+    "fast-3m": functools.partial(train_and_tell, "fast-3m", [FAST]),
+    "fast-8m": functools.partial(train_and_tell, "fast-8m", [FAST, "--max_tokens=8_100_000", "--eval_interval=800"]),
     "seeds": functools.partial(train_seeds, [FAST, "--eval_interval=800"]),
     # Last, as they take by far the longest: 80,000 small steps each.
-    "fast-82m": functools.partial(train, "fast-82m", [FAST, *LONG]),
-    "fast-82m-dropout": functools.partial(train, "fast-82m-dropout", [FAST, *LONG, "--dropout=0.1"]),
+    "fast-82m": functools.partial(train_and_tell, "fast-82m", [FAST, *LONG]),
+    "fast-82m-dropout": functools.partial(train_and_tell, "fast-82m-dropout", [FAST, *LONG, "--dropout=0.1"]),
 }
 
 

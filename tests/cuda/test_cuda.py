@@ -36,7 +36,7 @@ only_cuda = pytest.mark.skipif(not ON_CUDA, reason="of CUDA alone")
 SHAPE = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=64, dropout=0.0)  # padded to 320 tokens
 WORDS = ("--dataset=bench --n_layer=2 --n_head=2 --n_embd=64 --block_size=16 --batch_size=4 "
          "--gradient_accumulation_steps=2 --max_iters=40 --warmup_iters=1 --learning_rate=1e-2 --min_lr=1e-3 "
-         "--eval_interval=16 --eval_iters=2 --log_interval=1 --compile=False --dtype=float32 --dropout=0 "
+         "--eval_interval=20 --eval_iters=2 --log_interval=1 --compile=False --dtype=float32 --dropout=0 "
          f"--device={DEVICE}").split()
 
 
@@ -121,11 +121,10 @@ def test_the_fused_loss_with_a_padded_vocabulary_is_cross_entropy(monkeypatch, d
 
 
 def test_micro_batches_equal_the_whole(data, large_eps):
-    for size in (8, 2, 1):
+    for size in (8, 2):
         train.main([*WORDS, f"--device_batch_size={size}", f"--out_dir=out/{size}"])
-    for size in (2, 1):
-        assert losses(f"out/{size}") == pytest.approx(losses("out/8"), rel=1e-3)
-    whole, parts = (checkpoint.load(f"out/{size}/last.pt")["model"] for size in (8, 1))
+    assert losses("out/2") == pytest.approx(losses("out/8"), rel=1e-3)
+    whole, parts = (checkpoint.load(f"out/{size}/last.pt")["model"] for size in (8, 2))
     for name, weight in whole.items():  # in TF32, whose rounding is a thousand times float32's
         torch.testing.assert_close(parts[name], weight, rtol=1e-2, atol=2e-3 if ON_CUDA else 1e-5)
 

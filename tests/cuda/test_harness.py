@@ -1,0 +1,137 @@
+"""`python -m tests.cuda` itself, at toy size on the CPU: every part, and what it does when one fails or time is over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+from conftest import ROOT
+from errors import UserError
+from tests.cuda import __main__ as cuda
+
+
+def start(data, *words):
+    """The command as a process, in the project's folder; its output is a pipe."""
+    return subprocess.Popen([sys.executable, "-m", "tests.cuda", "--device=cpu", "--tiny", "--data", data, *words],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def report(out):
+    return json.loads((out / "report.json").read_text())["parts"]
+
+
+def test_every_part_at_toy_size(nursery_data, tmp_path):
+    """In two processes, for the time that it takes."""
+    data = nursery_data / "data/nursery-bpe300"
+    halves = {"one": "machine,tests,bench-train,bench-small",
+              "two": "bench-generate,bench-profile,published,fast,seeds"}
+    processes = {name: start(data, f"--out={tmp_path / name}", f"--only={parts}") for name, parts in halves.items()}
+    texts = {name: process.communicate(timeout=300)[0] for name, process in processes.items()}
+    assert all(process.returncode == 0 for process in processes.values()), texts
+    parts = report(tmp_path / "one") | report(tmp_path / "two")
+    assert list(parts) == ["machine", "tests", "bench-train", "bench-small", "bench-generate", "bench-profile",
+                           "published", "published-falling", "fast-3m", "fast-8m", "seeds", "fast-82m",
+                           "fast-82m-dropout"]
+    figures = {name: part["figures"] for name, part in parts.items()}
+    assert figures["machine"]["matmul_bf16_gflops"] > 0 and figures["machine"]["torch"]
+    assert figures["tests"]["passed"] > 20 and set(figures["tests"]["skipped_because"]) == {"of CUDA alone"}
+    for name in ("bench-train", "bench-small"):
+        assert figures[name]["tokens_per_s"] > 0 and 0 < figures[name]["mfu"] <= 1
+    assert figures["bench-generate"]["tokens_per_s_32"] > 0
+    assert figures["published"]["tokens"] == 8 * 4 * 16 and 5 < figures["published"]["loss"] < 6
+    assert figures["published"]["story"].startswith("Once upon a time")
+    assert figures["fast-82m-dropout"]["command"].startswith("python train.py config/tinystories_fast.py")
+    assert "--dropout=0.1" in figures["fast-82m-dropout"]["command"] and figures["seeds"]["standard_deviation"] > 0
+    text = (tmp_path / "one" / "report.md").read_text()
+    assert "## bench-train: done" in text and "| tokens_per_s |" in text and "at toy size" in text
+
+
+@pytest.fixture
+def proof(nursery_data, tmp_path):
+    """A Proof at toy size with two minutes left, for calling the command's functions."""
+    (tmp_path / "data").symlink_to(nursery_data / "data")
+    return cuda.Proof("cpu", True, nursery_data / "data/nursery-bpe300", tmp_path, time.monotonic() + 120)
+
+
+def test_what_fails_is_reported_and_what_is_done_is_skipped(proof, capsys):
+    """A damaged checkpoint cannot be resumed; the next part is done all the same."""
+    damaged = proof.out / "out/published/last.pt"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("no checkpoint")
+    new = cuda.read_report(proof)
+    assert [cuda.do_part(name, proof, new) for name in ("published", "machine")] == [False, True]
+    assert "last.pt is damaged" in report(proof.out)["published"]["error"]
+    assert "last.pt is damaged" in (proof.out / "report.md").read_text()
+    damaged.unlink()
+    again = cuda.read_report(proof)
+    capsys.readouterr()
+    assert all(cuda.do_part(name, proof, again) for name in ("machine", "published"))
+    assert "machine: done before\npublished: done after" in capsys.readouterr().out
+    assert list(report(proof.out)) == ["machine", "published"] and "error" not in report(proof.out)["published"]
+
+
+def test_a_report_of_something_else_is_not_gone_on_with(proof):
+    cuda.write_report(proof, cuda.read_report(proof))
+    proof.device = "cuda"
+    with pytest.raises(UserError, match="is of another device, dataset or size"):
+        cuda.read_report(proof)
+    (proof.out / "report.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        cuda.read_report(proof)
+
+
+def test_a_run_that_the_minutes_cut_short_is_saved_and_resumed(proof, monkeypatch):
+    words = [*cuda.TINY_WORDS, "--eval_interval=100000", "--lr_decay_iters=100000"]
+    monkeypatch.setattr(cuda, "TINY_WORDS", [*words, "--max_iters=100000"])
+    proof.deadline = time.monotonic() + 10  # three of which it takes to start
+    parts = cuda.read_report(proof)
+    assert not cuda.do_part("fast-3m", proof, parts) and parts["parts"]["fast-3m"]["status"] == "not finished"
+    assert not cuda.do_part("machine", proof, parts) and "machine" not in parts["parts"]  # no time for it
+    log = (proof.out / "out/fast-3m/log.jsonl").read_text()
+    proof.deadline = time.monotonic() + 120
+    reached = checkpoint.load(proof.out / "out/fast-3m/last.pt")["iter"]
+    monkeypatch.setattr(cuda, "TINY_WORDS", [*words, f"--max_iters={reached + 8}"])
+    assert cuda.do_part("fast-3m", proof, parts)
+    assert parts["parts"]["fast-3m"]["figures"]["resumed"] == 1
+    assert (proof.out / "out/fast-3m/log.jsonl").read_text().startswith(log)
+
+
+def processes_in(folder):
+    """The processes whose current folder is this one, as far as Linux tells."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):  # another user's, or gone
+            found += [path] if Path(os.readlink(path)) == folder else []
+    return found
+
+
+def test_ctrl_c_ends_the_part_too(nursery_data, tmp_path):
+    process = start(nursery_data / "data/nursery-bpe300", f"--out={tmp_path}", "--only=bench-train")
+    log = tmp_path / "logs" / "bench-train.log"
+    while not log.exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    time.sleep(1)
+    assert processes_in(tmp_path) or not Path("/proc").exists()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0].endswith("stopped\n") and process.returncode == 130
+    assert processes_in(tmp_path) == []
+
+
+def test_wrong_words_are_told(nursery_data, tmp_path):
+    data = nursery_data / "data/nursery-bpe300"
+    for words, code, complaint in [
+        (["--only=bench-trian"], 2, "no part 'bench-trian': the parts are machine, tests"),
+        (["--minutes=0"], 2, "--minutes: 0 is not above 0"), (["--devise=cpu"], 2, "did you mean --device?"),
+    ]:
+        process = start(data, f"--out={tmp_path}", *words)
+        assert complaint in process.communicate(timeout=60)[0] and process.returncode == code
+    process = start(tmp_path / "none", f"--out={tmp_path}")
+    assert "no dataset in" in process.communicate(timeout=60)[0] and process.returncode == 1
