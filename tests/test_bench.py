@@ -129,10 +129,11 @@ def test_a_profile_has_the_dearest_operations(small, capsys):
     bench.main(["profile", "--tiny", "--json", "--rounds=1", "--device=cpu"])
     figures = json.loads(capsys.readouterr().out)["profile"]
     for work in ("published step", "small step", "one story"):
-        shares = list(figures[f"{work}: share of the kernels' time"].values())
+        operations = figures[f"{work}: share of the kernels' time"]
+        shares = list(operations.values())
         assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
+        assert any(name.startswith("aten::") for name in operations)
         assert figures[f"{work}: milliseconds profiled"] > 0 and figures[f"{work}: idle"] is None
-    assert "aten::addmm" in figures["published step: share of the kernels' time"]
 
 
 def test_idle_is_the_time_in_which_no_kernel_runs():

@@ -291,7 +291,7 @@ def bench_train(args, device, ceilings, folder):
     about = Race(str(folder), str(device), args.shape, accumulation=32 if on_gpu else 1)
     write_random_dataset(folder / "data" / "bench", args.shape)
     same = "… compiled" if on_gpu else "… eager"  # what auto picks, so the project itself again
-    names = [name for name in CONTENDERS if name != same and not (on_gpu and name.endswith("attention"))]
+    names = [name for name in CONTENDERS if name != same and not (on_gpu and "torch's" in name)]  # a GPU has torch's anyway
     names = names[:3] if args.tiny else names
     # All in turn on a CPU. A GPU has not the memory for all, and is less noisy: there the first three, then each alone.
     alone = [[name] for name in names[3:]] if on_gpu else []
@@ -679,14 +679,20 @@ def bench_profile(args, device, ceilings, folder):
 def profile_training(about, name, warm=8, active=4):
     """(profiler, seconds) of `active` optimizer steps of train.py, after `warm` others."""
     profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=warm - 2, warmup=2, active=active))
-    ends = []
+    done, began, seconds = 0, 0.0, 0.0
 
     def after_step(optimizer, args, kwargs):  # AdamW's is the first or the only one of a training step
-        if isinstance(optimizer, torch.optim.AdamW):
-            if len(ends) in (warm - 1, warm + active - 1):
-                wait_for(torch.device(about.device))  # the seconds are those of the work, not of its launches
-            ends.append(time.perf_counter())
-            profiler.step()
+        nonlocal done, began, seconds
+        if not isinstance(optimizer, torch.optim.AdamW):
+            return
+        done += 1
+        if done in (warm, warm + active):
+            wait_for(torch.device(about.device))  # the seconds are those of the work, not of its launches
+        if done == warm + active:
+            seconds = time.perf_counter() - began
+        profiler.step()
+        if done == warm:  # behind the profiler's own start
+            began = time.perf_counter()
 
     hook = register_optimizer_step_post_hook(after_step)
     stdout = sys.stdout
@@ -698,7 +704,7 @@ def profile_training(about, name, warm=8, active=4):
     finally:
         sys.stdout = stdout
         hook.remove()
-    return profiler, ends[warm + active - 1] - ends[warm - 1]
+    return profiler, seconds
 
 
 def dearest(name, profiler, seconds, count=10):
