@@ -15,9 +15,9 @@ class UserError(Exception):
 def exit_with_one_line(main):
     """Decorate a script's `main(argv=None)` so that what a user can put right ends in one line and an exit code.
 
-    Exit codes: 1 for `UserError` and for errors of the operating system (a full disk, a file that may not be read),
-    and where a GPU has too little memory, 130 for Ctrl-C, 141 where the reader of stdout has gone away (`| head`). argparse itself exits with 2 for wrong
-    flags. Everything else is a fault of the program and keeps its traceback.
+    Exit codes: 1 for `UserError`, for errors of the operating system (a full disk, a file that may not be read) and
+    where memory runs out, 130 for Ctrl-C, 141 where the reader of stdout has gone away (`| head`). argparse itself
+    exits with 2 for wrong flags. Everything else is a fault of the program and keeps its traceback.
     """
     @functools.wraps(main)
     def wrapped(argv=None):

@@ -138,7 +138,8 @@ def test_a_profile_has_the_dearest_operations(small, capsys):
 
 def test_idle_is_the_time_in_which_no_kernel_runs():
     def event(name, start, end, kind=torch.autograd.DeviceType.CUDA, note=False):
-        return types.SimpleNamespace(name=name, device_type=kind, is_user_annotation=note, time_range=Interval(start, end))
+        return types.SimpleNamespace(name=name, device_type=kind, is_user_annotation=note,
+                                     time_range=Interval(start, end))
 
     events = [event("a", 0, 300), event("b", 200, 400), event("a", 600, 700), event("step", 0, 1000, note=True),
               event("launch", 0, 1000, torch.autograd.DeviceType.CPU)]

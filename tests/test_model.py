@@ -122,7 +122,7 @@ def test_a_story_ends_at_end_of_text_and_generation_when_all_have():
 
 
 def test_the_logits_that_a_token_was_chosen_by():
-    model, idx = small().double(), torch.randint(50, (2, 3))  # so that rounding is far below the bound of the comparison
+    model, idx = small().double(), torch.randint(50, (2, 3))  # whose rounding is far below the bound
     for token, logits in model.generate(idx, 12, temperature=0, with_logits=True):
         with torch.no_grad():
             expected = model(idx[:, window_start(idx.size(1), 8):])[:, -1]  # (B, V)

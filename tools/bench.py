@@ -178,7 +178,7 @@ def wait_for(device):
 
 
 def products(shape, device):
-    """The matrix products to time, name → (rows, inside, columns): a reference, then those of a batch of a GPTConfig."""
+    """The matrix products to time, name → (rows, inside, columns): a large one, then those of a GPTConfig's batch."""
     C, rows = shape.n_embd, BATCH_SIZE * shape.block_size
     side = 256 if shape is TINY else 8192 if device.type == "cuda" else 4096
     return {f"{side}³": (side, side, side), "c_attn": (rows, C, 3 * C), "attn.c_proj": (rows, C, C),
@@ -291,7 +291,7 @@ def bench_train(args, device, ceilings, folder):
     about = Race(str(folder), str(device), args.shape, accumulation=32 if on_gpu else 1)
     write_random_dataset(folder / "data" / "bench", args.shape)
     same = "… compiled" if on_gpu else "… eager"  # what auto picks, so the project itself again
-    names = [name for name in CONTENDERS if name != same and not (on_gpu and "torch's" in name)]  # a GPU has torch's anyway
+    names = [name for name in CONTENDERS if name != same and not (on_gpu and "torch's" in name)]  # a GPU's always are
     names = names[:3] if args.tiny else names
     # All in turn on a CPU. A GPU has not the memory for all, and is less noisy: there the first three, then each alone.
     alone = [[name] for name in names[3:]] if on_gpu else []

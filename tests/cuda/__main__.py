@@ -53,7 +53,7 @@ class Proof:
     deadline: float  # of time.monotonic()
 
     def call(self, name, command, environment=None):
-        """Run a Python command in `out`; its stdout comes back, and all it prints goes to logs/NAME.log.
+        """Run a Python command in `out`; its stdout comes back, stderr goes to logs/NAME.log, stdout to NAME.out.
 
         Raises Failed, and OutOfTime where it was still going at the deadline.
         """
@@ -62,7 +62,7 @@ class Proof:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (environment or {})
         if self.tiny:
             environment["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
-        with open(log, "w+", encoding="utf-8") as stderr, open(log.with_suffix(".out"), "w+", encoding="utf-8") as stdout:
+        with open(log, "w") as stderr, open(log.with_suffix(".out"), "w") as stdout:
             process = subprocess.Popen([sys.executable, *map(str, command)], cwd=self.out, env=environment,
                                        stdout=stdout, stderr=stderr, start_new_session=True)
             try:
@@ -106,8 +106,9 @@ def bench(subject, proof):
 
 def run_tests(proof):
     """The tests with the mark `cuda`, and how many of them there were."""
-    text = proof.call("tests", ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs", f"--rootdir={ROOT}",
-                                ROOT / "tests" / "cuda" / "test_cuda.py"], {"TEST_DEVICE": proof.device})
+    tests = ROOT / "tests" / "cuda" / "test_cuda.py"
+    text = proof.call("tests", ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs",
+                                f"--rootdir={ROOT}", tests], {"TEST_DEVICE": proof.device})
     counts = re.findall(r"(\d+) (passed|skipped)", text.splitlines()[-1])
     return {kind: int(count) for count, kind in counts} | {
         "skipped_because": re.findall(r"^SKIPPED .*?: (.*)$", text, re.M)}
