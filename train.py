@@ -128,9 +128,9 @@ def main(argv=None):
         from_rank_0(data_sha256)
     elif data_of_rank_0 != data_sha256:
         raise UserError(f"{data_dir} is not the data that rank 0 has: copy it from there")
-    if device.type == "cpu":  # so that a run that goes on equals one that was never stopped, bit for bit
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    # On a CPU a run that goes on equals one that was never stopped, bit for bit.
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32 on a GPU
     torch.manual_seed(cfg.seed)
     model = GPT(model_config).to(device)

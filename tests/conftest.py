@@ -30,7 +30,7 @@ TINY = ("--dataset=nursery-bpe300 --n_layer=2 --n_head=2 --n_embd=16 --block_siz
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: on a GPU, or on TEST_DEVICE; run with  python -m pytest -m cuda")
-    if "cuda" not in config.option.markexpr:
+    if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests are of the CPU, where results can be exact
 
 

@@ -13,6 +13,7 @@ from torch.autograd.profiler_util import Interval
 import files
 import model
 import train
+from errors import UserError
 from model import GPT
 from tokenizer import Tokenizer
 from tools import bench
@@ -53,7 +54,7 @@ class Parent:
 
 @pytest.mark.parametrize("name, changes, updates_of_turns", [
     ("plain", {}, [0, 1, 2]), ("this project", {}, [0, 1, 2]), ("… with all logits at once", {}, [0, 1, 2]),
-    ("… eager", {"small": True, "steps": 2}, [0, 0, 1, 1, 2, 2])])
+    ("eager", {"small": True, "steps": 2}, [0, 0, 1, 1, 2, 2])])
 def test_each_contender_trains_its_updates_in_each_turn(small, here, monkeypatch, name, changes, updates_of_turns):
     bench.write_random_dataset(here / "data" / "bench", bench.TINY)
     parent, updates, step = Parent(), [], torch.optim.AdamW.step
@@ -143,6 +144,9 @@ def test_idle_is_the_time_in_which_no_kernel_runs():
 
     events = [event("a", 0, 300), event("b", 200, 400), event("a", 600, 700), event("step", 0, 1000, note=True),
               event("launch", 0, 1000, torch.autograd.DeviceType.CPU)]
-    figures = bench.dearest("x", types.SimpleNamespace(events=lambda: events), 1e-3)
+    gpu = torch.device("cuda")
+    figures = bench.most_expensive("x", gpu, types.SimpleNamespace(events=lambda: events), 1e-3)
     assert figures["x: share of the kernels' time"] == pytest.approx({"a": 400 / 600, "b": 200 / 600})
     assert figures["x: idle"] == pytest.approx(0.5)
+    with pytest.raises(UserError, match="saw no kernels"):
+        bench.most_expensive("x", gpu, types.SimpleNamespace(events=lambda: events[3:]), 1e-3)

@@ -80,10 +80,12 @@ def main(argv=None):
         parser.error(f"argument --rounds: {args.rounds} is not 1 or more")
     if args.out_dir:
         checkpoint.best_in(args.out_dir)  # now rather than after minutes
-    if args.subject in (None, "train") and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("the training bench compares with torch.compile, which needs a C++ compiler: install one")
-
     device = pick_device(args.device)
+    compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "c++", "cl")
+    if args.subject in (None, "train") and not any(map(shutil.which, compilers)):
+        raise UserError("the training bench compares with torch.compile, which needs a compiler: install one of "
+                        f"{', '.join(compilers)}")
+
     args.shape = TINY if args.tiny else PUBLISHED
     result = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.shape, args.rounds)}
     for subject in SUBJECTS if args.subject is None else {args.subject} & SUBJECTS.keys():
@@ -252,10 +254,9 @@ CONTENDERS = {
 }
 # The same for small steps, at FAST's settings.
 SMALL_CONTENDERS = {
-    "this project": ([], []),
-    "… compiled": ([], ["--compile=True"]),
-    "… eager": ([], ["--compile=False"]),
-    "… eager, AdamW alone": ([], ["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"]),
+    "compiled": ([], ["--compile=True"]),
+    "eager": ([], ["--compile=False"]),
+    "eager, AdamW alone": ([], ["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"]),
 }
 
 
@@ -313,11 +314,11 @@ def bench_small(args, device, ceilings, folder):
     """The small steps of config/tinystories_fast.py, where launching and the optimizers count more than products."""
     about = Race(str(folder), str(device), args.shape, small=True, steps=20 if device.type == "cuda" else 2)
     write_random_dataset(folder / "data" / "bench", args.shape)
-    names = [name for name in SMALL_CONTENDERS if device.type == "cuda" or name not in ("… compiled", "… eager")]
+    names = [name for name in SMALL_CONTENDERS if device.type == "cuda" or name != "compiled"]
     peaks, starts = {}, {}
     medians, spreads = rates(dict.fromkeys(names, about.tokens), race(names, about, args.rounds, peaks, starts))
-    own = medians["this project"]
-    return {"tokens_per_s": own, "ms_a_step": 1000 * about.tokens / about.steps / own,
+    own = medians[names[0]]
+    return {"of": names[0], "tokens_per_s": own, "ms_a_step": 1000 * about.tokens / about.steps / own,
             "tokens_a_step": about.tokens // about.steps, **utilisation(own, args.shape, device, ceilings),
             "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_turn_s_of_each": starts,
             "spreads": spreads}
@@ -660,12 +661,12 @@ def rank_seconds(rank, ranks, port, kind, shape, rounds, pipe):
 # ---- where the time goes ----
 
 def bench_profile(args, device, ceilings, folder):
-    """The dearest kernels (on a CPU operations) of a published step, of a small one and of a story, as shares."""
+    """The most expensive kernels (on a CPU operations) of a published step, of a small one and of a story."""
     write_random_dataset(folder / "data" / "bench", args.shape)
     result = {}
     for name, small in (("published step", False), ("small step", True)):
         about = Race(str(folder), str(device), args.shape, small, accumulation=32 if device.type == "cuda" else 1)
-        result |= dearest(name, *profile_training(about, name.replace(" ", "_")))
+        result |= most_expensive(name, device, *profile_training(about, name.replace(" ", "_")))
     model = GPT(args.shape).eval().to(device, pick_dtype("auto", device))
     idx = torch.zeros(1, 1, dtype=torch.long, device=device)
     with_cache(model, idx, args.shape.block_size)
@@ -673,11 +674,13 @@ def bench_profile(args, device, ceilings, folder):
         started = time.perf_counter()
         with_cache(model, idx, args.shape.block_size)
         seconds = time.perf_counter() - started
-    return result | dearest("one story", profiler, seconds)
+    return result | most_expensive("one story", device, profiler, seconds)
 
 
-def profile_training(about, name, warm=8, active=4):
-    """(profiler, seconds) of `active` optimizer steps of train.py, after `warm` others."""
+def profile_training(about, name):
+    """(profiler, seconds) of some optimizer steps of train.py, compiled on a GPU, after some others."""
+    warm, active = 8, 20 if about.small else 4
+    compiled = about.device.startswith("cuda") and about.shape != TINY
     profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=warm - 2, warmup=2, active=active))
     done, began, seconds = 0, 0.0, 0.0
 
@@ -700,25 +703,28 @@ def profile_training(about, name, warm=8, active=4):
         with chdir(about.folder), profiler, open(os.devnull, "w") as sys.stdout:
             train.main([*about.words(), f"--out_dir=out/{name}", "--log_interval=1000000", "--eval_iters=1",
                         f"--max_iters={(warm + active + 1) * (1 if about.small else about.accumulation)}",
-                        "--warmup_iters=0"])
+                        "--warmup_iters=0", f"--compile={compiled}"])
     finally:
         sys.stdout = stdout
         hook.remove()
     return profiler, seconds
 
 
-def dearest(name, profiler, seconds, count=10):
-    """Two figures of a profile: its kernels that take longest (name → share of all their time), and the idle share.
+def most_expensive(name, device, profiler, seconds, count=10):
+    """Figures of a profile: its kernels that take longest (name → share of all their time), and the idle share.
 
-    Idle is a GPU on which no kernel runs; profiling itself makes that more. On a CPU there is no such figure.
+    A GPU is idle while no kernel runs; profiling itself adds to that. A CPU has operations for kernels, and no idle
+    share. Raises UserError where the profiler saw nothing of a GPU.
     """
     kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA
                and not event.is_user_annotation]
     times = collections.Counter()
     for event in kernels:
-        times[event.name[:90]] += event.time_range.elapsed_us()
+        times[event.name] += event.time_range.elapsed_us()
+    if device.type == "cuda" and not kernels:
+        raise UserError("torch.profiler saw no kernels: CUDA's profiling library (CUPTI) does not work here")
     if not kernels:
-        times.update({row.key[:90]: row.self_cpu_time_total for row in profiler.key_averages()
+        times.update({row.key: row.self_cpu_time_total for row in profiler.key_averages()
                       if not row.key.startswith("ProfilerStep")})
     busy = end = 0.0
     for span in sorted((event.time_range for event in kernels), key=lambda span: span.start):

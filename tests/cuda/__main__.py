@@ -1,6 +1,6 @@
 """Prove the program on CUDA with one command, and leave the figures for the documentation behind.
 
-    python -m tests.cuda                                 every part, in at most 25 minutes
+    python -m tests.cuda                                 every part; stops after 25 minutes
     python -m tests.cuda --only machine,tests,bench      some parts
     python -m tests.cuda --device cpu --tiny             every part at toy size, to try this script itself
 
@@ -8,7 +8,7 @@ Each part is a process of its own and writes its result at once, to report.json 
 fails is reported with the end of its output, and the next one starts. The same command again does what is left: parts
 that are done are skipped, and a training run that --minutes cut short is resumed.
 
-Needs torch, numpy, tiktoken, tqdm, pytest and a prepared dataset; no network. docs/cuda.md says more.
+Needs torch, numpy, tiktoken, tqdm, pytest, a C compiler and a prepared dataset; no network. docs/cuda.md says more.
 """
 
 import functools
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class Proof:
         """
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (environment or {})
+        modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"} | (environment or {})
         if self.tiny:
             environment["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
         with open(log, "w") as stderr, open(log.with_suffix(".out"), "w") as stdout:
@@ -80,17 +82,15 @@ class Proof:
 
 def end_group(process):
     """End a process and all that it has started: SIGTERM, on which training saves, and SIGKILL after GRACE seconds."""
-    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            os.kill(process.pid, number)
-            try:
-                process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # no process of its group is left
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+    finally:  # also at a second Ctrl-C
+        with suppress(ProcessLookupError):  # no process of its group is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # ---- the parts: each takes a Proof and returns a dict of figures ----
@@ -133,7 +133,7 @@ def train(name, words, proof):
     return {"loss": float(measured["loss"]), "standard_error": float(measured["standard_error"]),
             "bits_per_byte": float(measured["bits_per_byte"]), "tokens": steps[-1]["tokens"],
             "seconds": log[-1]["seconds"], "tokens_per_s": speed, "training_seconds": steps[-1]["tokens"] / speed,
-            "first_step_seconds": steps[0]["seconds"], "resumed": sum(record["kind"] == "run" for record in log) - 1,
+            "first_step_seconds": steps[0]["seconds"], "compiled": log[0]["compiled"], "resumed": sum(record["kind"] == "run" for record in log) - 1,
             "command": f"python train.py config/{recipe} {' '.join(words)}".strip()}
 
 
@@ -209,7 +209,7 @@ def as_markdown(report):
         figures = list(flat(part.get("figures", {})))
         if figures:
             lines += ["| figure | value |", "|---|---|",
-                      *(f"| {key} | {number(value)} |" for key, value in figures if key != "story")]
+                      *(f"| `{key[:160]}` | {number(value)} |" for key, value in figures if key != "story")]
         lines += [f"\n> {paragraph}" for key, text in figures if key == "story"
                   for paragraph in text.splitlines() if paragraph]
     return "\n".join(lines) + "\n"
@@ -236,14 +236,19 @@ def number(value):
 def main(argv=None):
     """Do the parts that are asked for and not done yet; exit code 1 where one of them failed or was not finished."""
     args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what it has started must end with it
     out, data = args.out.resolve(), args.data.resolve()
     if not (data / "meta.json").exists():
         raise UserError(f"no dataset in {args.data}: make it with  python prepare.py  or name another with --data")
     (out / "data").mkdir(parents=True, exist_ok=True)
     link = out / "data" / data.name
+    if link.is_symlink() and not link.exists():
+        link.unlink()  # to what is no longer there
     if not link.exists():
-        link.unlink(missing_ok=True)  # a link to what is no longer there
         link.symlink_to(data, target_is_directory=True)
+    if link.resolve() != data:
+        raise UserError(f"{args.out} is of another dataset of this name, {link.resolve()}: name another folder with "
+                        "--out")
     proof = Proof(args.device, args.tiny, data, out, time.monotonic() + 60 * args.minutes)
     files.hold(out / ".lock", args.out)
     report = read_report(proof)
@@ -284,18 +289,18 @@ def parse_args(argv):
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try this script (default: cuda)")
     parser.add_argument("--minutes", type=float, default=25, help="when to stop; a later call goes on (default: 25)")
     parser.add_argument("--only", default=",".join(PARTS), metavar="NAME,…",
-                        help=f"parts, or the words before their hyphens: {', '.join(PARTS)} (default: all)")
+                        help=f"parts, or bench and fast for all that begin so: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--data", type=Path, default=Path("data/tinystories"), help="a prepared dataset "
                                                                                     "(default: data/tinystories)")
     parser.add_argument("--out", type=Path, default=Path("out/cuda"), help="gets the report, the logs and the runs "
                                                                            "(default: out/cuda)")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: only to try this script")
     args = parser.parse_args(argv)
-    names = args.only.split(",")
+    names = [name.strip() for name in args.only.split(",")]
     for name in names:
-        if not any(name in (part, part.split("-")[0]) for part in PARTS):
+        if name not in {"bench", "fast", *PARTS}:
             parser.error(f"no part {name!r}: the parts are {', '.join(PARTS)}")
-    args.only = [part for part in PARTS if part in names or part.split("-")[0] in names]
+    args.only = [part for part in PARTS if part in names or part.split("-")[0] in {"bench", "fast"} & set(names)]
     if not args.minutes > 0:
         parser.error(f"argument --minutes: {args.minutes:g} is not above 0")
     return args

@@ -41,9 +41,10 @@ WORDS = ("--dataset=bench --n_layer=2 --n_head=2 --n_embd=64 --block_size=16 --b
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
-    """float32 is float32, not TF32, unless a test trains: train.main asks for TF32."""
+def no_settings_of_an_earlier_run():
+    """train.main asks for TF32 and, on a CPU, for deterministic algorithms."""
     torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -255,7 +256,9 @@ def start(words, cwd):
     log = cwd / "out" / "x" / "log.jsonl"
     until = time.monotonic() + 120
     while not (log.exists() and log.read_text().count('"kind": "step"') > 5):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(process.communicate()[0])
         time.sleep(0.05)
     return process
 
@@ -280,12 +283,12 @@ def test_the_advice_when_memory_runs_out_leads_to_a_run(data):
     """Each time the advice is followed, until it runs: the process may use a little memory only."""
     code = ("import sys, torch; import train; device = torch.device(sys.argv[1]); torch.zeros(1, device=device); "
             "total = torch.cuda.get_device_properties(device).total_memory; "
-            "torch.cuda.set_per_process_memory_fraction(300e6 / total, device); train.main(sys.argv[2:])")
+            "torch.cuda.set_per_process_memory_fraction(300e6 / total); train.main(sys.argv[2:])")
     words = [*WORDS, "--batch_size=4096", "--max_iters=2", "--eval_iters=1", "--out_dir=out/x", "--overwrite"]
     size, tried = 8192, []
     for _ in range(10):
         done = subprocess.run([sys.executable, "-c", code, DEVICE, *words, f"--device_batch_size={size}"], text=True,
-                              capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                              capture_output=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
         tried.append(size)
         if done.returncode == 0:
             break

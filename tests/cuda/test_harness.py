@@ -31,7 +31,7 @@ def test_every_part_at_toy_size(nursery_data, tmp_path):
     """In two processes, for the time that it takes."""
     data = nursery_data / "data/nursery-bpe300"
     halves = {"one": "machine,tests,bench-train,bench-small",
-              "two": "bench-generate,bench-profile,published,fast,seeds"}
+              "two": "bench-generate,bench-profile,published,published-falling,fast, seeds"}
     processes = {name: start(data, f"--out={tmp_path / name}", f"--only={parts}") for name, parts in halves.items()}
     texts = {name: process.communicate(timeout=300)[0] for name, process in processes.items()}
     assert all(process.returncode == 0 for process in processes.values()), texts
@@ -50,7 +50,7 @@ def test_every_part_at_toy_size(nursery_data, tmp_path):
     assert figures["fast-82m-dropout"]["command"].startswith("python train.py config/tinystories_fast.py")
     assert "--dropout=0.1" in figures["fast-82m-dropout"]["command"] and figures["seeds"]["standard_deviation"] > 0
     text = (tmp_path / "one" / "report.md").read_text()
-    assert "## bench-train: done" in text and "| tokens_per_s |" in text and "at toy size" in text
+    assert "## bench-train: done" in text and "| `tokens_per_s` |" in text and "at toy size" in text
 
 
 @pytest.fixture
@@ -112,7 +112,8 @@ def processes_in(folder):
     return found
 
 
-def test_ctrl_c_ends_the_part_too(nursery_data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_part_too(nursery_data, tmp_path, number):
     process = start(nursery_data / "data/nursery-bpe300", f"--out={tmp_path}", "--only=bench-train")
     log = tmp_path / "logs" / "bench-train.log"
     while not log.exists():
@@ -120,7 +121,7 @@ def test_ctrl_c_ends_the_part_too(nursery_data, tmp_path):
         assert process.poll() is None
     time.sleep(1)
     assert processes_in(tmp_path) or not Path("/proc").exists()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.communicate(timeout=60)[0].endswith("stopped\n") and process.returncode == 130
     assert processes_in(tmp_path) == []
 
@@ -135,3 +136,6 @@ def test_wrong_words_are_told(nursery_data, tmp_path):
         assert complaint in process.communicate(timeout=60)[0] and process.returncode == code
     process = start(tmp_path / "none", f"--out={tmp_path}")
     assert "no dataset in" in process.communicate(timeout=60)[0] and process.returncode == 1
+    (tmp_path / "data" / data.name).mkdir(parents=True)
+    process = start(data, f"--out={tmp_path}")
+    assert "is of another dataset of this name" in process.communicate(timeout=60)[0] and process.returncode == 1
