@@ -327,7 +327,7 @@ def bench_small(args, device, ceilings, folder):
 def utilisation(tokens_per_s, shape, device, ceilings):
     """Model FLOP/s utilisation (MFU) of training: over a known GPU's data sheet, and over the best product measured."""
     flops = tokens_per_s * (6 * shape.num_parameters() + 12 * shape.n_layer * shape.block_size * shape.n_embd)
-    measured = ceilings["matmul_bf16_gflops"] * 1e9
+    measured = max(ceilings["matmul_bf16_gflops"], ceilings["matmul_fp32_gflops"]) * 1e9  # bf16 is slow on some CPUs
     peak = data_sheet_peak(device) or measured
     return {"mfu": flops / peak, "mfu_of_tflops": peak / 1e12, "mfu_of_measured": flops / measured}
 
