@@ -105,13 +105,15 @@ def bench(subject, proof):
 
 
 def run_tests(proof):
-    """The tests with the mark `cuda`, and how many of them there were."""
+    """The tests with the mark `cuda`: how many passed and were skipped. Raises Failed also where none passed."""
     tests = ROOT / "tests" / "cuda" / "test_cuda.py"
     text = proof.call("tests", ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs",
                                 f"--rootdir={ROOT}", tests], {"TEST_DEVICE": proof.device})
-    counts = re.findall(r"(\d+) (passed|skipped)", text.splitlines()[-1])
-    return {kind: int(count) for count, kind in counts} | {
-        "skipped_because": re.findall(r"^SKIPPED .*?: (.*)$", text, re.M)}
+    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", text.splitlines()[-1])}
+    reasons = sorted(set(re.findall(r"^SKIPPED .*?: (.*)$", text, re.M)))
+    if not counts.get("passed"):
+        raise Failed(f"no test was run: {', '.join(reasons)}")
+    return counts | {"skipped_because": reasons}
 
 
 def train(name, words, proof):

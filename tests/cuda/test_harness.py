@@ -77,6 +77,15 @@ def test_what_fails_is_reported_and_what_is_done_is_skipped(proof, capsys):
     assert list(report(proof.out)) == ["machine", "published"] and "error" not in report(proof.out)["published"]
 
 
+def test_without_cuda_no_part_is_done(proof):
+    proof.device = "cuda"
+    parts = cuda.read_report(proof)
+    assert not any(cuda.do_part(name, proof, parts) for name in ("machine", "tests", "fast-3m"))
+    errors = [part["error"] for part in report(proof.out).values()]
+    assert "device = 'cuda' cannot be used" in errors[0] and "device = 'cuda' cannot be used" in errors[2]
+    assert "no test was run: no CUDA here" in errors[1]
+
+
 def test_a_report_of_something_else_is_not_gone_on_with(proof):
     cuda.write_report(proof, cuda.read_report(proof))
     proof.device = "cuda"
