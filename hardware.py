@@ -42,8 +42,8 @@ def pick_device(name):
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # streams, graphs and NCCL's exchanges are made on the current one
-            # cuDNN's attention makes a new plan for each length of a prompt, which can take longer than the story. The
-            # others make none, and attention is a fiftieth of this model's arithmetic.
+            # cuDNN's attention makes a new plan for each prompt length; the other kernels make none. Neither was timed:
+            # attention is about a fiftieth of this model's arithmetic, so there is little to gain.
             torch.backends.cuda.enable_cudnn_sdp(False)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device = {name!r} cannot be used on this machine: use auto, cpu, cuda, cuda:1 or mps"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 # Rows of logits that exist at once: on a CPU 100 MB of GPT-2's vocabulary, on a GPU enough for full-sized products.
 HEAD_ROWS = {"cpu": 1024, "cuda": 16384}
-# In float16, whose largest number is 65,504, so few that a head's gradient, summed over them, stays below it while no
-# hidden state is above 31. (No loss scale could mend it: the sum is made before the loss is scaled.)
+# In float16, whose largest number is 65,504: the head's gradient is summed over these rows, and stays below that as
+# long as no hidden state is above 31. A loss scale cannot help, because the sum is made before the loss is scaled.
 HEAD_ROWS_FLOAT16 = 2048
 # Their columns are padded to a multiple of this: tensor cores are slow on odd shapes such as 50,257.
 HEAD_MULTIPLE = {"cpu": 1, "cuda": 64}

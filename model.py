@@ -234,7 +234,7 @@ class GPT(nn.Module):
         """
         tokens = torch.zeros(cache.kv.size(2), 1, dtype=torch.long, device=cache.kv.device)
         with torch.cuda.device(tokens.device):  # another thread than the main one has its own current device
-            self(tokens, cache=cache)  # not recorded: CUDA's libraries set themselves up in it
+            self(tokens, cache=cache)  # not recorded: CUDA's libraries initialize in it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self(tokens, cache=cache)

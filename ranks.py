@@ -24,7 +24,7 @@ def join():
     """Meet the other ranks of the run, where there are some; (rank, how many they are)."""
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return 0, 1
-    ranks = int(os.environ["WORLD_SIZE"])  # may be 1: on one GPU, torchrun then tries the way that several take
+    ranks = int(os.environ["WORLD_SIZE"])  # 1 under torchrun too: one GPU then tests NCCL
     if int(os.environ["RANK"]):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
     # torchrun's store outlives a restart, and has the addresses of the processes that are gone: each start needs names

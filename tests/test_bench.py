@@ -3,7 +3,6 @@
 import json
 import sys
 import types
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,16 +51,16 @@ class Parent:
         self.turns.append(turn)
 
 
-@pytest.mark.parametrize("name, changes, updates_of_turns", [
-    ("plain", {}, [0, 1, 2]), ("this project", {}, [0, 1, 2]), ("… with all logits at once", {}, [0, 1, 2]),
-    ("eager", {"small": True, "steps": 2}, [0, 0, 1, 1, 2, 2])])
-def test_each_contender_trains_its_updates_in_each_turn(small, here, monkeypatch, name, changes, updates_of_turns):
+@pytest.mark.parametrize("name, small_steps, updates_of_turns", [
+    ("plain", False, [0, 1, 2]), ("this project", False, [0, 1, 2]), ("… with all logits at once", False, [0, 1, 2]),
+    ("eager", True, [0, 0, 1, 1, 2, 2])])
+def test_each_contender_trains_its_updates_in_each_turn(small, here, monkeypatch, name, small_steps, updates_of_turns):
     bench.write_random_dataset(here / "data" / "bench", bench.TINY)
     parent, updates, step = Parent(), [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: updates.append(len(parent.turns)) or
                         step(self, *args))
     with pytest.raises(SystemExit):
-        bench.contend(parent, name, replace(bench.Race(str(here), "cpu", bench.TINY), **changes))
+        bench.contend(parent, name, bench.Training(str(here), "cpu", bench.TINY, small_steps))
     assert updates == updates_of_turns  # before each report
     assert all(seconds > 0 and mb > 10 for seconds, mb in parent.turns)
 
@@ -89,7 +88,7 @@ def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
 
 
 def test_prepare_and_train_keys_and_the_table(small, here, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "race", lambda names, about, rounds, peaks, starts: (
+    monkeypatch.setattr(bench, "race", lambda names, training, rounds, peaks, starts: (
         peaks.update(dict.fromkeys(names, 1.0)), dict.fromkeys(names, np.array([2.0])))[1])
     bench.main(["prepare", "--tiny", "--rounds", "1"])
     out = capsys.readouterr().out
@@ -119,14 +118,14 @@ def test_two_processes_exchange_gradients_by_both_ways(small, capsys):
 
 
 def test_small_steps_are_the_fast_recipes(small, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "race", lambda names, about, rounds, peaks, starts: dict.fromkeys(names, [0.5]))
+    monkeypatch.setattr(bench, "race", lambda names, training, rounds, peaks, starts: dict.fromkeys(names, [0.5]))
     bench.main(["small", "--tiny", "--json", "--rounds=1", "--device=cpu"])
     figures = json.loads(capsys.readouterr().out)["small"]
     assert figures["tokens_a_step"] == 8 * 16 and figures["tokens_per_s"] == 2 * 8 * 16 / 0.5
     assert figures["ms_a_step"] == 250
 
 
-def test_a_profile_has_the_dearest_operations(small, capsys):
+def test_a_profile_lists_the_operations_that_take_longest(small, capsys):
     bench.main(["profile", "--tiny", "--json", "--rounds=1", "--device=cpu"])
     figures = json.loads(capsys.readouterr().out)["profile"]
     for work in ("published step", "small step", "one story"):

@@ -239,7 +239,7 @@ def whole_head():
     GPT.head_loss = staticmethod(train.head_loss)
 
 
-# name → the pieces to take away, and the words for train.py; None: the plain loop, in bf16 and compiled, or not
+# name → the pieces to take away, and flags for train.py; None: the plain loop, in bf16 and compiled, or not
 CONTENDERS = {
     "plain": ([torchs_dropout, torchs_attention, whole_head], None),
     "plain, bf16, compiled": ([torchs_dropout, torchs_attention, whole_head], None),
@@ -261,15 +261,28 @@ SMALL_CONTENDERS = {
 
 
 @dataclass(frozen=True)
-class Race:
-    """What the processes of a race have in common."""
+class Training:
+    """The training that is measured: the published steps, or the small ones of config/tinystories_fast.py."""
 
     folder: str  # which has data/bench
     device: str
     shape: GPTConfig
-    small: bool = False  # FAST's steps in place of the published ones
-    accumulation: int = 1  # micro-batches in a published step
-    steps: int = 1  # optimizer steps in a turn
+    small: bool = False
+
+    @property
+    def on_gpu(self):
+        """Whether the device is a GPU."""
+        return self.device.startswith("cuda")
+
+    @property
+    def accumulation(self):
+        """Micro-batches in a published step: all 32 on a GPU, but one on a CPU, which takes a minute for 32."""
+        return 32 if self.on_gpu else 1
+
+    @property
+    def steps(self):
+        """Optimizer steps in a turn."""
+        return (20 if self.on_gpu else 2) if self.small else 1
 
     @property
     def tokens(self):
@@ -277,8 +290,8 @@ class Race:
         return self.steps * self.shape.block_size * (
             read_recipe(FAST)["batch_size"] if self.small else BATCH_SIZE * self.accumulation)
 
-    def words(self):
-        """The words for train.py that make it a contender."""
+    def flags(self):
+        """The command line of train.py for it."""
         shape = [f"--{name}={getattr(self.shape, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size")]
         recipe = [str(FAST)] if self.small else [f"--gradient_accumulation_steps={self.accumulation}", "--min_lr=1e-5"]
         return [*recipe, *shape, "--dataset=bench", f"--device={self.device}", "--max_iters=1000000",
@@ -287,9 +300,8 @@ class Race:
 
 def bench_train(args, device, ceilings, folder):
     """The project's own update next to a plain loop's, and with each of its pieces changed or taken away."""
-    on_gpu = device.type == "cuda"
-    # The whole published update takes a CPU a minute.
-    about = Race(str(folder), str(device), args.shape, accumulation=32 if on_gpu else 1)
+    training = Training(str(folder), str(device), args.shape)
+    on_gpu = training.on_gpu
     write_random_dataset(folder / "data" / "bench", args.shape)
     same = "… compiled" if on_gpu else "… eager"  # what auto picks, so the project itself again
     names = [name for name in CONTENDERS if name != same and not (on_gpu and "torch's" in name)]  # a GPU's always are
@@ -298,28 +310,28 @@ def bench_train(args, device, ceilings, folder):
     alone = [[name] for name in names[3:]] if on_gpu else []
     seconds, peaks, starts = {}, {}, {}
     for group in [names[:3] if on_gpu else names, *alone]:
-        seconds |= race(group, about, args.rounds, peaks, starts)
-    medians, spreads = rates(dict.fromkeys(names, about.tokens), seconds)
+        seconds |= race(group, training, args.rounds, peaks, starts)
+    medians, spreads = rates(dict.fromkeys(names, training.tokens), seconds)
 
     own, plain, compiled = (medians[name] for name in ("this project", "plain", "plain, bf16, compiled"))
     return {"baseline_tokens_per_s": plain, "baseline_bf16_compiled_tokens_per_s": compiled, "tokens_per_s": own,
             "times_baseline": own / plain, "times_baseline_bf16_compiled": own / compiled,
             **utilisation(own, args.shape, device, ceilings),
-            "baseline_peak_mb": peaks["plain"], "peak_mb": peaks["this project"], "tokens_an_update": about.tokens,
+            "baseline_peak_mb": peaks["plain"], "peak_mb": peaks["this project"], "tokens_an_update": training.tokens,
             "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_update_s_of_each": starts,
             "spreads": spreads}
 
 
 def bench_small(args, device, ceilings, folder):
     """The small steps of config/tinystories_fast.py, where launching and the optimizers count more than products."""
-    about = Race(str(folder), str(device), args.shape, small=True, steps=20 if device.type == "cuda" else 2)
+    training = Training(str(folder), str(device), args.shape, small=True)
     write_random_dataset(folder / "data" / "bench", args.shape)
-    names = [name for name in SMALL_CONTENDERS if device.type == "cuda" or name != "compiled"]
+    names = [name for name in SMALL_CONTENDERS if training.on_gpu or name != "compiled"]
     peaks, starts = {}, {}
-    medians, spreads = rates(dict.fromkeys(names, about.tokens), race(names, about, args.rounds, peaks, starts))
+    medians, spreads = rates(dict.fromkeys(names, training.tokens), race(names, training, args.rounds, peaks, starts))
     own = medians[names[0]]
-    return {"of": names[0], "tokens_per_s": own, "ms_a_step": 1000 * about.tokens / about.steps / own,
-            "tokens_a_step": about.tokens // about.steps, **utilisation(own, args.shape, device, ceilings),
+    return {"of": names[0], "tokens_per_s": own, "ms_a_step": 1000 * training.tokens / training.steps / own,
+            "tokens_a_step": training.tokens // training.steps, **utilisation(own, args.shape, device, ceilings),
             "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_turn_s_of_each": starts,
             "spreads": spreads}
 
@@ -332,7 +344,7 @@ def utilisation(tokens_per_s, shape, device, ceilings):
     return {"mfu": flops / peak, "mfu_of_tflops": peak / 1e12, "mfu_of_measured": flops / measured}
 
 
-def race(names, about, rounds, peaks, starts):
+def race(names, training, rounds, peaks, starts):
     """Let contenders take turns, an update each; their seconds. Into `peaks` and `starts` go memory and first updates.
 
     Raises UserError where one dies.
@@ -341,7 +353,7 @@ def race(names, about, rounds, peaks, starts):
     pipes, children = {}, []
     for name in names:
         pipes[name], theirs = context.Pipe()
-        children.append(context.Process(target=contend, args=(theirs, name, about), daemon=True))
+        children.append(context.Process(target=contend, args=(theirs, name, training), daemon=True))
         children[-1].start()
         theirs.close()
 
@@ -364,16 +376,16 @@ def race(names, about, rounds, peaks, starts):
             child.kill()
 
 
-def contend(pipe, name, about):
-    """A contender's process: one turn each time the pipe says so, its seconds and the peak of memory sent back."""
-    os.chdir(about.folder)
+def contend(pipe, name, training):
+    """A contender's process: a turn for each message of the pipe; sends its seconds and the peak of memory back."""
+    os.chdir(training.folder)
     sys.stdout = open(os.devnull, "w")
-    pieces, words = (SMALL_CONTENDERS if about.small else CONTENDERS)[name]
+    pieces, flags = (SMALL_CONTENDERS if training.small else CONTENDERS)[name]
     for take_away in pieces:
         take_away()
-    if about.shape == TINY:  # turning its graphs into C++ would take half a minute
+    if training.shape == TINY:  # turning its graphs into C++ would take half a minute
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    device = torch.device(about.device)
+    device = torch.device(training.device)
     started = None
 
     def turn():
@@ -388,12 +400,12 @@ def contend(pipe, name, about):
         started = time.perf_counter()
 
     turn()
-    if words is None:
-        return plain_loop(about, device, "compiled" in name, turn)
+    if flags is None:
+        return plain_loop(training, device, "compiled" in name, turn)
     # train.py's own loop: its log line, one in so many steps (and one of the first), is where a turn ends.
     files.append_line = lambda path, record: (
-        turn() if record["kind"] == "step" and record["update"] % about.steps == 0 else None)
-    train.main([*about.words(), f"--out_dir=out/{os.getpid()}", *words])
+        turn() if record["kind"] == "step" and record["update"] % training.steps == 0 else None)
+    train.main([*training.flags(), f"--out_dir=out/{os.getpid()}", *flags])
 
 
 def peak_mb(device):
@@ -408,14 +420,14 @@ def peak_mb(device):
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
-def plain_loop(about, device, compiled, turn):
+def plain_loop(training, device, compiled, turn):
     """What a straightforward script does: the same model of torch's own layers, one micro-batch at a time.
 
     On a GPU with all that nanoGPT does there: bf16, TF32, fused AdamW, a vocabulary padded to a multiple of 64, and the
     next micro-batch on its way while the device computes.
     """
     torch.manual_seed(0)
-    on_gpu, shape = device.type == "cuda", about.shape
+    on_gpu, shape = training.on_gpu, training.shape
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
     model = GPT(replace(shape, vocab_size=64 * math.ceil(shape.vocab_size / 64)) if on_gpu else shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu)
@@ -427,9 +439,9 @@ def plain_loop(about, device, compiled, turn):
 
     x, y = fetch()
     while True:
-        for _ in range(about.accumulation):
+        for _ in range(training.accumulation):
             with torch.autocast(device.type, torch.bfloat16, enabled=compiled or on_gpu):
-                loss = step(x, y) / about.accumulation
+                loss = step(x, y) / training.accumulation
             x, y = fetch()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -665,8 +677,8 @@ def bench_profile(args, device, ceilings, folder):
     write_random_dataset(folder / "data" / "bench", args.shape)
     result = {}
     for name, small in (("published step", False), ("small step", True)):
-        about = Race(str(folder), str(device), args.shape, small, accumulation=32 if device.type == "cuda" else 1)
-        result |= most_expensive(name, device, *profile_training(about, name.replace(" ", "_")))
+        training = Training(str(folder), str(device), args.shape, small)
+        result |= most_expensive(name, device, *profile_training(training, name.replace(" ", "_")))
     model = GPT(args.shape).eval().to(device, pick_dtype("auto", device))
     idx = torch.zeros(1, 1, dtype=torch.long, device=device)
     with_cache(model, idx, args.shape.block_size)
@@ -677,10 +689,10 @@ def bench_profile(args, device, ceilings, folder):
     return result | most_expensive("one story", device, profiler, seconds)
 
 
-def profile_training(about, name):
+def profile_training(training, name):
     """(profiler, seconds) of some optimizer steps of train.py, compiled on a GPU, after some others."""
-    warm, active = 8, 20 if about.small else 4
-    compiled = about.device.startswith("cuda") and about.shape != TINY
+    warm, active = 8, 20 if training.small else 4
+    compiled = training.on_gpu and training.shape != TINY
     profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=warm - 2, warmup=2, active=active))
     done, began, seconds = 0, 0.0, 0.0
 
@@ -690,7 +702,7 @@ def profile_training(about, name):
             return
         done += 1
         if done in (warm, warm + active):
-            wait_for(torch.device(about.device))  # the seconds are those of the work, not of its launches
+            wait_for(torch.device(training.device))  # the seconds are those of the work, not of its launches
         if done == warm + active:
             seconds = time.perf_counter() - began
         profiler.step()
@@ -700,9 +712,9 @@ def profile_training(about, name):
     hook = register_optimizer_step_post_hook(after_step)
     stdout = sys.stdout
     try:
-        with chdir(about.folder), profiler, open(os.devnull, "w") as sys.stdout:
-            train.main([*about.words(), f"--out_dir=out/{name}", "--log_interval=1000000", "--eval_iters=1",
-                        f"--max_iters={(warm + active + 1) * (1 if about.small else about.accumulation)}",
+        with chdir(training.folder), profiler, open(os.devnull, "w") as sys.stdout:
+            train.main([*training.flags(), f"--out_dir=out/{name}", "--log_interval=1000000", "--eval_iters=1",
+                        f"--max_iters={(warm + active + 1) * (1 if training.small else training.accumulation)}",
                         "--warmup_iters=0", f"--compile={compiled}"])
     finally:
         sys.stdout = stdout

@@ -113,8 +113,8 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
         waiting += 1
         try:  # Starlette ends it, at an await, when the reader has gone away
             async with at_once:
-                # Closed when the reader goes, not later by the garbage collector: on a GPU a story holds a CUDA graph,
-                # which must not be freed while the next story has one (pytorch issue 193402).
+                # Closed as soon as the reader disconnects, not later by the garbage collector: on a GPU the story
+                # holds a CUDA graph, which must not be freed while the next story has one (PyTorch issue 193402).
                 with closing(tell(device, **asked)) as events:
                     while not stopping() and (event := await run_in_threadpool(next, events, None)):
                         yield line(event)

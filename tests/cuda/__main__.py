@@ -1,12 +1,12 @@
-"""Prove the program on CUDA with one command, and leave the figures for the documentation behind.
+"""Test, measure and train on CUDA with one command, and write the figures for the documentation to a report.
 
     python -m tests.cuda                                 every part; stops after 25 minutes
     python -m tests.cuda --only machine,tests,bench      some parts
     python -m tests.cuda --device cpu --tiny             every part at toy size, to try this script itself
 
-Each part is a process of its own and writes its result at once, to report.json and report.md in --out. A part that
-fails is reported with the end of its output, and the next one starts. The same command again does what is left: parts
-that are done are skipped, and a training run that --minutes cut short is resumed.
+Each part runs in processes of its own, and its result is written to report.json and report.md in --out as soon as it
+ends. A part that fails is reported with the end of its output, and the next one starts. Running the command again skips
+the parts that are done and resumes a training run that --minutes cut short.
 
 Needs torch, numpy, tiktoken, tqdm, pytest, a C compiler and a prepared dataset; no network. docs/cuda.md says more.
 """
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import files  # noqa: E402  from the project, whatever the current folder is
 from errors import Parser, UserError, exit_with_one_line  # noqa: E402
 
-TINY_WORDS = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 "
+TINY_FLAGS = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=64 --gradient_accumulation_steps=2 "
               "--max_iters=8 --warmup_iters=1 --eval_interval=4 --eval_iters=1 --compile=False").split()
 GRACE = 30  # seconds that a training run has to save after SIGTERM
 
@@ -44,8 +45,8 @@ class OutOfTime(Exception):
 
 
 @dataclass
-class Proof:
-    """What the parts have in common."""
+class Harness:
+    """What all parts share: the device, the dataset, the output folder and the deadline."""
 
     device: str
     tiny: bool
@@ -54,9 +55,9 @@ class Proof:
     deadline: float  # of time.monotonic()
 
     def call(self, name, command, environment=None):
-        """Run a Python command in `out`; its stdout comes back, stderr goes to logs/NAME.log, stdout to NAME.out.
+        """Run a Python command in `out` and return its stdout, which is also in logs/NAME.out; stderr is in NAME.log.
 
-        Raises Failed, and OutOfTime where it was still going at the deadline.
+        Raises Failed on an exit code other than 0, and OutOfTime if it was still running at the deadline.
         """
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
@@ -93,22 +94,23 @@ def end_group(process):
         process.wait()
 
 
-# ---- the parts: each takes a Proof and returns a dict of figures ----
+# ---- the parts: each takes a Harness and returns a dict of figures ----
 
 
-def bench(subject, proof):
-    """What tools.bench measures of a subject; the machine and its ceilings stand in the first one's figures alone."""
-    words = ["--tiny", "--rounds=1"] if proof.tiny else ["--rounds=5"]
-    text = proof.call(f"bench-{subject}", ["-m", "tools.bench", subject, "--json", f"--device={proof.device}", *words])
+def bench(subject, harness):
+    """What tools.bench measures of a subject; the machine and its ceilings stand in the figures of `machine` only."""
+    flags = ["--tiny", "--rounds=1"] if harness.tiny else ["--rounds=5"]
+    text = harness.call(f"bench-{subject}", ["-m", "tools.bench", subject, "--json", f"--device={harness.device}",
+                                             *flags])
     result = json.loads(text)
     return {**result["machine"], **result["ceilings"]} if subject == "machine" else result[subject]
 
 
-def run_tests(proof):
+def run_tests(harness):
     """The tests with the mark `cuda`: how many passed and were skipped. Raises Failed also where none passed."""
     tests = ROOT / "tests" / "cuda" / "test_cuda.py"
-    text = proof.call("tests", ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs",
-                                f"--rootdir={ROOT}", tests], {"TEST_DEVICE": proof.device})
+    text = harness.call("tests", ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs",
+                                  f"--rootdir={ROOT}", tests], {"TEST_DEVICE": harness.device})
     counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", text.splitlines()[-1])}
     reasons = sorted(set(re.findall(r"^SKIPPED .*?: (.*)$", text, re.M)))
     if not counts.get("passed"):
@@ -116,45 +118,45 @@ def run_tests(proof):
     return counts | {"skipped_because": reasons}
 
 
-def train(name, words, proof):
+def train(name, recipe, flags, harness):
     """A training run to its end, its best checkpoint's loss on the whole validation split, and its speed.
 
     Raises OutOfTime where the run was stopped; it has saved then, and is resumed by the next call.
     """
-    recipe, *words = words
-    if proof.tiny:
-        words = [word for word in words if not word.startswith(("--max_tokens", "--eval_interval"))] + TINY_WORDS
-    script, here = ROOT / "train.py", [f"--device={proof.device}", f"--out_dir=out/{name}"]
-    proof.call(name, [script, ROOT / "config" / recipe, f"--dataset={proof.data.name}", *here, *words,
-                      "--resume=auto"])
-    log = [json.loads(line) for line in Path(proof.out, "out", name, "log.jsonl").read_text().splitlines()]
+    if harness.tiny:
+        flags = [flag for flag in flags if not flag.startswith(("--max_tokens", "--eval_interval"))] + TINY_FLAGS
+    script, here = ROOT / "train.py", [f"--device={harness.device}", f"--out_dir=out/{name}"]
+    harness.call(name, [script, ROOT / "config" / recipe, f"--dataset={harness.data.name}", *here, *flags,
+                        "--resume=auto"])
+    log = [json.loads(line) for line in Path(harness.out, "out", name, "log.jsonl").read_text().splitlines()]
     steps = [record for record in log if record["kind"] == "step"]
     speed = statistics.median(record["tokens_per_s"] for record in steps)
-    measured = dict(line.split(": ") for line in proof.call(
+    measured = dict(line.split(": ") for line in harness.call(
         f"{name}-eval", [script, "--eval_only", *here]).splitlines() if ": " in line)
     return {"loss": float(measured["loss"]), "standard_error": float(measured["standard_error"]),
             "bits_per_byte": float(measured["bits_per_byte"]), "tokens": steps[-1]["tokens"],
             "seconds": log[-1]["seconds"], "tokens_per_s": speed, "training_seconds": steps[-1]["tokens"] / speed,
-            "first_step_seconds": steps[0]["seconds"], "compiled": log[0]["compiled"], "resumed": sum(record["kind"] == "run" for record in log) - 1,
-            "command": f"python train.py config/{recipe} {' '.join(words)}".strip()}
+            "first_step_seconds": steps[0]["seconds"], "compiled": log[0]["compiled"],
+            "resumed": sum(record["kind"] == "run" for record in log) - 1,
+            "command": f"python train.py config/{recipe} {' '.join(flags)}".strip()}
 
 
-def train_and_tell(name, words, proof):
-    """The same, and a story."""
-    figures = train(name, words, proof)
-    story = proof.call(f"{name}-story", [ROOT / "sample.py", f"--device={proof.device}", f"--out_dir=out/{name}",
-                                         "--start=Once upon a time", "--seed=1"])
+def train_and_sample(name, recipe, flags, harness):
+    """A training run as in `train`, and a story sampled from it."""
+    figures = train(name, recipe, flags, harness)
+    story = harness.call(f"{name}-story", [ROOT / "sample.py", f"--device={harness.device}", f"--out_dir=out/{name}",
+                                           "--start=Once upon a time", "--seed=1"])
     return figures | {"story": story.strip()}
 
 
-def train_seeds(words, proof):
-    """The same run with three seeds: the noise of a whole run."""
-    losses = [train(f"seed-{seed}", [*words, f"--seed={seed}"], proof)["loss"] for seed in (1, 2, 3)]
+def train_seeds(recipe, flags, harness):
+    """A training run with each of three seeds: how much the loss varies from run to run."""
+    losses = [train(f"seed-{seed}", recipe, [*flags, f"--seed={seed}"], harness)["loss"] for seed in (1, 2, 3)]
     return {"losses": ", ".join(map(str, losses)), "mean": statistics.mean(losses),
             "standard_deviation": statistics.stdev(losses)}
 
 
-FAST = "tinystories_fast.py"
+PUBLISHED, FAST = "tinystories.py", "tinystories_fast.py"
 LONG = ["--max_tokens=81_920_000", "--eval_interval=8000", "--log_interval=200"]
 PARTS = {
     "machine": functools.partial(bench, "machine"),
@@ -163,25 +165,26 @@ PARTS = {
     "bench-small": functools.partial(bench, "small"),
     "bench-generate": functools.partial(bench, "generate"),
     "bench-profile": functools.partial(bench, "profile"),
-    "published": functools.partial(train_and_tell, "published", ["tinystories.py"]),
-    "published-falling": functools.partial(train_and_tell, "published-falling",
-                                           ["tinystories.py", "--learning_rate=1e-3"]),
-    "fast-3m": functools.partial(train_and_tell, "fast-3m", [FAST]),
-    "fast-8m": functools.partial(train_and_tell, "fast-8m", [FAST, "--max_tokens=8_100_000", "--eval_interval=800"]),
-    "seeds": functools.partial(train_seeds, [FAST, "--eval_interval=800"]),
-    # Last, as they take by far the longest: 80,000 small steps each.
-    "fast-82m": functools.partial(train_and_tell, "fast-82m", [FAST, *LONG]),
-    "fast-82m-dropout": functools.partial(train_and_tell, "fast-82m-dropout", [FAST, *LONG, "--dropout=0.1"]),
+    "published": functools.partial(train_and_sample, "published", PUBLISHED, []),
+    "published-falling": functools.partial(train_and_sample, "published-falling", PUBLISHED,
+                                           ["--learning_rate=1e-3"]),
+    "fast-3m": functools.partial(train_and_sample, "fast-3m", FAST, []),
+    "fast-8m": functools.partial(train_and_sample, "fast-8m", FAST,
+                                 ["--max_tokens=8_100_000", "--eval_interval=800"]),
+    "seeds": functools.partial(train_seeds, FAST, ["--eval_interval=800"]),
+    # Last, because they take by far the longest: 80,000 small steps each.
+    "fast-82m": functools.partial(train_and_sample, "fast-82m", FAST, LONG),
+    "fast-82m-dropout": functools.partial(train_and_sample, "fast-82m-dropout", FAST, [*LONG, "--dropout=0.1"]),
 }
 
 
 # ---- the report ----
 
 
-def read_report(proof):
+def read_report(harness):
     """The report so far, or a new one. Raises UserError where it is of another device, dataset or size."""
-    about = {"device": proof.device, "tiny": proof.tiny, "data": proof.data.name}
-    path = proof.out / "report.json"
+    about = {"device": harness.device, "tiny": harness.tiny, "data": harness.data.name}
+    path = harness.out / "report.json"
     if not path.exists():
         return {**about, "parts": {}}
     try:
@@ -194,40 +197,40 @@ def read_report(proof):
     return report
 
 
-def write_report(proof, report):
+def write_report(harness, report):
     """Write report.json and report.md, each whole or not at all."""
     for name, text in (("report.json", json.dumps(report, indent=2)), ("report.md", as_markdown(report))):
-        files.replace(proof.out / name, lambda file: file.write(text.encode()))
+        files.replace(harness.out / name, lambda file: file.write(text.encode()))
 
 
 def as_markdown(report):
-    """The report as Markdown: a section a part, a table of its figures, then its texts."""
+    """The report as Markdown: one section per part, with a table of its figures, then its story."""
     size = " at toy size (no figure means anything)" if report["tiny"] else ""
     lines = [f"# `python -m tests.cuda --device {report['device']}`{size}, on data/{report['data']}"]
     for name, part in report["parts"].items():
         lines += ["", f"## {name}: {part['status']}, {part['seconds']:.0f} s", ""]
         if "error" in part:
             lines += ["```", part["error"], "```"]
-        figures = list(flat(part.get("figures", {})))
+        figures = list(flatten(part.get("figures", {})))
         if figures:
             lines += ["| figure | value |", "|---|---|",
-                      *(f"| `{key[:160]}` | {number(value)} |" for key, value in figures if key != "story")]
+                      *(f"| `{key[:160]}` | {format_value(value)} |" for key, value in figures if key != "story")]
         lines += [f"\n> {paragraph}" for key, text in figures if key == "story"
                   for paragraph in text.splitlines() if paragraph]
     return "\n".join(lines) + "\n"
 
 
-def flat(figures, prefix=""):
-    """The figures of nested dicts, (name, value) each; spreads stand in report.json alone."""
+def flatten(figures, prefix=""):
+    """The figures of nested dicts, (name, value) each; spreads are in report.json only."""
     for name, value in figures.items():
         if isinstance(value, dict) and name != "spreads":
-            yield from flat(value, f"{prefix}{name}: ")
+            yield from flatten(value, f"{prefix}{name}: ")
         elif name != "spreads":
             yield f"{prefix}{name}".replace("|", "/"), value
 
 
-def number(value):
-    """A figure as a table's cell."""
+def format_value(value):
+    """A figure as the text of a table cell."""
     return f"{value:,.5g}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
@@ -236,9 +239,9 @@ def number(value):
 
 @exit_with_one_line
 def main(argv=None):
-    """Do the parts that are asked for and not done yet; exit code 1 where one of them failed or was not finished."""
+    """Run the parts in --only that are not done yet; exit code 1 if one of them failed or was not finished."""
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what it has started must end with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the part's processes too
     out, data = args.out.resolve(), args.data.resolve()
     if not (data / "meta.json").exists():
         raise UserError(f"no dataset in {args.data}: make it with  python prepare.py  or name another with --data")
@@ -251,43 +254,44 @@ def main(argv=None):
     if link.resolve() != data:
         raise UserError(f"{args.out} is of another dataset of this name, {link.resolve()}: name another folder with "
                         "--out")
-    proof = Proof(args.device, args.tiny, data, out, time.monotonic() + 60 * args.minutes)
+    harness = Harness(args.device, args.tiny, data, out, time.monotonic() + 60 * args.minutes)
     files.hold(out / ".lock", args.out)
-    report = read_report(proof)
-    bad = [name for name in args.only if not do_part(name, proof, report)]
+    report = read_report(harness)
+    unfinished = [name for name in args.only if not run_part(name, harness, report)]
     print(f"report: {args.out / 'report.md'}")
-    if bad:
-        raise UserError(f"not done: {', '.join(bad)}; the report says why, and the same command tries them again")
+    if unfinished:
+        raise UserError(f"not done: {', '.join(unfinished)}; the report says why, and run this again")
 
 
-def do_part(name, proof, report):
-    """Do a part unless it is done, and put its result into the report; whether it is done now."""
+def run_part(name, harness, report):
+    """Run a part unless it is done, and write its result into the report; returns whether it is done now."""
     if report["parts"].get(name, {}).get("status") == "done":
         print(f"{name}: done before")
         return True
-    if time.monotonic() >= proof.deadline:
+    if time.monotonic() >= harness.deadline:
         print(f"{name}: not started, as --minutes are over")
         return False
     print(f"{name}: ", end="", flush=True)
     started = time.monotonic()
     try:
-        result = {"status": "done", "figures": PARTS[name](proof)}
+        result = {"status": "done", "figures": PARTS[name](harness)}
     except OutOfTime as error:
         result = {"status": "not finished", "error": str(error)}
-    except Exception as error:  # whatever it is, the next part must start
-        result = {"status": "failed", "error": str(error) if isinstance(error, Failed) else repr(error)}
+    except Failed as error:
+        result = {"status": "failed", "error": str(error)}
+    except Exception:  # a fault of this script; the next part must start all the same
+        result = {"status": "failed", "error": traceback.format_exc()}
     result["seconds"] = time.monotonic() - started
-    report["parts"].pop(name, None)
     report["parts"] = {part: result if part == name else report["parts"][part]
                        for part in PARTS if part == name or part in report["parts"]}
-    write_report(proof, report)
+    write_report(harness, report)
     print(f"{result['status']} after {result['seconds']:.0f} s", flush=True)
     return result["status"] == "done"
 
 
 def parse_args(argv):
     """The command line as a namespace; exits with code 2 for wrong flags."""
-    parser = Parser(prog="python -m tests.cuda", description="Prove the program on CUDA and report its figures.")
+    parser = Parser(prog="python -m tests.cuda", description="Test and measure this program on CUDA; write a report.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try this script (default: cuda)")
     parser.add_argument("--minutes", type=float, default=25, help="when to stop; a later call goes on (default: 25)")
     parser.add_argument("--only", default=",".join(PARTS), metavar="NAME,…",

@@ -1,7 +1,7 @@
-"""What holds on a GPU: `python -m pytest -m cuda`, on one with CUDA.
+"""Tests for a GPU: run `python -m pytest -m cuda` on a machine that has one.
 
-The device is TEST_DEVICE, cuda unless it is set: with TEST_DEVICE=cpu the tests themselves can be tried. They need no
-data, no network and no vocabulary: they train on random tokens.
+The environment variable TEST_DEVICE (default: cuda) chooses the device; TEST_DEVICE=cpu is for working on the tests
+themselves. They train on random tokens, so they need no dataset, network or vocabulary.
 """
 
 import copy
@@ -32,16 +32,16 @@ DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 ON_CUDA = DEVICE.startswith("cuda")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(ON_CUDA and not torch.cuda.is_available(), reason="no CUDA here, or "
                                                    "not asked for by -m cuda")]
-only_cuda = pytest.mark.skipif(not ON_CUDA, reason="of CUDA alone")
+only_cuda = pytest.mark.skipif(not ON_CUDA, reason="CUDA only")
 SHAPE = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=64, dropout=0.0)  # padded to 320 tokens
-WORDS = ("--dataset=bench --n_layer=2 --n_head=2 --n_embd=64 --block_size=16 --batch_size=4 "
+FLAGS = ("--dataset=bench --n_layer=2 --n_head=2 --n_embd=64 --block_size=16 --batch_size=4 "
          "--gradient_accumulation_steps=2 --max_iters=40 --warmup_iters=1 --learning_rate=1e-2 --min_lr=1e-3 "
          "--eval_interval=20 --eval_iters=2 --log_interval=1 --compile=False --dtype=float32 --dropout=0 "
          f"--device={DEVICE}").split()
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_an_earlier_run():
+def reset_global_settings():
     """train.main asks for TF32 and, on a CPU, for deterministic algorithms."""
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(False)
@@ -123,7 +123,7 @@ def test_the_fused_loss_with_a_padded_vocabulary_is_cross_entropy(monkeypatch, d
 
 def test_micro_batches_equal_the_whole(data, large_eps):
     for size in (8, 2):
-        train.main([*WORDS, f"--device_batch_size={size}", f"--out_dir=out/{size}"])
+        train.main([*FLAGS, f"--device_batch_size={size}", f"--out_dir=out/{size}"])
     assert losses("out/2") == pytest.approx(losses("out/8"), rel=1e-3)
     whole, parts = (checkpoint.load(f"out/{size}/last.pt")["model"] for size in (8, 2))
     for name, weight in whole.items():  # in TF32, whose rounding is a thousand times float32's
@@ -138,21 +138,21 @@ def test_compiled_equals_eager_over_20_steps_without_a_recompile(data, large_eps
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     for wish in ("False", "True"):
-        train.main([*WORDS, f"--compile={wish}", f"--out_dir=out/{wish}"])
+        train.main([*FLAGS, f"--compile={wish}", f"--out_dir=out/{wish}"])
     assert len(records("out/True", "step")) == 20 and records("out/True", "run")[0]["compiled"]
     assert losses("out/True") == pytest.approx(losses("out/False"), rel=2e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_overflow_in_float16_is_skipped_by_all_optimizers_and_counted(data, optimizer):
-    words = [*WORDS, f"--optimizer={optimizer}", "--dtype=float16", "--out_dir=out/x", "--lr_decay_iters=80"]
-    train.main([*words, "--max_iters=4"])
+    flags = [*FLAGS, f"--optimizer={optimizer}", "--dtype=float16", "--out_dir=out/x", "--lr_decay_iters=80"]
+    train.main([*flags, "--max_iters=4"])
     state = checkpoint.load("out/x/last.pt", checkpoint.LAST_HAS)
     assert state["skipped"] == 0 and state["scaler"]["scale"] == 65536
     before = copy.deepcopy(state)
     state["scaler"]["scale"] = 2.0**120  # far too much
     checkpoint.save(Path("out/x/last.pt"), state)
-    train.main([*words, "--resume", "--max_iters=8"])
+    train.main([*flags, "--resume", "--max_iters=8"])
     after = checkpoint.load("out/x/last.pt", checkpoint.LAST_HAS)
     assert after["skipped"] == 2 and after["scaler"]["scale"] == 2.0**118
     assert all(torch.equal(after["model"][name], weight) for name, weight in before["model"].items())
@@ -162,7 +162,7 @@ def test_an_overflow_in_float16_is_skipped_by_all_optimizers_and_counted(data, o
             assert all(torch.equal(new["state"][key][name], value) for name, value in states.items())
     after["scaler"]["scale"] = 65536.0
     checkpoint.save(Path("out/x/last.pt"), after)
-    train.main([*words, "--resume", "--max_iters=40"])
+    train.main([*flags, "--resume", "--max_iters=40"])
     steps = records("out/x", "step")
     assert steps[-1]["skipped"] == 2 and math.isfinite(steps[-1]["loss"])
 
@@ -188,14 +188,14 @@ def test_decoding_by_a_recorded_graph_is_eager_decoding(monkeypatch, dtype, stor
     model = model_with_large_weights().to(DEVICE, dtype)
     idx = torch.zeros(stories, 1, dtype=torch.long, device=DEVICE)
 
-    def tell():
+    def decode():
         generator = torch.Generator(DEVICE).manual_seed(1)
         return [(token.clone(), logits.clone()) for token, logits in
                 model.generate(idx, 40, 0.9, top_k=50, generator=generator, with_logits=True)]
 
-    recorded = tell()
+    recorded = decode()
     monkeypatch.setattr(GPT, "record_step", lambda self, cache: lambda token: self(token, cache=cache))
-    for (token, logits), (eager_token, eager_logits) in zip(recorded, tell(), strict=True):
+    for (token, logits), (eager_token, eager_logits) in zip(recorded, decode(), strict=True):
         torch.testing.assert_close(logits, eager_logits)
         assert torch.equal(token, eager_token)
 
@@ -209,7 +209,7 @@ def test_a_graph_is_recorded_and_replayed(monkeypatch):
     assert len(replays) == 9  # the first token comes of reading the prompt
 
 
-def test_a_batch_tells_the_stories_that_each_prompt_tells_alone():
+def test_a_batch_has_the_stories_that_each_prompt_has_alone():
     model = model_with_large_weights().double().to(DEVICE)
     prompts = torch.randint(300, (3, 5), generator=seeded()).to(DEVICE)
     batch = torch.stack(list(model.generate(prompts, 30, temperature=0)), 1)  # (3, 30)
@@ -240,18 +240,18 @@ def test_the_cache_keeps_its_shapes_on_cuda():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(data, large_eps, optimizer):
-    words = [*WORDS, "--dropout=0.1", "--lr_decay_iters=40", f"--optimizer={optimizer}"]
-    train.main([*words, "--out_dir=out/whole"])
-    train.main([*words, "--out_dir=out/parts", "--max_iters=14"])
-    train.main([*words, "--out_dir=out/parts", "--resume"])
+    flags = [*FLAGS, "--dropout=0.1", "--lr_decay_iters=40", f"--optimizer={optimizer}"]
+    train.main([*flags, "--out_dir=out/whole"])
+    train.main([*flags, "--out_dir=out/parts", "--max_iters=14"])
+    train.main([*flags, "--out_dir=out/parts", "--resume"])
     whole, parts = ({r["tokens"]: r["loss"] for r in records(f"out/{name}", "step")} for name in ("whole", "parts"))
     assert parts == pytest.approx(whole, rel=2e-3)
     assert len(whole) == 20
 
 
-def start(words, cwd):
+def start(flags, cwd):
     """train.py in a process of its own, and the path of its log."""
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *words], cwd=cwd, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=cwd, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
     log = cwd / "out" / "x" / "log.jsonl"
     until = time.monotonic() + 120
@@ -265,8 +265,8 @@ def start(words, cwd):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_a_run_that_can_then_be_resumed(data, number):
-    words = [*WORDS, "--out_dir=out/x", "--max_iters=1000000", "--eval_interval=1000000", "--checkpoint_minutes=0.005"]
-    process = start(words, data)
+    flags = [*FLAGS, "--out_dir=out/x", "--max_iters=1000000", "--eval_interval=1000000", "--checkpoint_minutes=0.005"]
+    process = start(flags, data)
     process.send_signal(number)
     out = process.communicate(timeout=60)[0]
     update = checkpoint.load("out/x/last.pt")["update"]
@@ -284,10 +284,10 @@ def test_the_advice_when_memory_runs_out_leads_to_a_run(data):
     code = ("import sys, torch; import train; device = torch.device(sys.argv[1]); torch.zeros(1, device=device); "
             "total = torch.cuda.get_device_properties(device).total_memory; "
             "torch.cuda.set_per_process_memory_fraction(300e6 / total); train.main(sys.argv[2:])")
-    words = [*WORDS, "--batch_size=4096", "--max_iters=2", "--eval_iters=1", "--out_dir=out/x", "--overwrite"]
+    flags = [*FLAGS, "--batch_size=4096", "--max_iters=2", "--eval_iters=1", "--out_dir=out/x", "--overwrite"]
     size, tried = 8192, []
     for _ in range(10):
-        done = subprocess.run([sys.executable, "-c", code, DEVICE, *words, f"--device_batch_size={size}"], text=True,
+        done = subprocess.run([sys.executable, "-c", code, DEVICE, *flags, f"--device_batch_size={size}"], text=True,
                               capture_output=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
         tried.append(size)
         if done.returncode == 0:
@@ -299,8 +299,8 @@ def test_the_advice_when_memory_runs_out_leads_to_a_run(data):
 
 
 def test_a_checkpoint_of_either_device_is_used_on_the_other(data, capsys):
-    train.main([*WORDS, "--out_dir=out/here", "--max_iters=8"])
-    train.main([*WORDS, "--out_dir=out/cpu", "--max_iters=8", "--device=cpu"])
+    train.main([*FLAGS, "--out_dir=out/here", "--max_iters=8"])
+    train.main([*FLAGS, "--out_dir=out/cpu", "--max_iters=8", "--device=cpu"])
     for run in ("here", "cpu"):
         stories = []
         for device in (DEVICE, "cpu"):
@@ -318,9 +318,9 @@ def test_a_checkpoint_of_either_device_is_used_on_the_other(data, capsys):
 
 def test_torchrun_with_one_process_is_a_run_like_any_other(data):
     """On CUDA its gradients go through NCCL, which says so at NCCL_DEBUG=VERSION."""
-    train.main([*WORDS, "--out_dir=out/plain", "--max_iters=8"])
+    train.main([*FLAGS, "--out_dir=out/plain", "--max_iters=8"])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
-                           ROOT / "train.py", *WORDS, "--out_dir=out/torchrun", "--max_iters=8"], cwd=data, text=True,
+                           ROOT / "train.py", *FLAGS, "--out_dir=out/torchrun", "--max_iters=8"], cwd=data, text=True,
                           capture_output=True, env=os.environ | {"NCCL_DEBUG": "VERSION"}, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses("out/torchrun") == pytest.approx(losses("out/plain"), rel=1e-3)
@@ -329,6 +329,6 @@ def test_torchrun_with_one_process_is_a_run_like_any_other(data):
 
 @only_cuda
 def test_the_log_names_the_gpu(data):
-    train.main([*WORDS, "--out_dir=out/x", "--max_iters=2", "--dtype=auto"])
+    train.main([*FLAGS, "--out_dir=out/x", "--max_iters=2", "--dtype=auto"])
     (run,) = records("out/x", "run")
     assert run["device"] == torch.cuda.get_device_name() and run["dtype"] in ("bfloat16", "float16"), json.dumps(run)
