@@ -45,7 +45,7 @@ def test_every_part_at_toy_size(nursery_data, tmp_path):
     for name in ("bench-train", "bench-small"):
         assert figures[name]["tokens_per_s"] > 0 and figures[name]["mfu"] > 0
     assert figures["bench-generate"]["tokens_per_s_32"] > 0
-    assert figures["published"]["tokens"] == 8 * 64 * 16 and 5 < figures["published"]["loss"] < 6
+    assert figures["published"]["tokens"] == 8 * 4 * 16 and 5 < figures["published"]["loss"] < 6
     assert figures["published"]["story"].startswith("Once upon a time")
     assert figures["fast-82m-dropout"]["command"].startswith("python train.py config/tinystories_fast.py")
     assert "--dropout=0.1" in figures["fast-82m-dropout"]["command"] and figures["seeds"]["standard_deviation"] > 0
@@ -75,6 +75,13 @@ def test_what_fails_is_reported_and_what_is_done_is_skipped(harness, capsys):
     assert all(cuda.run_part(name, harness, again) for name in ("machine", "published"))
     assert "machine: done before\npublished: done after" in capsys.readouterr().out
     assert list(report(harness.out)) == ["machine", "published"] and "error" not in report(harness.out)["published"]
+
+
+def test_a_fault_of_the_harness_is_reported_with_its_traceback(harness, monkeypatch):
+    monkeypatch.setitem(cuda.PARTS, "machine", lambda harness: 1 / 0)
+    assert not cuda.run_part("machine", harness, cuda.read_report(harness))
+    assert "Traceback" in report(harness.out)["machine"]["error"]
+    assert "ZeroDivisionError" in (harness.out / "report.md").read_text()
 
 
 def test_without_cuda_no_part_is_done(harness):
