@@ -1,58 +1,290 @@
-"""Writing and reading run folders (out/<run>/) safely.
+"""A run folder, out/<run>/: opening it (new, resumed, or from other weights), its checkpoints and its logs.
 
-    ckpt.pt     the weights with the best validation loss so far, and what is needed to use them
-    last.pt     the same of the latest update, and the optimizers' states and whatever else resuming needs
-    last.prev.pt   the last.pt before it, for the case that something happens to that one
-    log.jsonl   one JSON object a line: the run, its log steps, its evaluations
-    samples.md  a story from each evaluation
-    tokenizer.tiktoken, meta.json   the dataset's, so that the folder is complete in itself
-    .lock       held by the process that trains
+    ckpt.pt        the weights with the best validation loss so far, and what is needed to use them
+    last.pt        the same of the latest save, with the optimizers and all else that resuming needs
+    last.prev.pt   the last.pt before it, in case that one gets damaged
+    log.jsonl      one JSON object per line: the run, its training steps, its evaluations
+    samples.md     a story from each evaluation
+    tokenizer.tiktoken, meta.json   copied from the dataset, so that the folder is self-contained
+    .lock          locked by the process that trains
 """
 
 import json
+import math
 import os
 import pickle
 import struct
 import sys
+import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-import files
-from dataset import read_meta
-from errors import UserError
+from config import Config, apply_overrides
+from data.dataset import Dataset, data_sha256, read_meta
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from runtime import files
+from runtime.distributed import sync_stop_and_time
+from runtime.errors import UserError
+from runtime.hardware import pick_fused
 
-HAS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int, "figures": dict}
-LAST_HAS = HAS | {"iter": int, "update": int, "optimizers": list, "scaler": dict, "skipped": int,
-                  "best_val_loss": float, "seconds": float, "ranks": int, "sizes": dict}
+REQUIRED_KEYS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int,
+                 "figures": dict}
+LAST_REQUIRED_KEYS = REQUIRED_KEYS | {"iter": int, "update": int, "optimizers": list, "scaler": dict, "skipped": int,
+                                      "best_val_loss": float, "seconds": float, "ranks": int, "sizes": dict}
+MAY_CHANGE = {f.name for f in fields(Config) if f.metadata["resume"]}  # settings, when a run is resumed
+
+
+# ---- the state of a run ----
+
+
+@dataclass
+class TrainState:
+    """A run in training: what the functions of the training loop share, and what a checkpoint stores of it."""
+
+    cfg: Config
+    data: Dataset
+    model: GPT
+    optimizers: list
+    scaler: torch.amp.GradScaler  # for float16; otherwise disabled
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    micro_batch_size: int  # sequences that go through the model at once
+    rank: int = 0
+    world_size: int = 1
+
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # of these, skipped because float16 gradients overflowed
+    best_val_loss: float = math.inf
+    metrics: dict = field(default_factory=lambda: {"iter": 0})  # of the latest evaluation
+    seconds: float = 0.0  # spent on the run, by rank 0's clock at the latest `synchronize`
+    stop: bool = False  # whether any rank had been asked to stop by then
+
+    started: float = 0.0  # what `time.perf_counter()` was `seconds` ago
+    logged_step: int = 0  # of the latest log line
+    logged_at: float = 0.0  # its `time.perf_counter()`, plus the time of evaluations since
+    saved_step: int = 0  # of the latest save of last.pt
+    saved_seconds: float = 0.0
+
+    @property
+    def out_dir(self):
+        """The run folder."""
+        return Path(self.cfg.out_dir)
+
+    @property
+    def iteration(self):
+        """Iterations done."""
+        return self.step * self.cfg.gradient_accumulation_steps
+
+    @property
+    def tokens(self):
+        """Tokens trained on."""
+        return self.step * self.cfg.tokens_per_step
+
+    def start_clock(self):
+        """Start counting time. The seconds of earlier sessions of a resumed run are included."""
+        self.logged_at = time.perf_counter()
+        self.started = self.logged_at - self.seconds
+        self.logged_step, self.saved_step, self.saved_seconds = self.step, self.step, self.seconds
+
+    def elapsed(self):
+        """Seconds spent on the run up to now, by this rank's clock, evaluations included."""
+        return time.perf_counter() - self.started
+
+    def synchronize(self, stop):
+        """Give all ranks the same `seconds` and `stop`, so that they take the same decisions."""
+        self.stop, self.seconds = sync_stop_and_time(stop, self.elapsed())
+
+    def model_checkpoint(self):
+        """The content of ckpt.pt."""
+        return {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
+                "config": asdict(self.cfg), "data_sha256": self.data.sha256, "iter": self.iteration,
+                "update": self.step, "tokens": self.tokens, "figures": self.metrics}
+
+    def resume_checkpoint(self):
+        """The content of last.pt."""
+        return self.model_checkpoint() | {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(), "skipped": self.skipped, "best_val_loss": self.best_val_loss,
+            "seconds": self.elapsed(), "ranks": self.world_size, "sizes": log_sizes(self.out_dir)}
+
+    def restore(self, checkpoint):
+        """Load the content of a last.pt. Raises UserError if it does not fit the model or the optimizers."""
+        with reading_checkpoint(self.out_dir / "last.pt"):
+            self.model.load_state_dict(checkpoint["model"])
+            for optimizer, stored in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                for group in stored["param_groups"]:
+                    if "fused" in group:  # stored for the device that the run was on before
+                        group["fused"] = pick_fused(self.device)
+                optimizer.load_state_dict(stored)
+            if checkpoint["scaler"]:  # empty if the run was not in float16 before
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.metrics = checkpoint["figures"] | {"iter": checkpoint["figures"]["iter"]}
+        self.step, self.skipped, self.seconds = checkpoint["update"], checkpoint["skipped"], checkpoint["seconds"]
+        self.best_val_loss = checkpoint["best_val_loss"]
+
+
+# ---- opening a run ----
+
+
+def open_run(settings, flags, args, world_size):
+    """Decide what a command line asks for: (Config, checkpoint to resume, checkpoint to take weights from).
+
+    Either checkpoint is a dict or None: a run is resumed (--resume), starts from the weights of another run (init_from)
+    or is new. `settings`: those of the config file. Writes nothing. Raises UserError if the run cannot be opened.
+    """
+    wanted = apply_overrides(settings, flags)
+    out_dir = wanted.get("out_dir") or (newest_run() if args.resume else Config.out_dir)
+    resume_checkpoint = init_checkpoint = None
+    if args.resume or vars(args)["resume=auto"] and is_resumable(out_dir):
+        cfg, resume_checkpoint = _resume(out_dir, settings, flags, world_size)
+    elif wanted.get("init_from", "scratch") != "scratch":
+        cfg, init_checkpoint = _init_from(wanted)
+    else:
+        cfg = Config(**wanted)
+    if not resume_checkpoint and not args.overwrite:
+        check_no_run(cfg.out_dir)
+    if cfg.sequences_per_step % world_size:
+        divisors = [n for n in range(1, cfg.sequences_per_step + 1) if cfg.sequences_per_step % n == 0]
+        raise UserError(f"{world_size} processes cannot divide a step's {cfg.sequences_per_step} sequences evenly: "
+                        f"start {', '.join(map(str, divisors))} of them")
+    return cfg, resume_checkpoint, init_checkpoint
+
+
+def _resume(out_dir, settings, flags, world_size):
+    """The Config of a run to resume, its stored settings overridden by the flags, and its checkpoint."""
+    checkpoint = load_resume_checkpoint(out_dir)
+    with reading_checkpoint(Path(out_dir, "last.pt")):
+        stored = asdict(Config(**checkpoint["config"]))
+    cfg = Config(**apply_overrides(stored, flags) | {"out_dir": str(out_dir)})
+    check_resume_settings(stored, asdict(cfg), settings)
+    if checkpoint["ranks"] != world_size:
+        print(f"changed: the world size is now {world_size}, was {checkpoint['ranks']}")
+    data_dir = Path("data", cfg.dataset)
+    if data_sha256(read_meta(data_dir)) != checkpoint["data_sha256"]:
+        raise UserError(f"{data_dir} is not the data that {out_dir} was trained on: prepare that data again, or start "
+                        "a new run with another --out_dir")
+    return cfg, checkpoint
+
+
+def check_resume_settings(stored, now, settings):
+    """Print which settings differ from the stored ones of a resumed run; raise UserError for those that may not."""
+    if bool(stored["max_minutes"]) != bool(now["max_minutes"]):
+        raise UserError("the length of a run in minutes can be changed by --max_minutes only, any other by --max_iters "
+                        "or --max_tokens: use that flag, or start a new run with another --out_dir")
+    if now["min_lr"] == 0 and max(stored["max_iters"], now["lr_decay_iters"]) < now["max_iters"]:
+        raise UserError(f"the learning rate is 0 from iteration {now['lr_decay_iters']} on, so more iterations would "
+                        "not train the model: start a new run of that length with another --out_dir")
+    for name in now:
+        if now[name] != stored[name] and name not in MAY_CHANGE:
+            raise UserError(f"{name} = {now[name]!r} cannot change when a run is resumed (it is {stored[name]!r}): "
+                            "leave it out, or start a new run with another --out_dir")
+        if now[name] != stored[name]:
+            print(f"changed: {name} is now {now[name]!r}, was {stored[name]!r}")
+        elif settings.get(name, stored[name]) != stored[name]:
+            print(f"note: the run keeps {name} = {stored[name]!r}; the config file has {settings[name]!r}")
+
+
+def _init_from(settings):
+    """The Config of a new run with the architecture of the run that init_from names, and that run's checkpoint.
+
+    block_size may be smaller than that run's, and dropout is free. Raises UserError for another difference.
+    """
+    source = Path(settings["init_from"])
+    model, tokenizer, checkpoint = load_model(best_checkpoint(source))
+    architecture = {f.name: getattr(model.config, f.name) for f in fields(GPTConfig)
+                    if f.name not in ("vocab_size", "dropout")}
+    cfg = Config(**architecture | settings)
+    for name, value in architecture.items():
+        wanted = getattr(cfg, name)
+        if wanted != value and not (name == "block_size" and wanted < value):
+            raise UserError(f"{name} = {wanted!r} differs from that of init_from = {cfg.init_from!r}, {value!r}: leave "
+                            f"it out, or set --{name}={value}")
+    if source.resolve() == Path(cfg.out_dir).resolve():
+        raise UserError(f"init_from = {cfg.init_from!r} is also the folder of the new run: choose another --out_dir")
+    if Tokenizer.load(Path("data", cfg.dataset)) != tokenizer:
+        raise UserError(f"data/{cfg.dataset} has another tokenizer than init_from = {cfg.init_from!r}: prepare it with "
+                        "that one, or start from scratch")
+    return cfg, checkpoint
+
+
+def check_no_run(out_dir):
+    """Raise UserError if a folder already contains a run."""
+    if run_exists(out_dir):
+        resume = "resume it (--resume), " if is_resumable(out_dir) else ""
+        raise UserError(f"{out_dir} already contains a run: {resume}replace it (--overwrite), or choose another folder "
+                        "(--out_dir)")
+
+
+def create_run_folder(out_dir, data_dir, overwrite):
+    """Create a run folder with the tokenizer and meta.json of a dataset, and remove what an earlier run left in it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files.acquire_lock(out_dir / ".lock", out_dir)
+    if not overwrite:
+        check_no_run(out_dir)  # again: another process may have created one in the meantime
+    for name in ("last.prev.pt", "last.pt", "ckpt.pt", "log.jsonl", "samples.md"):  # what resuming needs goes first
+        (out_dir / name).unlink(missing_ok=True)
+    for name in ("tokenizer.tiktoken", "meta.json"):
+        files.atomic_write(out_dir / name, lambda file: file.write((data_dir / name).read_bytes()))
+
+
+def reopen_run_folder(state, sizes):
+    """Make the files of a resumed run match its last.pt: truncate the logs to `sizes`, and check ckpt.pt.
+
+    If ckpt.pt cannot be used, the next evaluation writes a new one. Raises UserError if it belongs to another run.
+    """
+    truncate_logs(state.out_dir, sizes)
+    path = state.out_dir / "ckpt.pt"
+    if not math.isfinite(state.best_val_loss):
+        return
+    try:
+        stored = load(path)["config"]
+    except UserError as error:
+        print(f"note: {error}\nnote: the next evaluation writes a new {path}")
+        state.best_val_loss = math.inf
+        return
+    cfg = asdict(state.cfg)
+    if differing := [name for name in cfg.keys() - MAY_CHANGE if stored.get(name, cfg[name]) != cfg[name]]:
+        raise UserError(f"{path} and last.pt next to it belong to different runs, as their {min(differing)} differs: "
+                        "remove the one that does not belong there")
+
+
+# ---- checkpoints ----
+
+
+def save_last(state):
+    """Save last.pt, so that the run can be resumed from here."""
+    state.saved_step, state.saved_seconds = state.step, state.seconds
+    if state.rank == 0:
+        save(state.out_dir / "last.pt", state.resume_checkpoint())
 
 
 def save(path, state):
-    """Write a checkpoint so that there is always a whole one: the new one or, of last.pt, the one before as well.
+    """Write a checkpoint atomically; the last.pt before is kept as last.prev.pt.
 
-    Raises UserError where it cannot be written, as on a full disk.
+    Raises UserError if it cannot be written, as on a full disk.
     """
     path = Path(path)
     previous = path.with_name("last.prev.pt") if path.name == "last.pt" else None
-    files.replace(path, lambda file: torch.save(state, file), previous)
+    files.atomic_write(path, lambda file: torch.save(state, file), previous)
 
 
-def load(path, has=HAS):
-    """Read a checkpoint, a dict with the keys and types of `has`, into CPU memory; no code in the file is run.
+def load(path, required=REQUIRED_KEYS):
+    """Read a checkpoint into CPU memory: a dict with the required keys and types. Code in the file is not run.
 
-    Raises UserError where it is missing, damaged or something else.
+    Raises UserError if it is missing, damaged or not a checkpoint.
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself would not notice a flipped bit
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
             damaged = archive.testzip()
         if damaged:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train a model first, or name its folder with --out_dir") from error
@@ -60,131 +292,131 @@ def load(path, has=HAS):
         raise
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError,
             OverflowError, ImportError, struct.error, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint: {what_else_is_there(path)}") from error
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in has.items()):
+        raise UserError(f"{path} is damaged or not a checkpoint: {recovery_hint(path)}") from error
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in required.items()):
         raise UserError(f"{path} is not a checkpoint of this program, or of an older version of it: "
-                        f"{what_else_is_there(path)}")
-    return state
-
-
-def what_else_is_there(path):
-    """What to do when a checkpoint is no good, in words."""
-    if path.name == "ckpt.pt" and can_go_on(path.parent):
-        return "remove it to use the run's last.pt, or train on with --resume"
-    return "use another run, or train again"
-
-
-def load_last(out_dir):
-    """The checkpoint to go on from: last.pt or, where that is no good, last.prev.pt, which then takes its name.
-
-    Raises UserError where neither is good.
-    """
-    last, previous = Path(out_dir, "last.pt"), Path(out_dir, "last.prev.pt")
-    if can_go_on(out_dir):
-        files.hold(Path(out_dir, ".lock"), out_dir)
-    try:
-        return load(last, LAST_HAS)
-    except UserError as error:
-        if not previous.exists():
-            raise
-        print(f"note: {error}\nnote: going on from {previous}, the checkpoint before it", file=sys.stderr)
-    state = load(previous, LAST_HAS)
-    previous.replace(last)  # or the next save would put the damaged one in its place
+                        f"{recovery_hint(path)}")
     return state
 
 
 @contextmanager
-def taking_from(path):
-    """Turn what can go wrong where a checkpoint's contents are put to use into a UserError that names it."""
+def reading_checkpoint(path):
+    """Raise UserError with the checkpoint's name if its content turns out to be wrong when it is used."""
     try:
         yield
     except (TypeError, AttributeError, RuntimeError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a checkpoint of this program, or of another version of it: "
-                        f"{what_else_is_there(Path(path))}") from error
+                        f"{recovery_hint(Path(path))}") from error
 
 
-def holds_run(out_dir):
-    """Whether a folder holds a run, be it one that died before its first checkpoint."""
+def recovery_hint(path):
+    """What to do about an unusable checkpoint, as a phrase."""
+    if path.name == "ckpt.pt" and is_resumable(path.parent):
+        return "remove it to use the run's last.pt, or resume training"
+    return "use another run, or train again"
+
+
+def load_resume_checkpoint(out_dir):
+    """Load last.pt or, if it is unusable, last.prev.pt, which is then renamed to last.pt. Locks the run folder.
+
+    Raises UserError if neither can be used.
+    """
+    last, previous = Path(out_dir, "last.pt"), Path(out_dir, "last.prev.pt")
+    if is_resumable(out_dir):
+        files.acquire_lock(Path(out_dir, ".lock"), out_dir)
+    try:
+        return load(last, LAST_REQUIRED_KEYS)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        print(f"note: {error}\nnote: resuming from {previous}, the checkpoint before it", file=sys.stderr)
+    state = load(previous, LAST_REQUIRED_KEYS)
+    previous.replace(last)  # or the next save would replace it by the damaged one
+    return state
+
+
+def load_model(path):
+    """Load a checkpoint for use: the model (eval mode, float32, CPU), its tokenizer and the checkpoint's dict.
+
+    Raises UserError if the checkpoint or the tokenizer next to it is missing, damaged or does not match.
+    """
+    path = Path(path)
+    state = load(path)
+    with reading_checkpoint(path):
+        model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+    if data_sha256(read_meta(path.parent)) != state["data_sha256"]:
+        raise UserError(f"{path.parent / 'meta.json'} does not belong to the data that {path} was trained on: copy it "
+                        "and tokenizer.tiktoken from there")
+    return model.eval(), Tokenizer.load(path.parent), state
+
+
+# ---- finding runs ----
+
+
+def run_exists(out_dir):
+    """Whether a folder contains a run, even one that ended before its first checkpoint."""
     return any(Path(out_dir, name).exists() for name in ("log.jsonl", "last.pt", "last.prev.pt", "ckpt.pt"))
 
 
-def can_go_on(out_dir):
-    """Whether a folder holds a run that can be resumed."""
+def is_resumable(out_dir):
+    """Whether a folder contains a run that can be resumed."""
     return any(Path(out_dir, name).exists() for name in ("last.pt", "last.prev.pt"))
 
 
-def runs(root="out"):
-    """The run folders under `root` that have a checkpoint, the one whose checkpoint was written last first."""
+def list_runs(root="out"):
+    """The run folders under `root` that have a checkpoint, the most recently written first."""
     written = {}
     for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
         for path in Path(root).glob(f"*/{name}"):
-            with suppress(FileNotFoundError):  # a run that is saving has renamed it
+            with suppress(FileNotFoundError):  # renamed by a run that is saving
                 written[path.parent] = max(written.get(path.parent, 0), path.stat().st_mtime)
     return sorted(written, key=written.get, reverse=True)
 
 
 def newest_run(root="out"):
-    """The run folder under `root` whose checkpoint was written last. Raises UserError where there is none."""
-    if not (found := runs(root)):
+    """The run folder under `root` with the most recently written checkpoint. Raises UserError if there is none."""
+    if not (found := list_runs(root)):
         raise UserError(f"no trained model under {root}/: train one first, for example  "
                         "python train.py config/quickstart.py")
     return found[0]
 
 
-def best_in(out_dir):
-    """The path of a run's checkpoint to use: ckpt.pt, or last.pt where no evaluation has written a ckpt.pt yet.
+def best_checkpoint(out_dir):
+    """The path of a run's best checkpoint: ckpt.pt, or last.pt before the first evaluation.
 
-    Raises UserError where there is neither.
+    Raises UserError if there is neither.
     """
     for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
         if Path(out_dir, name).exists():
             return Path(out_dir, name)
     if Path(out_dir, "config.json").exists():
-        raise UserError(f"{out_dir} is a model for transformers: make a run of it with  "
+        raise UserError(f"{out_dir} is a model for transformers: convert it to a run with  "
                         f"python -m tools.hf import {out_dir} out/NAME")
     raise UserError(f"no checkpoint in {out_dir}: train a model first, or name the folder of another run")
 
 
-def load_model(path):
-    """The model (in eval mode, fp32, on the CPU), its tokenizer and the checkpoint's dict, from a run's checkpoint.
-
-    Raises UserError where the checkpoint or the tokenizer beside it is missing, damaged or of something else.
-    """
-    path = Path(path)
-    state = load(path)
-    with taking_from(path):
-        model = GPT(GPTConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-    if data_sha256(read_meta(path.parent)) != state["data_sha256"]:
-        raise UserError(f"{path.parent / 'meta.json'} is not of the data that {path} was trained on: copy it and "
-                        "tokenizer.tiktoken from there")
-    return model.eval(), Tokenizer.load(path.parent), state
-
-
-def data_sha256(meta):
-    """The hashes of a dataset's token files, split → hex, from its meta.json's dict."""
-    return {split: figures["sha256"] for split, figures in meta["splits"].items()}
+# ---- logs ----
 
 
 def read_log(path, size=None):
     """The records of a log.jsonl, or of its first `size` bytes, oldest first.
 
-    A torn last line, which a run that died can leave, is passed over; UserError is raised for any other line that is no
-    record.
+    An incomplete last line, which a killed run can leave, is ignored. Raises UserError for any other invalid line.
     """
     records = []
     lines = Path(path).read_bytes()[:size].split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # behind the last line end: nothing, or a torn line
+    for number, line in enumerate(lines[:-1], 1):  # after the last line feed: nothing, or an incomplete line
         try:
             records.append(json.loads(line))
             records[-1]["kind"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is damaged: put it right, or move the file away") from error
+            raise UserError(f"{path}, line {number} is damaged: repair it, or move the file away") from error
     return records
 
 
-def sizes(out_dir):
-    """The sizes of log.jsonl and samples.md in bytes, name → size, once they are on the disk: for a checkpoint."""
+def log_sizes(out_dir):
+    """The sizes of log.jsonl and samples.md in bytes, name → size, after flushing both to the disk."""
     sizes = {"log.jsonl": 0, "samples.md": 0}
     for name in sizes:
         if Path(out_dir, name).exists():
@@ -194,18 +426,18 @@ def sizes(out_dir):
     return sizes
 
 
-def cut_back(out_dir, sizes):
-    """Cut log.jsonl and samples.md back to the sizes they had at a checkpoint, so that nothing is in them twice.
+def truncate_logs(out_dir, sizes):
+    """Truncate log.jsonl and samples.md to their sizes at a checkpoint, so that resuming repeats no entry.
 
-    Raises UserError where one has been shortened since, or the log damaged.
+    Raises UserError if one has become shorter since, or the log is damaged.
     """
     for name, size in sizes.items():
         path = Path(out_dir, name)
         if not path.exists():
             continue
         if path.stat().st_size < size:
-            raise UserError(f"{path} is shorter than it was at the last checkpoint: put it back, or move it away to go "
-                            "on without it")
+            raise UserError(f"{path} is shorter than at the last checkpoint: restore it, or move it away to resume "
+                            "without it")
         if name == "log.jsonl":
             read_log(path, size)
         os.truncate(path, size)

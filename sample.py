@@ -1,9 +1,9 @@
-"""Tell stories with a trained model.
+"""Generate stories with a trained model.
 
-    python sample.py --start "Once upon a time"          one story, printed as it is made
-    python sample.py --num_samples 10 > stories.txt      ten at once, with lines of <|endoftext|> between them
+    python sample.py --start "Once upon a time"          one story, printed as it is generated
+    python sample.py --num_samples 10 > stories.txt      ten in one batch, separated by lines of <|endoftext|>
 
-stdout gets the stories and nothing else; stderr says which model tells them, and how fast.
+stdout has the stories and nothing else; stderr has the model, its validation loss and the speed.
 """
 
 import argparse
@@ -16,35 +16,33 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from errors import Parser, UserError, exit_with_one_line
-from hardware import DTYPES, pick_device, pick_weights
+from data.tokenizer import END_OF_TEXT
 from model import window_start
-from tokenizer import END_OF_TEXT
+from runtime.errors import Parser, UserError, exit_with_one_line
+from runtime.hardware import DTYPES, pick_device, pick_inference_dtype
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Print stories; `argv` as on the command line. What a user can mend ends in one line."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the system's own is: prepare.py reads UTF-8
+    """Generate and print stories; `argv` as on the command line. User errors print one line."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # not the system's encoding: prepare.py reads UTF-8
     args = parse_args(argv)
     prompt = read_prompt(args.start)
-    path = checkpoint.best_in(args.out_dir or checkpoint.newest_run())
+    path = checkpoint.best_checkpoint(args.out_dir or checkpoint.newest_run())
     if path.name == "last.pt":
         print(f"{path.parent} has no ckpt.pt yet: using last.pt", file=sys.stderr)
     device = pick_device(args.device)
     model, tokenizer, state = checkpoint.load_model(path)
-    dtype = pick_weights(args.dtype, device, args.num_samples)
+    dtype = pick_inference_dtype(args.dtype, device, args.num_samples)
     model = model.to_int8() if dtype == "int8" else model.to(device, dtype)
-    trained = f"{state['tokens']:,} tokens of training" if state["tokens"] else "trained elsewhere"
-    print(f"{path}: {trained}" + (
-        f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else "")
-        + f"; weights in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+    training = f"trained on {state['tokens']:,} tokens" if state["tokens"] else "trained elsewhere"
+    val_loss = f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else ""
+    print(f"{path}: {training}{val_loss}; weights in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
-    # A story begins after an end of text, as in training.
-    tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    if unseen := window_start(len(tokens), model.config.block_size):
-        print(f"the prompt has {len(tokens)} tokens: the model, with a window of {model.config.block_size}, reads the "
-              f"last {len(tokens) - unseen}", file=sys.stderr)
+    tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]  # in training, too, stories follow an end of text
+    if start := window_start(len(tokens), model.config.block_size):
+        print(f"the prompt has {len(tokens)} tokens, more than the context window of {model.config.block_size}: the "
+              f"model reads the last {len(tokens) - start}", file=sys.stderr)
     generator = torch.Generator(device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
     steps = model.generate(torch.tensor([tokens] * args.num_samples, device=device), args.max_new_tokens,
@@ -52,85 +50,80 @@ def main(argv=None):
 
     started = time.perf_counter()
     if args.num_samples == 1:
-        made = tell(prompt, tokenizer, (int(step) for step in steps))
+        lengths = [print_story(prompt, tokenizer, map(int, steps))]
     else:
-        made = tell_many(prompt, tokenizer, [step.tolist() for step in tqdm(
-            steps, "telling", args.max_new_tokens, unit=" tokens each", leave=False, disable=None)])
+        bar = tqdm(steps, "generating", args.max_new_tokens, unit=" tokens each", leave=False, disable=None)
+        lengths = print_stories(prompt, tokenizer, [step.tolist() for step in bar])
     seconds = time.perf_counter() - started
-    print(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s", file=sys.stderr)
+    # All but the stories that max_new_tokens cut short have an end of text in addition.
+    generated = sum(min(length + 1, args.max_new_tokens) for length in lengths)
+    print(f"{generated} tokens in {seconds:.1f} s, {generated / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def parse_args(argv):
-    """The command line as a namespace; exits with code 2 for wrong flags."""
-    def number(kind, low, high, meaning):
-        def check(text):
-            if not low <= (value := kind(text)) <= high:
-                raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
-            return value
-        check.__name__ = kind.__name__  # argparse names it where the text is no number
-        return check
-
-    above_zero = number(int, 1, 10**9, "1 or more")
-    parser = Parser(description="Tell stories with a trained model.")
-    parser.add_argument("--start", default="", help="how the story begins, or FILE:prompt.txt (default: as it likes)")
-    parser.add_argument("--out_dir", help="the run (default: the one under out/ with the newest checkpoint)")
+    """Parse the command line; exits with code 2 for an invalid flag."""
+    parser = Parser(description="Generate stories with a trained model.")
+    parser.add_argument("--start", default="", help="the prompt, or FILE:prompt.txt (default: no prompt)")
+    parser.add_argument("--out_dir", help="the run's folder (default: the one under out/ with the newest checkpoint)")
     parser.add_argument("--num_samples", type=number(int, 1, 1000, "from 1 to 1000"), default=1,
-                        help="how many stories, made as one batch (default: 1, printed as it is made)")
-    parser.add_argument("--max_new_tokens", type=above_zero, default=400, help="longest story, in tokens without the "
-                                                                               "prompt's (default: 400)")
+                        help="number of stories, generated as one batch (default: 1, printed as it is generated)")
+    parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9, "1 or more"), default=400,
+                        help="maximum length of a story in tokens, without the prompt (default: 400)")
     parser.add_argument("--temperature", type=number(float, 0, 100, "from 0 to 100"), default=0.8,
-                        help="0: always the likeliest token; 1: as the model says (default: 0.8)")
+                        help="the logits are divided by it; 0: always the most likely token (default: 0.8)")
     parser.add_argument("--top_k", type=number(int, 0, 10**9, "0 or more"), default=200,
-                        help="choose among so many of the likeliest tokens; 0: all (default: 200)")
+                        help="sample from the k most likely tokens; 0: from all (default: 200)")
     parser.add_argument("--top_p", type=number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0,
-                        help="choose among the likeliest tokens that hold this share of the probability (default: 1)")
+                        help="sample from the most likely tokens whose probabilities sum to p (default: 1)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1, "from 0 to 2**63 - 1"),
-                        help="the same seed tells the same story (default: a new one each time)")
+                        help="the same seed gives the same stories (default: a new seed each time)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
-                        help="of the weights; auto: the fastest, which for one story on a CPU is int8 (default: auto)")
+                        help="dtype of the weights; auto: the fastest, for one story on a CPU int8 (default: auto)")
     return parser.parse_args(argv)
 
 
+def number(kind, low, high, allowed):
+    """An argparse type: an int or float (`kind`) from low to high; `allowed` describes that range in the error."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+        return value
+    parse.__name__ = kind.__name__  # argparse prints it if the text is not a number
+    return parse
+
+
 def read_prompt(start):
-    """The prompt: the text itself, or a file's where it is FILE:path. Raises UserError where that cannot be read."""
+    """The prompt of --start: the text itself, or that of a file, FILE:path. Raises UserError if it cannot be read."""
     if not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
-        return path.read_text(encoding="utf-8").rstrip("\n")  # a file's last line end is not part of the story
+        return path.read_text(encoding="utf-8").rstrip("\n")  # the last line's end is not part of the prompt
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt file {path} is not UTF-8 text") from error
     except OSError as error:
         raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
 
 
-def tell(prompt, tokenizer, tokens):
-    """Print one story as its tokens come; how many there were comes back."""
-    made = 0
-
-    def counted():
-        nonlocal made
-        for token in tokens:
-            made += 1
-            yield token
-
+def print_story(prompt, tokenizer, tokens):
+    """Print a story while its tokens are generated; returns its length in tokens, without the end of text."""
     print(prompt, end="", flush=True)
-    story = itertools.takewhile(lambda token: token != tokenizer.end_of_text, counted())
-    for piece in tokenizer.stream(story):
+    story = itertools.takewhile(lambda token: token != tokenizer.end_of_text, tokens)
+    for length, piece in enumerate(tokenizer.stream(story)):  # a piece for each token, and one after the last
         print(piece, end="", flush=True)
     print(flush=True)
-    return made
+    return length
 
 
-def tell_many(prompt, tokenizer, steps):
-    """Print the stories of a batch, `steps` being a list of each step's tokens; how many there were comes back."""
-    made = 0
+def print_stories(prompt, tokenizer, steps):
+    """Print the stories of a batch, given each step's list of tokens; returns their lengths as `print_story` does."""
+    lengths = []
     for i, tokens in enumerate(zip(*steps)):
         story = list(itertools.takewhile(lambda token: token != tokenizer.end_of_text, tokens))
-        made += min(len(story) + 1, len(tokens))  # the end of text too, where there is one
+        lengths.append(len(story))
         print(f"{END_OF_TEXT}\n" * (i > 0) + prompt + tokenizer.decode(story))
-    return made
+    return lengths
 
 
 if __name__ == "__main__":

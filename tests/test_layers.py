@@ -1,4 +1,4 @@
-"""The layers of our own against torch's: the same results, whatever they are quicker at."""
+"""The faster layers give the results of torch's."""
 
 import math
 
@@ -8,108 +8,113 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import layers
-from layers import Dropout, Int8Linear, Linear, attend, head_loss
+from layers import Dropout, Int8Linear, Linear, causal_attention, fused_linear_cross_entropy, linear_cross_entropy
 
 
 @pytest.fixture(params=[(1, 1), (5, 1), (7, 64), (1000, 64), (1000, 1)])
-def rows(request, monkeypatch):
-    """So many rows of logits at once, of 14, and their columns, of 50, padded or not."""
-    for setting, value in zip((layers.HEAD_ROWS, layers.HEAD_MULTIPLE), request.param):
+def chunks(request, monkeypatch):
+    """Values of CHUNK_ROWS, for 14 rows, and of VOCAB_MULTIPLE, for 50 columns."""
+    for setting, value in zip((layers.CHUNK_ROWS, layers.VOCAB_MULTIPLE), request.param):
         monkeypatch.setitem(setting, "cpu", value)
 
 
 def leaves(*shapes):
+    """Random tensors that require gradients."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def test_head_loss_and_its_gradients_are_those_of_plain_cross_entropy(rows):
+def test_loss_and_gradients_equal_plain_cross_entropy(chunks):
     y = torch.randint(50, (14,))
     x, weight = leaves((14, 16), (50, 16))
     plain = F.cross_entropy(x @ weight.T, y, reduction="none")
     expected = plain, *torch.autograd.grad(3 * plain.mean(), (x, weight))
-    mean, losses = head_loss(x, weight, y)
-    assert not losses.requires_grad
-    torch.testing.assert_close(mean, losses.mean())
-    for mine, plain in zip((losses, *torch.autograd.grad(3 * mean, (x, weight))), expected, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
-    with torch.no_grad():
-        assert torch.equal(head_loss(x, weight, y)[1], losses)
+    for loss_function in (fused_linear_cross_entropy, linear_cross_entropy):
+        mean, losses = loss_function(x, weight, y)
+        assert not losses.requires_grad
+        torch.testing.assert_close(mean, losses.mean())
+        for a, b in zip((losses, *torch.autograd.grad(3 * mean, (x, weight))), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            assert torch.equal(loss_function(x, weight, y)[1], losses)
 
 
-def test_head_loss_in_bfloat16_is_that_of_plain_autocast_to_rounding(rows):
+def test_loss_in_bfloat16_equals_plain_autocast_to_rounding(chunks):
     y = torch.randint(50, (14,))
     x, weight = leaves((14, 16), (50, 16))
     with torch.autocast("cpu", torch.bfloat16):
-        plain = F.cross_entropy(F.linear(x, weight), y)
-        mean, _ = head_loss(x, weight, y)
+        plain, _ = linear_cross_entropy(x, weight, y)
+        mean, _ = fused_linear_cross_entropy(x, weight, y)
     assert mean.dtype == torch.float32
     torch.testing.assert_close(mean, plain, rtol=2e-3, atol=0)
-    for mine, expected in zip(torch.autograd.grad(mean, (x, weight)), torch.autograd.grad(plain, (x, weight))):
-        assert mine.dtype == torch.float32
-        assert (mine - expected).norm() < 0.01 * expected.norm()
+    for actual, expected in zip(torch.autograd.grad(mean, (x, weight)), torch.autograd.grad(plain, (x, weight))):
+        assert actual.dtype == torch.float32
+        assert (actual - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("target_logit", [0.0, 4.0, 8.0, 12.0])
-def test_head_loss_in_bfloat16_is_as_good_as_autocasts_for_likely_tokens(target_logit):
-    """A probability near 1 has few digits in bfloat16; the loss and the gradient need those of what is left."""
+def test_loss_in_bfloat16_is_as_exact_as_autocast_for_likely_tokens(target_logit):
+    """A probability near 1 has few digits in bfloat16; the loss and the gradient need those of 1 - p."""
     x, weight = leaves((200, 16), (50, 16))
     y = torch.randint(50, (200,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         x += target_logit * weight[y] / weight[y].square().sum(1, keepdim=True)
-    plain = F.cross_entropy(x @ weight.T, y)
-    exact = [plain, *torch.autograd.grad(plain, (x, weight))]
+    exact_loss = F.cross_entropy(x @ weight.T, y)
+    exact = [exact_loss, *torch.autograd.grad(exact_loss, (x, weight))]
     errors = []
-    for loss_of in (lambda: F.cross_entropy(F.linear(x, weight), y), lambda: head_loss(x, weight, y)[0]):
+    for loss_function in (linear_cross_entropy, fused_linear_cross_entropy):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of()
-        found = [loss, *torch.autograd.grad(loss, (x, weight))]
-        errors.append([(a - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)])
-    for autocasts, ours in list(zip(*errors))[1:]:
-        assert ours < 1.5 * autocasts + 1e-3
-    assert errors[1][0] < errors[0][0] + 2e-3
+            loss, _ = loss_function(x, weight, y)
+        results = [loss, *torch.autograd.grad(loss, (x, weight))]
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(results, exact, strict=True)])
+    plain_errors, fused_errors = errors
+    for plain, fused in list(zip(plain_errors, fused_errors))[1:]:
+        assert fused < 1.5 * plain + 1e-3
+    assert fused_errors[0] < plain_errors[0] + 2e-3
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 87.4), (torch.bfloat16, 87.4), (torch.float16, 16.7)])
-def test_head_loss_stays_finite_where_a_probability_vanishes(dtype, most):
+@pytest.mark.parametrize("dtype, maximum", [(torch.float32, 87.4), (torch.bfloat16, 87.4), (torch.float16, 16.7)])
+def test_loss_is_finite_where_a_probability_underflows(dtype, maximum):
     x, weight = torch.tensor([[200.0]], dtype=dtype), torch.tensor([[1.0], [-1.0]], dtype=dtype)
-    loss = head_loss(x, weight, torch.tensor([1]))[1]
-    assert most - 0.2 < loss.item() < most  # 400 in truth; the gradient is exact
-    assert head_loss(x, weight, torch.tensor([0]))[1].item() == 0
+    loss = fused_linear_cross_entropy(x, weight, torch.tensor([1]))[1]
+    assert maximum - 0.2 < loss.item() < maximum  # exactly 400; the gradient is exact
+    assert fused_linear_cross_entropy(x, weight, torch.tensor([0]))[1].item() == 0
 
 
-def test_head_gradients_of_a_frequent_token_do_not_overflow_in_float16(monkeypatch):
-    """Half of 16,384 rows times 19.6 is more than float16 holds; no loss scale can mend what is summed before it."""
-    monkeypatch.setitem(layers.HEAD_ROWS, "cpu", 16384)
+def test_gradient_of_a_frequent_token_does_not_overflow_in_float16(monkeypatch):
+    """Half of 16,384 rows times 19.6 is above float16's maximum, and is summed before the loss is scaled."""
+    monkeypatch.setitem(layers.CHUNK_ROWS, "cpu", 16384)
     x, weight = torch.full((16384, 1), 19.6), torch.zeros(2, 1, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
-        mean, _ = head_loss(x, weight, torch.zeros(16384, dtype=torch.long))
+        mean, _ = fused_linear_cross_entropy(x, weight, torch.zeros(16384, dtype=torch.long))
     torch.testing.assert_close(torch.autograd.grad(mean, weight)[0], torch.tensor([[-9.8], [9.8]]), rtol=1e-2, atol=0)
 
 
-def test_head_loss_of_what_is_not_a_number_is_not_a_number():
-    assert head_loss(torch.full((3, 2), math.nan), torch.ones(5, 2), torch.zeros(3, dtype=torch.long))[0].isnan()
+def test_loss_of_nan_is_nan():
+    x, weight, y = torch.full((3, 2), math.nan), torch.ones(5, 2), torch.zeros(3, dtype=torch.long)
+    assert fused_linear_cross_entropy(x, weight, y)[0].isnan()
 
 
-def test_attention_is_torchs():
+def test_causal_attention_equals_torchs():
     q, k, v = leaves(*[(2, 3, 9, 8)] * 3)
-    mine, torchs = attend(q, k, v, nn.Identity()), F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(mine, torchs)
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (mine, torchs)), strict=True):
+    actual, expected = causal_attention(q, k, v, nn.Identity()), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(actual, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (actual, expected))
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_its_share_everywhere_and_keeps_the_mean(p):
+def test_dropout_has_probability_p_everywhere_and_keeps_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(40, 1003, requires_grad=True)
     y = Dropout(p)(x)
     dropped = (y == 0).float()
     assert dropped.mean().item() == pytest.approx(p, abs=0.01)
     assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-4) and y.unique().numel() == 2
-    lanes = dropped.flatten()[:40_000].view(-1, 4).mean(0)  # four masks come from one draw
-    assert (lanes - p).abs().max() < 0.02
-    assert torch.corrcoef(dropped.flatten()[:40_000].view(-1, 4).T).fill_diagonal_(0).abs().max() < 0.05
+    lanes = dropped.flatten()[:40_000].view(-1, 4)  # four elements share one 64-bit random number
+    assert (lanes.mean(0) - p).abs().max() < 0.02
+    assert torch.corrcoef(lanes.T).fill_diagonal_(0).abs().max() < 0.05
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
     assert not torch.equal(Dropout(p)(x), y)
@@ -118,7 +123,7 @@ def test_dropout_drops_its_share_everywhere_and_keeps_the_mean(p):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 1, 24), (1, 3, 24), (24,)])
-def test_linear_is_torchs(bias, shape):
+def test_linear_equals_torchs(bias, shape):
     torch.manual_seed(0)
     layer, x = Linear(24, 10, bias=bias), torch.randn(shape)
     expected = F.linear(x, layer.weight, layer.bias)
@@ -127,14 +132,14 @@ def test_linear_is_torchs(bias, shape):
     assert int8.shape == expected.shape and (int8.float() - expected).abs().max() < 0.03
 
 
-def test_linear_of_a_single_row_has_its_gradients():
+def test_gradients_of_linear_for_a_single_row():
     layer, x = Linear(24, 10), torch.randn(1, 24, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad[0], layer.weight.detach().sum(0))
     torch.testing.assert_close(layer.weight.grad, x.detach().expand(10, -1))
 
 
-def test_int8_weights_are_within_half_a_step():
+def test_int8_weights_are_within_a_quantization_step():
     weight = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     int8 = Int8Linear(weight)

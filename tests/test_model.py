@@ -1,4 +1,4 @@
-"""The model: its size, its first loss, causality, the cache, and what sampling may choose."""
+"""The model: its size, initialization, causality, loss, KV cache and sampling."""
 
 import copy
 import math
@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, choose_token, largest, window_start
+from config import Config
+from layers import linear_cross_entropy
+from model import GPT, GPTConfig, KVCache, count_parameters, fast_topk, sample_token, window_start
 
 
 def small(**changes):
-    """A small model in eval mode with weights large enough that its choices differ."""
+    """A small model in eval mode, with weights large enough that its samples differ."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16) | changes)).eval()
     with torch.no_grad():
@@ -32,18 +34,46 @@ def test_published_model_has_29995392_parameters(published):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_number_of_parameters_is_known_before_the_model_is_made(bias):
+def test_count_parameters_builds_no_model_and_draws_no_random_numbers(bias):
     config = GPTConfig(300, 16, 3, 2, 24, bias=bias)
-    assert config.num_parameters() == GPT(config).num_parameters()
+    expected, state = GPT(config).num_parameters(), torch.get_rng_state()
+    assert count_parameters(config) == expected
+    assert count_parameters(GPTConfig(10**9, n_embd=1200)) > 1.2e12  # more than any memory
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_first_loss_is_that_of_a_guess(published):
+def test_config_from_settings():
+    settings = Config(block_size=32, n_layer=3, n_head=2, n_embd=64, dropout=0.3, bias=False)
+    assert GPTConfig.from_settings(settings, 500) == GPTConfig(500, 32, 3, 2, 64, 0.3, False)
+
+
+def test_pretrained_weights_of_a_longer_block():
+    model, longer = small(), small(block_size=12)
+    with torch.no_grad():
+        longer.transformer.wpe.weight.normal_()
+    model.load_pretrained(longer.state_dict())
+    idx = torch.randint(50, (2, 8))
+    assert torch.equal(model(idx), longer(idx))
+
+
+@pytest.mark.parametrize("change", [
+    lambda weights: weights.pop("transformer.ln_f.weight"), lambda weights: weights.update(extra=torch.zeros(8)),
+    lambda weights: weights.update({"transformer.wpe.weight": torch.zeros(4, 16)}),
+])
+def test_pretrained_weights_that_do_not_fit(change):
+    weights = small().state_dict()
+    change(weights)
+    with pytest.raises(RuntimeError):
+        small().load_pretrained(weights)
+
+
+def test_first_loss_is_that_of_a_uniform_distribution(published):
     idx = torch.randint(50257, (2, 129), generator=torch.Generator().manual_seed(1))
     loss = published(idx[:, :-1], idx[:, 1:]).item()
     assert abs(loss - math.log(50257)) < 0.15
 
 
-def test_initialisation_is_gpt2s(published):
+def test_initialization_is_gpt2s(published):
     std = {name: p.std().item() for name, p in published.named_parameters()}
     assert std["transformer.wte.weight"] == pytest.approx(0.02, rel=0.02)
     assert std["transformer.h.3.mlp.c_fc.weight"] == pytest.approx(0.02, rel=0.02)
@@ -52,12 +82,12 @@ def test_initialisation_is_gpt2s(published):
     assert all((p == 0).all() for name, p in published.named_parameters() if name.endswith("bias"))
 
 
-def test_without_bias_only_weights_are_left():
+def test_without_bias_there_are_only_weights():
     names = [name for name, _ in small(bias=False).named_parameters()]
     assert names and not [name for name in names if name.endswith("bias")]
 
 
-def test_no_token_sees_a_later_one():
+def test_logits_do_not_depend_on_later_tokens():
     model, idx = small(), torch.randint(50, (1, 8))
     logits = model(idx)
     for t in range(1, 8):
@@ -75,9 +105,25 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     torch.testing.assert_close(model(x, y), expected.mean())
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_the_plain_loss_function_gives_the_same_loss_and_gradients(dtype, tolerance):
+    fused, plain = small(), small()
+    plain.loss_function = torch.compiler.disable(linear_cross_entropy)  # train.py wraps it so for compiled models
+    idx = torch.randint(50, (3, 9))
+    results = []
+    for model in (fused, plain):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            mean, losses = (model(idx[:, :-1], idx[:, 1:], reduction=reduction) for reduction in ("mean", "none"))
+        mean.backward()
+        assert mean.requires_grad and not losses.requires_grad
+        results.append([mean.detach(), losses, *(p.grad for p in model.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() < tolerance * expected.norm()
+
+
 @pytest.mark.parametrize("block_size", [2, 7, 8])
 @pytest.mark.parametrize("prompt", [1, 8, 21])
-def test_cached_logits_equal_uncached_ones_past_the_block(block_size, prompt):
+def test_cached_logits_equal_uncached_logits_also_past_the_block(block_size, prompt):
     model = small(block_size=block_size)
     idx = torch.randint(50, (2, prompt))
     cached = []
@@ -91,7 +137,7 @@ def test_cached_logits_equal_uncached_ones_past_the_block(block_size, prompt):
         idx = torch.cat([idx, token[:, None]], 1)
 
 
-def test_window_start_is_the_designs():
+def test_window_start_advances_by_half_a_block():
     T, h = 8, 4
     assert [window_start(n, T) for n in range(1, 20)] == [
         0 if n <= T else h * math.ceil((n - T) / h) for n in range(1, 20)]
@@ -100,7 +146,7 @@ def test_window_start_is_the_designs():
 
 @torch.no_grad()
 @pytest.mark.parametrize("fixed_shapes", [False, True])  # as on a CPU, as on a GPU
-def test_cache_takes_one_token_as_it_takes_many(fixed_shapes):
+def test_cache_filled_by_a_prompt_and_by_single_tokens(fixed_shapes):
     model, idx = small().double(), torch.randint(50, (2, 8))
     cache = KVCache(model.config, 2, "cpu", torch.float64)
     cache.fixed_shapes = fixed_shapes
@@ -111,7 +157,7 @@ def test_cache_takes_one_token_as_it_takes_many(fixed_shapes):
     torch.testing.assert_close(logits[:, -1], model(idx)[:, -1])
 
 
-def test_a_story_ends_at_end_of_text_and_generation_when_all_have():
+def test_generation_stops_when_all_sequences_have_ended():
     model = small()
     steps = torch.stack(list(model.generate(torch.zeros(4, 1, dtype=torch.long), 400, end_of_text=7,
                                             generator=torch.Generator().manual_seed(0))), 1)  # (4, steps)
@@ -121,8 +167,8 @@ def test_a_story_ends_at_end_of_text_and_generation_when_all_have():
     assert all((row[end:] == 7).all() for row, end in zip(steps, ends))
 
 
-def test_the_logits_that_a_token_was_chosen_by():
-    model, idx = small().double(), torch.randint(50, (2, 3))  # whose rounding is far below the bound
+def test_generate_with_logits():
+    model, idx = small().double(), torch.randint(50, (2, 3))  # double: rounding is far below the tolerance
     for token, logits in model.generate(idx, 12, temperature=0, with_logits=True):
         with torch.no_grad():
             expected = model(idx[:, window_start(idx.size(1), 8):])[:, -1]  # (B, V)
@@ -131,17 +177,17 @@ def test_the_logits_that_a_token_was_chosen_by():
         idx = torch.cat([idx, token[:, None]], 1)
 
 
-def test_seed_decides_the_story():
+def test_seed_determines_the_story():
     def story(seed):
         generator = torch.Generator().manual_seed(seed)
         return [t.item() for t in small().generate(torch.zeros(1, 1, dtype=torch.long), 20, generator=generator)]
     assert story(1) == story(1) != story(2)
 
 
-def drawn(logits, n=10_000, **settings):
-    """The share of each token among n choices from the same logits."""
+def frequencies(logits, n=10_000, **settings):
+    """The relative frequency of each token (V) in n samples from the same logits (V)."""
     options = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
-    tokens = choose_token(logits.expand(n, -1), **options, generator=torch.Generator().manual_seed(0))
+    tokens = sample_token(logits.expand(n, -1), **options, generator=torch.Generator().manual_seed(0))
     return torch.bincount(tokens, minlength=logits.numel()) / n
 
 
@@ -149,63 +195,63 @@ def test_sampling_follows_the_softmax_at_its_temperature():
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
     for temperature in (0.5, 1.0, 2.0):
         expected = F.softmax(logits / temperature, 0)
-        torch.testing.assert_close(drawn(logits, temperature=temperature), expected, atol=0.02, rtol=0)
-        torch.testing.assert_close(drawn(logits, temperature=temperature, top_k=4, top_p=0.99999), expected,
+        torch.testing.assert_close(frequencies(logits, temperature=temperature), expected, atol=0.02, rtol=0)
+        torch.testing.assert_close(frequencies(logits, temperature=temperature, top_k=4, top_p=0.99999), expected,
                                    atol=0.02, rtol=0)
 
 
-def test_top_k_and_top_p_leave_out_the_rest():
+def test_top_k_and_top_p_exclude_all_other_tokens():
     logits = torch.tensor([0.1, 0.5, 0.1, 0.3]).log()
-    assert drawn(logits, top_k=2).nonzero().flatten().tolist() == [1, 3]
-    assert drawn(logits, top_k=1)[1] == 1
-    assert drawn(logits, top_k=99).nonzero().numel() == 4
-    assert drawn(logits, top_p=0.45)[1] == 1
-    assert drawn(logits, top_p=0.6).nonzero().flatten().tolist() == [1, 3]
-    assert drawn(logits, top_p=1e-9)[1] == 1
-    torch.testing.assert_close(drawn(logits, top_k=2)[1], torch.tensor(0.5 / 0.8), atol=0.02, rtol=0)
+    assert frequencies(logits, top_k=2).nonzero().flatten().tolist() == [1, 3]
+    assert frequencies(logits, top_k=1)[1] == 1
+    assert frequencies(logits, top_k=99).nonzero().numel() == 4
+    assert frequencies(logits, top_p=0.45)[1] == 1
+    assert frequencies(logits, top_p=0.6).nonzero().flatten().tolist() == [1, 3]
+    assert frequencies(logits, top_p=1e-9)[1] == 1
+    torch.testing.assert_close(frequencies(logits, top_k=2)[1], torch.tensor(0.5 / 0.8), atol=0.02, rtol=0)
 
 
-def test_temperature_zero_and_near_zero_take_the_likeliest():
+def test_temperature_zero_and_near_zero_select_the_most_likely_token():
     logits = torch.tensor([0.0, 80.0, 79.9, -5.0])
-    assert drawn(logits, temperature=0)[1] == 1
-    assert drawn(logits, temperature=1e-30)[1] == drawn(logits, temperature=1e-5)[1] == 1
+    assert frequencies(logits, temperature=0)[1] == 1
+    assert frequencies(logits, temperature=1e-30)[1] == frequencies(logits, temperature=1e-5)[1] == 1
 
 
-def test_the_largest_are_those_of_topk():
+def test_fast_topk_equals_topk():
     logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
-    logits[1, -1] = logits[2, -8] = 9  # of the eight that stand in no column
-    for k in (1, 7, 60, 78, 79, 5000):  # above 78 of 5,000 it is topk itself
-        for mine, torchs in zip(largest(logits, k), logits.topk(k), strict=True):
-            assert torch.equal(mine, torchs)
+    logits[1, -1] = logits[2, -8] = 9  # two of the eight tokens that are in no group
+    for k in (1, 7, 60, 78, 79, 5000):  # above 78 of 5,000 it calls topk
+        for actual, expected in zip(fast_topk(logits, k), logits.topk(k), strict=True):
+            assert torch.equal(actual, expected)
 
 
-def test_float32_tells_the_stories_of_the_plain_path():
-    """With the cache, matrix-vector products and filtering before the softmax: the same draws as without any."""
+def test_float32_samples_equal_those_of_plain_code():
+    """The KV cache, matrix-vector products and fast_topk change no sampled token."""
     model = small(vocab_size=1000, block_size=16)
     for B in (1, 3):
         idx = torch.zeros(B, 1, dtype=torch.long)
-        told = torch.stack(list(model.generate(idx, 40, 0.9, 10, generator=torch.Generator().manual_seed(5))), 1)
+        tokens = torch.stack(list(model.generate(idx, 40, 0.9, 10, generator=torch.Generator().manual_seed(5))), 1)
         generator = torch.Generator().manual_seed(5)
         for _ in range(40):
-            logits = model.eval()(idx[:, window_start(idx.size(1), 16):])[:, -1] / 0.9
-            best = logits.topk(10).indices  # the draw is among the ten, largest first
-            choice = torch.multinomial(logits.gather(1, best).softmax(-1), 1, generator=generator)
-            idx = torch.cat([idx, best.gather(1, choice)], 1)
-        assert torch.equal(told, idx[:, 1:])
+            logits = model.eval()(idx[:, window_start(idx.size(1), 16):])[:, -1] / 0.9  # (B, V)
+            top = logits.topk(10).indices  # (B, 10), largest first
+            choice = torch.multinomial(logits.gather(1, top).softmax(-1), 1, generator=generator)  # (B, 1)
+            idx = torch.cat([idx, top.gather(1, choice)], 1)
+        assert torch.equal(tokens, idx[:, 1:])
 
 
 @pytest.mark.parametrize("B", [1, 2])
-def test_bfloat16_and_int8_logits_are_near_those_of_float32(B):
+def test_bfloat16_and_int8_logits_are_close_to_float32(B):
     torch.manual_seed(0)
     idx, exact = torch.randint(300, (B, 16)), small(vocab_size=300, block_size=16, n_embd=64)
     with torch.no_grad():
         for p in exact.parameters():
             if p.dim() == 1:
-                p.add_(torch.randn_like(p))  # biases are zero at first
+                p.add_(torch.randn_like(p))  # biases are initialized to zero
         logits = exact(idx)
-        for other in (copy.deepcopy(exact).bfloat16(), copy.deepcopy(exact).to_int8()):
-            difference = (other(idx).float() - logits).abs()
+        for model in (copy.deepcopy(exact).bfloat16(), copy.deepcopy(exact).to_int8()):
+            difference = (model(idx).float() - logits).abs()
             assert difference.mean() < 0.03 * logits.std() and difference.max() > 0
             cache = KVCache(exact.config, B, "cpu", torch.bfloat16)
-            stepwise = torch.cat([other(idx[:, t:t + 1], cache=cache) for t in range(16)], 1)
+            stepwise = torch.cat([model(idx[:, t:t + 1], cache=cache) for t in range(16)], 1)
             assert (stepwise.float() - logits).abs().mean() < 0.03 * logits.std()

@@ -1,4 +1,4 @@
-"""sample.py: stories on stdout, everything else on stderr, and clear words where something is missing."""
+"""sample.py: stories on stdout, everything else on stderr, clear errors."""
 
 import json
 import os
@@ -12,110 +12,123 @@ import torch
 
 import sample
 from conftest import ROOT, launch
-from dataset import seal
-from tokenizer import END_OF_TEXT
+from data.dataset import with_checksum
+from data.tokenizer import END_OF_TEXT
+from model import GPT
 
 
 @pytest.fixture
 def run(trained, monkeypatch):
+    """The folder of a trained run, under the current folder."""
     monkeypatch.chdir(trained)
     return trained / "out/tiny"
 
 
-def told(capsys, *words):
-    """(stdout, stderr) of a sample.py command."""
-    sample.main(["--max_new_tokens=40", *words])
+def run_sample(capsys, *flags):
+    """Run sample.py; returns (stdout, stderr)."""
+    sample.main(["--max_new_tokens=40", *flags])
     return capsys.readouterr()
 
 
-def test_a_story_begins_with_its_prompt_and_stderr_has_the_rest(run, capsys):
-    out, err = told(capsys, "--start", "Once upon a time", "--seed=1")
+def test_stdout_is_the_story_with_its_prompt_and_stderr_has_the_rest(run, capsys):
+    out, err = run_sample(capsys, "--start", "Once upon a time", "--seed=1")
     assert out.startswith("Once upon a time") and len(out) > 30 and out.endswith("\n")
     assert "out/tiny/ckpt.pt" in err and "tokens/s" in err
-    assert told(capsys, "--start", "Once upon a time", "--seed=1")[0] == out
-    assert told(capsys, "--start", "Once upon a time", "--seed=2")[0] != out
+    assert run_sample(capsys, "--start", "Once upon a time", "--seed=1")[0] == out
+    assert run_sample(capsys, "--start", "Once upon a time", "--seed=2")[0] != out
 
 
-def test_one_story_streamed_is_the_one_that_a_batch_tells(run, capsys):
+def test_one_streamed_story_equals_those_of_a_batch(run, capsys):
     greedy = ["--temperature=0", "--start", "One day, a naïve 🦊"]
-    one = told(capsys, *greedy)[0]
+    one = run_sample(capsys, *greedy)[0]
     assert one.startswith("One day, a naïve 🦊")
-    batch = told(capsys, *greedy, "--num_samples=3")[0]
+    batch = run_sample(capsys, *greedy, "--num_samples=3")[0]
     assert batch == f"{END_OF_TEXT}\n".join([one] * 3)
-    assert len(set(told(capsys, "--num_samples=3", "--seed=1")[0].split(END_OF_TEXT))) == 3
+    assert len(set(run_sample(capsys, "--num_samples=3", "--seed=1")[0].split(END_OF_TEXT))) == 3
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_the_number_of_tokens_includes_the_end_of_text(run, capsys, monkeypatch, num_samples):
+    def generate(self, idx, max_new_tokens, *_):
+        """Tokens 65, 66, 67 and, unless `max_new_tokens` is lower, an end of text."""
+        yield from torch.tensor([[65, 66, 67, 299][:max_new_tokens]] * len(idx)).T
+    monkeypatch.setattr(GPT, "generate", generate)
+    for max_new_tokens, expected in ((400, 4), (4, 4), (3, 3), (1, 1)):
+        flags = f"--max_new_tokens={max_new_tokens}", f"--num_samples={num_samples}"
+        assert f"\n{expected * num_samples} tokens in " in run_sample(capsys, *flags)[1]
 
 
 def test_prompt_from_a_file_and_an_empty_one(run, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("The fox\n", encoding="utf-8")
-    assert told(capsys, "--start", f"FILE:{tmp_path / 'prompt.txt'}")[0].startswith("The fox")
-    assert told(capsys, "--start", "", "--seed=1")[0].strip()
+    assert run_sample(capsys, "--start", f"FILE:{tmp_path / 'prompt.txt'}")[0].startswith("The fox")
+    assert run_sample(capsys, "--start", "", "--seed=1")[0].strip()
 
 
-def test_text_of_the_end_token_is_text(run, capsys):
-    assert told(capsys, "--start", END_OF_TEXT)[0].startswith(END_OF_TEXT)
+def test_end_of_text_in_a_prompt_is_ordinary_text(run, capsys):
+    assert run_sample(capsys, "--start", END_OF_TEXT)[0].startswith(END_OF_TEXT)
 
 
-def test_a_prompt_longer_than_the_window_is_told(run, capsys):
-    out, err = told(capsys, "--start", "a b c d e f g h i j k l m n o p q r s t u v w x y z")
-    assert out.startswith("a b c d") and "the model, with a window of 16, reads the last " in err
+def test_a_prompt_longer_than_the_context_window_prints_a_note(run, capsys):
+    out, err = run_sample(capsys, "--start", "a b c d e f g h i j k l m n o p q r s t u v w x y z")
+    assert out.startswith("a b c d") and "more than the context window of 16: the model reads the last " in err
 
 
-def test_last_is_used_where_there_is_no_best_yet(run, capsys, here):
+def test_last_pt_is_used_if_there_is_no_ckpt_pt_yet(run, capsys, here):
     shutil.copytree(run, here / "out/x")
     os.remove("out/x/ckpt.pt")
-    assert "out/x has no ckpt.pt yet: using last.pt" in told(capsys)[1]
+    assert "out/x has no ckpt.pt yet: using last.pt" in run_sample(capsys)[1]
 
 
-def test_stories_can_be_told_in_other_dtypes(run, capsys):
-    assert told(capsys, "--dtype=bfloat16")[0].strip()
+def test_dtype_of_the_weights(run, capsys):
+    assert run_sample(capsys, "--dtype=bfloat16")[0].strip()
 
 
-@pytest.mark.parametrize("words, complaint", [
+@pytest.mark.parametrize("flags, message", [
     (["--out_dir", "out/none"], "no checkpoint in out/none"),
     (["--start", "FILE:none.txt"], "cannot read the prompt file none.txt: No such file"),
     (["--start", "FILE:."], "cannot read the prompt file .:"),
     (["--device", "tpu"], "device = 'tpu' cannot be used"),
 ])
-def test_what_is_missing_is_told(run, fails, words, complaint):
-    assert complaint in fails(sample.main, words)
+def test_missing_files_and_devices(run, fails, flags, message):
+    assert message in fails(sample.main, flags)
 
 
-def test_a_gpu_with_too_little_memory_is_one_line(run, fails, monkeypatch):
+def test_out_of_gpu_memory_prints_one_line(run, fails, monkeypatch):
     def to(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
     monkeypatch.setattr(torch.nn.Module, "to", to)
     assert "out of memory on the GPU: use smaller sizes" in fails(sample.main, ["--dtype=float32"])
 
 
-def test_no_run_and_a_broken_one(here, fails):
+def test_no_run_and_a_damaged_one(here, fails):
     assert "no trained model under out/" in fails(sample.main, [])
     (here / "out/x").mkdir(parents=True)
     (here / "out/x/ckpt.pt").write_text("no")
     assert "out/x/ckpt.pt is damaged or not a checkpoint" in fails(sample.main, [])
 
 
-def test_prompt_file_that_is_not_text(run, fails, tmp_path):
+def test_prompt_file_that_is_not_utf8(run, fails, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\xfa")
     assert "is not UTF-8 text" in fails(sample.main, ["--start", f"FILE:{tmp_path / 'p.txt'}"])
 
 
-@pytest.mark.parametrize("words, complaint", [
+@pytest.mark.parametrize("flags, message", [
     (["--temperatur=1"], "did you mean --temperature?"), (["--temperature=-1"], "-1 is not from 0 to 100"),
     (["--top_p=0"], "0 is not above 0"), (["--top_k=-1"], "-1 is not 0 or more"), (["--num_samples=0"], "num_samples"),
     (["--max_new_tokens=x"], "max_new_tokens"), (["--dtype=fp8"], "dtype"), (["--temperature=nan"], "nan is not"),
 ])
-def test_wrong_flags_end_with_code_2(run, fails, words, complaint):
-    assert complaint in fails(sample.main, words, code=2)
+def test_invalid_flags_exit_with_code_2(run, fails, flags, message):
+    assert message in fails(sample.main, flags, code=2)
 
 
-def test_launched_as_a_user_does(run):
+def test_as_a_command(run):
     done = launch("sample.py", "--start", "Once upon a time", "--max_new_tokens=30", "--num_samples=2",
                   cwd=run.parent.parent)
     assert done.returncode == 0 and done.stdout.count("Once upon a time") == 2
     assert done.stdout.count(END_OF_TEXT) == 1 and "tokens/s" not in done.stdout
 
 
-def test_a_reader_that_goes_away_is_no_error(run):
+def test_a_closed_stdout_is_not_an_error(run):
     process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max_new_tokens=4000"], cwd=run.parent.parent,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(5)
@@ -123,9 +136,10 @@ def test_a_reader_that_goes_away_is_no_error(run):
     assert "Traceback" not in process.stderr.read() and process.wait(60) in (0, 141)
 
 
-def test_a_tokenizer_of_other_data_beside_the_checkpoint_is_refused(trained, here, fails):
+def test_a_tokenizer_of_other_data_than_the_checkpoint_is_an_error(trained, here, fails):
     shutil.copytree(trained / "out", "out")
     meta = json.loads(Path("out/tiny/meta.json").read_text())
     meta["splits"]["train"]["sha256"] = "0" * 64
-    Path("out/tiny/meta.json").write_text(json.dumps(seal(meta)))
-    assert "out/tiny/meta.json is not of the data that out/tiny/ckpt.pt was trained on" in fails(sample.main, [])
+    Path("out/tiny/meta.json").write_text(json.dumps(with_checksum(meta)))
+    message = "out/tiny/meta.json does not belong to the data that out/tiny/ckpt.pt was trained on"
+    assert message in fails(sample.main, [])

@@ -1,0 +1,159 @@
+"""Reading data/<name>/: token files, the sampling order of training sequences, and fixed evaluation windows."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from runtime.errors import UserError
+
+
+def prepare_command(name):
+    """The command that creates a dataset, guessed from its name: `nursery-bpe1024` needs `--tokenizer bpe:1024`."""
+    encodings = "|".join(tiktoken.list_encoding_names())
+    source, tokenizer = re.fullmatch(rf"(.*?)(?:-(bpe\d+|{encodings}))?", name, re.DOTALL).groups()
+    words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {name}")
+    return f"python prepare.py{words}" + (f" --tokenizer {tokenizer.replace('bpe', 'bpe:')}" if tokenizer else "")
+
+
+def with_checksum(meta):
+    """meta.json's dict with a checksum of itself, so that `read_meta` detects any change to the file."""
+    body = {name: value for name, value in meta.items() if name != "checksum"}
+    return body | {"checksum": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def read_meta(folder):
+    """meta.json of a dataset or run folder, as a dict. Raises UserError if it is missing or damaged."""
+    folder = Path(folder)
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta != with_checksum(meta):
+            raise ValueError("wrong checksum")
+        meta["tokenizer"], meta["vocab_size"], meta["end_of_text"], meta["dtype"]  # KeyError if one is missing
+        for split in ("train", "validation"):
+            meta["splits"][split]["tokens"], meta["splits"][split]["bytes"], meta["splits"][split]["sha256"]
+    except FileNotFoundError as error:
+        if folder.exists():
+            raise UserError(f"{path} is missing: {recovery_hint(folder)}") from error
+        raise UserError(f"no data in {folder}: create it with  {prepare_command(folder.name)}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or from an older version of this program: {recovery_hint(folder)}"
+                        ) from error
+    return meta
+
+
+def recovery_hint(folder):
+    """How to restore a file of a dataset or run folder, as a phrase."""
+    if folder.parent.name == "data":
+        return f"remove {folder} and create it again with  {prepare_command(folder.name)}"
+    return "copy meta.json and tokenizer.tiktoken from the dataset of the run"
+
+
+def data_sha256(meta):
+    """The SHA-256 hashes of a dataset's token files, split → hex, from meta.json's dict."""
+    return {split: values["sha256"] for split, values in meta["splits"].items()}
+
+
+class Split:
+    """The tokens of one split (train or validation) of a dataset, memory-mapped, read in windows of `block_size`.
+
+    A window is `block_size` tokens and the next one: the inputs, and the targets shifted by one.
+    """
+
+    def __init__(self, folder, split, block_size):
+        """Raises UserError if the file is missing or does not have the size and hash in meta.json."""
+        meta = read_meta(folder)
+        path = Path(folder, f"{split}.bin")
+        hint = f"create it again with  {prepare_command(Path(folder).name)} --force"
+        try:
+            # The files are little-endian on every machine.
+            self.tokens = np.memmap(path, mode="r", dtype=np.dtype(meta["dtype"]).newbyteorder("<"))
+        except (OSError, ValueError) as error:  # ValueError: the file is empty, or its size no multiple of the dtype's
+            raise UserError(f"{path} is missing or damaged: {hint}") from error
+        if len(self.tokens) != meta["splits"][split]["tokens"]:
+            raise UserError(f"{path} has {len(self.tokens)} tokens, but meta.json says "
+                            f"{meta['splits'][split]['tokens']}: {hint}")
+        with open(path, "rb") as file:  # takes a second for two gigabytes
+            if hashlib.file_digest(file, "sha256").hexdigest() != meta["splits"][split]["sha256"]:
+                raise UserError(f"{path} is damaged, its checksum differs from the one in meta.json: {hint}")
+        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
+        self.path = path
+        self.bytes_per_token = meta["splits"][split]["bytes"] / len(self.tokens)
+
+    def windows(self, starts):
+        """The windows that start at the token positions `starts` (B,): inputs and targets, int64 arrays (B, T).
+
+        Raises UserError for a token outside the vocabulary: the file is damaged, and the model cannot read it.
+        """
+        positions = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)  # (B, T + 1)
+        window = self.tokens[positions].astype(np.int64)  # (B, T + 1)
+        if window.max() >= self.vocab_size:
+            raise UserError(f"{self.path} is damaged: it contains token {window.max()}, but the vocabulary has only "
+                            f"{self.vocab_size}; create it again with  {prepare_command(self.path.parent.name)} "
+                            "--force")
+        return window[:, :-1], window[:, 1:]
+
+
+class TrainingOrder:
+    """Which windows of a split are sequences 0, 1, 2, … of a run: a function of the seed alone.
+
+    Every epoch visits each window once, in a new order. The windows of an epoch are adjacent and start at a new random
+    offset below `block_size`; their number is the same in every epoch. No state is kept between calls except a cache
+    of the current epoch, so a resumed run, or one on several ranks, sees the same sequences.
+    """
+
+    def __init__(self, split, seed):
+        """Raises UserError if the split is too short to have a window at every offset."""
+        self.split, self.seed = split, seed
+        self.windows_per_epoch = (len(split.tokens) - split.block_size) // split.block_size
+        if self.windows_per_epoch < 1:
+            raise UserError(f"{split.path} has only {len(split.tokens)} tokens: block_size = {split.block_size} "
+                            "needs at least twice as many; use more text or a smaller block_size")
+        self._epoch, self._starts = None, None
+
+    def sequences(self, first, count):
+        """Sequences first … first + count - 1 of the run: inputs and targets, int64 arrays (count, T)."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
+        starts = np.concatenate([self._starts_of(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        return self.split.windows(starts)
+
+    def _starts_of(self, epoch):
+        """The start positions of an epoch's windows, in the order of visits: (windows_per_epoch,)."""
+        if self._epoch != epoch:
+            rng = np.random.default_rng([self.seed, int(epoch)])
+            offset = rng.integers(self.split.block_size)
+            self._starts = offset + self.split.block_size * rng.permutation(self.windows_per_epoch)
+            self._epoch = epoch
+        return self._starts
+
+
+def evaluation_windows(split, count=None):
+    """Start positions of at most `count` windows, evenly spaced over a split, the same at every call; None: all.
+
+    Raises UserError if the split is shorter than one window.
+    """
+    available = (len(split.tokens) - 1) // split.block_size
+    if available < 1:
+        raise UserError(f"{split.path} has only {len(split.tokens)} tokens, less than one window of block_size = "
+                        f"{split.block_size} and the next token: use more text or a smaller block_size")
+    count = min(count or available, available)
+    return np.arange(count) * available // count * split.block_size
+
+
+class Dataset:
+    """A prepared dataset as training reads it: both splits, the sampling order and the evaluation windows."""
+
+    def __init__(self, cfg):
+        """`cfg`: a `config.Config`. Raises UserError if a file is missing or damaged, or has too few tokens."""
+        self.folder = Path("data", cfg.dataset)
+        meta = read_meta(self.folder)
+        self.vocab_size, self.sha256 = meta["vocab_size"], data_sha256(meta)
+        self.train, self.validation = (Split(self.folder, name, cfg.block_size) for name in ("train", "validation"))
+        self.order = TrainingOrder(self.train, cfg.seed)
+        self.eval_windows = {split: evaluation_windows(split, cfg.eval_iters * cfg.batch_size)
+                             for split in (self.train, self.validation)}  # split → start positions (N,)
+        self.tokens_per_epoch = self.order.windows_per_epoch * cfg.block_size

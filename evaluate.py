@@ -1,0 +1,83 @@
+"""What is measured on a model: the loss over windows, bits per byte, a sample; and `train.py --eval_only`."""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import best_checkpoint, load_model, newest_run, reading_checkpoint
+from config import Config
+from data.dataset import Split, evaluation_windows
+from data.tokenizer import Tokenizer
+from runtime.errors import UserError
+from runtime.hardware import autocast, pick_device, pick_dtype, to_device
+
+SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250  # of the story at each evaluation
+
+
+@torch.no_grad()
+def evaluate(model, split, starts, batch_size):
+    """The mean loss, in nats/token, of each window of a `Split` that starts at `starts` (N,): (N,), on the CPU."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()  # no dropout
+    losses = []
+    for i in range(0, len(starts), batch_size):
+        x, y = (to_device(tokens, device) for tokens in split.windows(starts[i:i + batch_size]))  # (B, T) each
+        losses.append(model(x, y, reduction="none").float().mean(1))  # (B,)
+    model.train(was_training)
+    return torch.cat(losses).cpu() if losses else torch.empty(0)  # empty if there are more ranks than windows
+
+
+def bits_per_byte(loss, split):
+    """Convert a loss in nats/token to bits per byte of the split's text, which compares across tokenizers."""
+    return loss / math.log(2) / split.bytes_per_token
+
+
+def sample_story(model, tokenizer):
+    """Generate a story from a fixed prompt and seed, to follow the training progress by reading."""
+    device = next(model.parameters()).device
+    prompt = tokenizer.encode(SAMPLE_PROMPT)
+    model.eval()
+    tokens = [int(token) for token in model.generate(
+        torch.tensor([[tokenizer.end_of_text, *prompt]], device=device), SAMPLE_TOKENS, temperature=0.8, top_k=200,
+        generator=torch.Generator(device).manual_seed(SAMPLE_SEED), end_of_text=tokenizer.end_of_text)]
+    model.train()
+    return tokenizer.decode([*prompt, *(token for token in tokens if token != tokenizer.end_of_text)])
+
+
+def evaluate_checkpoint(settings, flags):
+    """--eval_only: print the loss of a run's ckpt.pt on a whole validation split, as `key: value` lines.
+
+    `settings`: those of the config file; of these and of the flags, only the run folder, the dataset and what concerns
+    the hardware count. Raises UserError for other flags, and if the run or its data cannot be used.
+    """
+    if wrong := flags.keys() - {"out_dir", "dataset", "device", "dtype", "batch_size"}:
+        raise UserError(f"--eval_only uses the settings of the run: leave out --{min(wrong)}")
+    out_dir = (settings | flags).get("out_dir") or newest_run()
+    path = best_checkpoint(out_dir)
+    if path.name == "last.pt":
+        print(f"{out_dir} has no ckpt.pt yet: evaluating last.pt", file=sys.stderr)
+    model, tokenizer, state = load_model(path)
+    with reading_checkpoint(path):
+        cfg = Config(**state["config"] | flags | {"max_tokens": 0})  # another batch_size could contradict max_tokens
+    data_dir = Path("data", cfg.dataset)
+    split = Split(data_dir, "validation", cfg.block_size)
+    if Tokenizer.load(data_dir) != tokenizer:
+        raise UserError(f"{data_dir} has another tokenizer than {out_dir}: prepare it with the one of the run")
+
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    model.to(device)
+    with autocast(device, dtype):
+        losses = evaluate(model, split, evaluation_windows(split), cfg.batch_size)  # (windows,)
+        loss, tokens = losses.mean().item(), losses.numel() * cfg.block_size
+        remaining = len(split.tokens) - 1 - tokens  # after the last whole window
+        if remaining:
+            last_loss = evaluate(model, Split(data_dir, "validation", remaining), [tokens], 1).item()
+            loss, tokens = (loss * tokens + last_loss * remaining) / (tokens + remaining), tokens + remaining
+    print(f"checkpoint: {path}\ndataset: {data_dir}\ntokens: {tokens}\nloss: {loss:.4f}\n"
+          f"perplexity: {math.exp(loss):.3f}\nbits_per_byte: {bits_per_byte(loss, split):.4f}")
+    if losses.numel() > 1:
+        print(f"standard_error: {(losses.std() / math.sqrt(losses.numel())).item():.4f}")

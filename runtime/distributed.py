@@ -1,0 +1,106 @@
+"""Training on several GPUs or machines, in processes started by torchrun.
+
+Each process is a rank. All ranks do the same optimizer steps on the same weights, each with its part of the sequences;
+rank 0 alone writes files and prints. Without torchrun there is one rank and every function here returns at once.
+"""
+
+import os
+import re
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from runtime.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)  # for a rank that is alive but late: compiling, or writing to a slow disk
+
+
+def init_distributed():
+    """Create the process group if torchrun started this process; returns (rank, world size)."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return 0, 1
+    world_size = int(os.environ["WORLD_SIZE"])  # may be 1, also under torchrun: NCCL can then be tested on one GPU
+    if int(os.environ["RANK"]):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 prints
+    # torchrun's store survives a restart together with the addresses of the dead processes, so each start needs its
+    # own key prefix. The restart count serves, but across machines the counts can differ.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and shared_store and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise UserError("torchrun can restart a run on several machines only with a new store each time: set "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment on each of them")
+    with distributed_errors():
+        store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        prefix = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared_store else ""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
+                                timeout=TIMEOUT)
+    return rank, world_size
+
+
+def cleanup_distributed():
+    """Destroy the process group, at the end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def distributed_errors():
+    """Raise UserError when communication fails, as it does when another rank has died."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # ValueError: the environment lacks the address of rank 0
+        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's source position
+        raise UserError(f"the other processes of the run cannot be reached ({reason}): see the error of the one that "
+                        "failed first") from error
+
+
+def broadcast_object(value):
+    """Rank 0's value, on every rank; the others wait for it."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    with distributed_errors():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+@contextmanager
+def rank_0_first():
+    """Let rank 0 finish a block before the other ranks enter it: an error that all would raise is printed once."""
+    if dist.is_initialized() and dist.get_rank():
+        broadcast_object(None)  # wait for rank 0
+    yield
+    if dist.is_initialized() and not dist.get_rank():
+        broadcast_object(None)
+
+
+def all_reduce_sum(tensor):
+    """Sum a tensor over the ranks, in place; returns it."""
+    if dist.is_initialized():
+        with distributed_errors():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_gradients(parameters):
+    """Sum the gradients over the ranks: one all-reduce of one long vector per optimizer step."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters]
+        vector_to_parameters(all_reduce_sum(parameters_to_vector(gradients)), gradients)
+
+
+def sync_stop_and_time(stop, seconds):
+    """What all ranks must agree on: whether any rank was asked to stop, and rank 0's clock; returns (bool, float)."""
+    if not dist.is_initialized():
+        return stop, seconds
+    both = torch.tensor([stop, seconds if dist.get_rank() == 0 else 0], dtype=torch.float64)
+    stops, seconds = all_reduce_sum(both).tolist()
+    return stops > 0, seconds

@@ -1,0 +1,108 @@
+"""Atomic writes, appends with clear errors, and locks that one process holds at a time."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from runtime.errors import UserError
+from runtime.hardware import try_lock
+
+_locked = {}  # path → the open file whose lock this process has: it must stay open
+
+
+def atomic_write(path, write, previous=None):
+    """Replace the file at `path` atomically: readers see the old file or the complete new one.
+
+    `write(file)` writes the content to a binary file. With `previous`, the old file is kept under that name; between
+    the two renames only that one exists. Raises UserError if the file cannot be written, as on a full disk: the old
+    file is then still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
+        if previous and path.exists():
+            path.replace(previous)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a failed write
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Flush a folder's entries to the disk, where the system can do that (Windows cannot)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot; the file itself has been flushed
+    finally:
+        os.close(descriptor)
+
+
+def append(path, text):
+    """Append to a text file. Raises UserError if that fails; part of the text may have been written then."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def append_line(path, record):
+    """Append one JSON object as a line to a log."""
+    append(path, json.dumps(record) + "\n")
+
+
+def cannot_write(path, error):
+    """The UserError for a file that could not be written."""
+    reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))  # torch hides the system's reason
+    reason = next(filter(None, reasons), "is the disk full?")
+    return UserError(f"cannot write {path} ({reason}): what was saved before is intact; free some space or fix the "
+                     "permissions, then run the command again (train.py with --resume)")
+
+
+def acquire_lock(path, name):
+    """Lock a file, which is created if needed, until this process ends, however it ends.
+
+    `name` says in messages what the lock protects. Raises UserError if another process has the lock.
+    """
+    path = Path(path).absolute()
+    if path in _locked:
+        return
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        for _ in range(10):  # `is_locked` takes the lock for a moment
+            if try_lock(file):
+                break
+            time.sleep(0.02)
+        else:
+            file.close()
+            raise UserError(f"another process is using {name}: wait until it ends, or stop it (its lock {path.name} is "
+                            "released when it ends)")
+    except OSError as error:  # a file system without locks
+        print(f"note: {name} cannot be locked ({error.strerror}): make sure that no other process uses it",
+              file=sys.stderr)
+    _locked[path] = file
+
+
+def is_locked(path):
+    """Whether another process has the lock; None if that is unknown (no locks on this file system, or read-only)."""
+    if Path(path).absolute() in _locked:
+        return False
+    try:
+        with open(path, "r+", encoding="utf-8") as file:
+            return not try_lock(file)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None

@@ -1,0 +1,255 @@
+"""What depends on the machine: device, dtype, compiling, micro-batch size, fused optimizer, stop signals, locks.
+
+torch is imported inside the functions: prepare.py needs only a lock from here, and starts faster without torch.
+"""
+
+import math
+import os
+import platform
+import signal
+import subprocess
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from runtime.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# With fewer floating-point operations, a run on CUDA ends before compiling has paid off. Not measured.
+MIN_FLOPS_TO_COMPILE = 1e15
+
+
+def pick_device(name):
+    """The torch.device for the setting `device`: auto is CUDA, else Apple's MPS, else the CPU. Under torchrun each
+    process gets its own GPU.
+
+    Raises UserError if this machine or this build of PyTorch does not have the device.
+    """
+    import torch
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # set by torchrun
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu" if world_size > 1 and name == "mps" else name
+    try:
+        device = torch.device(name)
+        if world_size > 1 and (device.type == "mps" or device.index is not None):
+            raise UserError(f"device = {name!r} is a single device, and the run has {world_size} processes: use auto, "
+                            "cpu or cuda")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if device.index >= torch.cuda.device_count() > 0:
+                raise UserError(f"torchrun started more processes on this machine than it has GPUs: use "
+                                f"--nproc_per_node={torch.cuda.device_count()}")
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams, graphs and NCCL use the current device
+            # cuDNN's attention builds a new plan for each prompt length; the other kernels do not. Neither was timed:
+            # attention is about 2% of this model's arithmetic, so there is little to gain.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device = {name!r} cannot be used on this machine: use auto, cpu, cuda, cuda:1 or mps"
+                        ) from error
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch.dtype to compute in for the setting `dtype`: auto is bfloat16 if the hardware computes in it, else
+    float16 on CUDA and float32 elsewhere.
+
+    Raises UserError for float16 on MPS: its gradients need a scaler, which exists for CUDA and, for tests, the CPU.
+    """
+    import torch
+
+    if name == "float16" and device.type == "mps":
+        raise UserError("dtype = 'float16' is not supported on mps: use bfloat16 or float32")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # torch 2.11 has no public function for this
+    has_bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def pick_inference_dtype(name, device, num_samples):
+    """The dtype of the weights for generating `num_samples` stories at once: a torch.dtype or, on a CPU, "int8".
+
+    auto is the fastest. A single story is limited by reading the weights from memory, where int8 is the smallest;
+    many stories are limited by arithmetic, which is slower in int8 here. int8 was measured on x86 only, so auto does
+    not use it on other processors. Raises UserError as `pick_dtype` does, and for int8 on other devices than the CPU.
+    """
+    if name == "auto" and device.type == "cpu" and num_samples == 1 and platform.machine() in ("x86_64", "AMD64"):
+        return "int8"
+    if name == "int8" and device.type != "cpu":
+        raise UserError(f"dtype = 'int8' works on a CPU only; on {device.type} use auto")
+    return name if name == "int8" else pick_dtype(name, device)
+
+
+def autocast(device, dtype):
+    """A context in which matrix products are computed in `dtype`; float32 needs none."""
+    import torch
+
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def max_concurrent_samples(device):
+    """How many threads may generate at the same time. One on a GPU: another thread would break the capture of the CUDA
+    graph, and MPS does not support two (pytorch issue 197805). On a CPU, two threads each run at half speed.
+    """
+    return 2 if device.type == "cpu" else 1
+
+
+def pick_compile(setting, device, flops):
+    """Whether to use torch.compile, and the reason if not: (bool, str).
+
+    auto: if it works and pays off in a run of `flops` floating-point operations. (PyTorch on Windows comes without
+    Triton, which torch.compile needs.)
+    """
+    import torch
+
+    if setting != "auto":
+        return setting, "compile = False"
+    if device.type != "cuda":
+        return False, f"it is no faster on {device.type}"
+    if flops < MIN_FLOPS_TO_COMPILE:
+        return False, "this run is too short for compiling to pay off"
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # the compiler, its headers, Triton: whatever fails, eager mode works
+        return False, f"torch.compile does not work here ({type(error).__name__})"
+    return True, ""
+
+
+def pick_fused(device):
+    """Whether AdamW updates all parameters in one kernel. Not tried on MPS, so not used there."""
+    return device.type in ("cpu", "cuda")
+
+
+def pick_micro_batch_size(setting, sequences, sequence_bytes, device):
+    """How many of a rank's `sequences` go through the model at once, if possible a divisor of them.
+
+    auto: as many as fit into half of a GPU's memory or, on a CPU, into 768 MiB, above which nothing gets faster.
+    `sequence_bytes`: activations that one sequence leaves for the backward pass.
+    """
+    if setting != "auto":
+        return min(setting, sequences)
+    memory = device_memory(device) // 2 if device.type == "cuda" else 768 * 2**20
+    limit = max(1, memory // sequence_bytes)
+    divisor = max(n for n in range(1, min(limit, sequences) + 1) if sequences % n == 0)
+    return divisor if 2 * divisor > limit else math.ceil(sequences / math.ceil(sequences / limit))
+
+
+def check_memory(parameters, tokens, device):
+    """Raise UserError if a model of so many parameters, or a step of so many tokens, cannot fit into memory at all."""
+    memory = device_memory(device)
+    # Per parameter: weight, gradient and AdamW's two moments in float32. Per token: index, input and target in int64.
+    if 16 * parameters + 32 * tokens > memory:
+        raise UserError(f"{parameters:,} parameters and steps of {tokens:,} tokens need more than the "
+                        f"{memory / 2**30:.0f} GiB of {device}: lower n_layer, n_embd, block_size or batch_size")
+
+
+def device_memory(device):
+    """Total memory of a device in bytes; infinity if unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    # Windows needs another package for this.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+@contextmanager
+def out_of_memory_advice(device, micro_batch_size):
+    """Turn an out-of-memory error into a UserError that names a smaller device_batch_size."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):  # the CPU's error
+            raise
+        raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, micro_batch_size // 2)} (now "
+                        f"{micro_batch_size})") from error
+
+
+def to_device(array, device):
+    """A numpy array as a tensor on the device; the copy to a GPU is asynchronous."""
+    import torch
+
+    tensor = torch.from_numpy(array).contiguous()  # pinning a view would copy twice
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def describe_device(device):
+    """The GPU's name, or the processor architecture."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}"
+
+
+def git_commit():
+    """The commit of the program, with `+` appended if files differ from it; None outside of git."""
+    try:
+        result = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+                                cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
+
+
+class StopSignals:
+    """A context in which Ctrl-C and SIGTERM set `received` instead of ending the process; repeating the signal aborts.
+
+    A second signal of another kind does not abort: torchrun sends SIGTERM after the terminal's Ctrl-C.
+    """
+
+    def __init__(self, rank):
+        """Only rank 0 tells the user that the signal was received."""
+        self.rank, self.numbers, self.handlers = rank, set(), {}
+
+    @property
+    def received(self):
+        """Whether a signal has been received."""
+        return bool(self.numbers)
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.handle) for number in stop_signals()}
+        return self
+
+    def handle(self, number, frame):
+        """Note the signal; raise KeyboardInterrupt if it was received before."""
+        if number in self.numbers:
+            raise KeyboardInterrupt
+        self.numbers.add(number)
+        if self.rank == 0:  # print is not safe in a signal handler
+            os.write(2, b"\nstopping after this step or evaluation; press Ctrl-C again to abort\n")
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def stop_signals():
+    """The signals that ask a run to stop: Ctrl-C, SIGTERM (job schedulers) and, on Windows, Ctrl-Break."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
+
+def try_lock(file):
+    """Try to lock an open file without waiting; returns whether it worked. Closing the file releases the lock.
+
+    Raises OSError on a file system without locks.
+    """
+    try:
+        if platform.system() == "Windows":
+            import msvcrt
+
+            file.seek(0)  # the lock covers bytes from here on; they need not exist
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # raised when another process has the lock, depending on the system
+        return False
+    return True
