@@ -13,13 +13,13 @@ block_size = 128
 dropout = 0.1
 bias = True
 
-# Iterations are micro-batches: 20,000 of them are 625 updates of 32 * 32 sequences = 131,072 tokens.
+# An iteration is a micro-batch: 20,000 of them are 625 optimizer steps of 32 * 32 sequences = 131,072 tokens.
 batch_size = 32
 gradient_accumulation_steps = 32
 max_iters = 20_000
 
-# As published, the "final" rate is above the first one: after warmup the rate rises along a cosine from 1e-4 to 5e-4
-# and never decays. train.py warns of it. With --learning_rate=1e-3 it would fall to 5e-4 instead.
+# As published, the "final" learning rate is above the first one: after warmup it rises along a cosine from 1e-4 to 5e-4
+# and never decays; train.py warns. With --learning_rate=1e-3 it decays to 5e-4 instead.
 learning_rate = 1e-4
 min_lr = 5e-4
 warmup_iters = 1_000

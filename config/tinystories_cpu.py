@@ -1,23 +1,23 @@
-"""Real TinyStories on a machine without a GPU: the published body, a small vocabulary, a recipe for few tokens.
+"""TinyStories without a GPU: the published model's blocks, a small vocabulary, few tokens.
 
 python prepare.py --tokenizer bpe:4096 && python train.py config/tinystories_cpu.py
 """
 
-dataset = "tinystories-bpe4096"  # with GPT-2's 50,257 tokens the head alone would be two thirds of the arithmetic
+dataset = "tinystories-bpe4096"  # with GPT-2's 50,257 tokens the output head is two thirds of the arithmetic
 
 n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 128
-dropout = 0.0  # a fraction of one epoch cannot be learnt by heart
+dropout = 0.0  # a fraction of an epoch cannot overfit
 
-# Small batches: while the loss still falls fast, many updates matter more than smooth gradients. Half as large ones
-# learn more from each token, but Muon's own step takes as long for any batch, and here the minutes count.
-batch_size = 16  # 2,048 tokens an update
+# Small batches: while the loss still falls fast, many steps matter more than precise gradients. A batch of 8 gives a
+# lower loss per token, but Muon takes as long for a step of any batch size, and here time counts.
+batch_size = 16  # 2,048 tokens per step
 gradient_accumulation_steps = 1
 max_tokens = 3_072_000
 
-# As in config/tinystories_fast.py, for which they were found.
+# From config/tinystories_fast.py, where these were tuned.
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 6e-3

@@ -1,9 +1,9 @@
-"""The published 30M model, learning as much as it can from each token: 3.28 M of them, a twenty-fifth of 81.9 M.
+"""The published 30M model with a low loss per token: 3.28 M tokens, a twenty-fifth of the published 81.9 M.
 
 python prepare.py && python train.py config/tinystories_fast.py
 
-docs/recipes.md has what was tried, what was not, and what came of it. A new run with another budget
-(--max_tokens=8_100_000, --max_minutes=60) has its whole schedule in that: the learning rate follows the budget.
+docs/recipes.md has what was tried, what was not, and the results. With another budget (--max_tokens=8_100_000,
+--max_minutes=60) the learning-rate schedule follows it.
 """
 
 dataset = "tinystories"
@@ -12,18 +12,18 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 128
-dropout = 0.0  # a part of one epoch cannot be learnt by heart
+dropout = 0.0  # a part of an epoch cannot overfit
 bias = True
 
-# Many small updates: of 1,024 tokens, where the published recipe's have 131,072.
+# Many small steps: 1,024 tokens each, where the published recipe has 131,072.
 batch_size = 8
 gradient_accumulation_steps = 1
 max_tokens = 3_276_800
 
 optimizer = "muon"
 muon_lr = 0.02
-learning_rate = 6e-3  # of AdamW, so mostly of the embeddings
-beta2 = 0.999  # a rare token's large gradients are far apart; docs/recipes.md has the gain, and more of the guess
+learning_rate = 6e-3  # AdamW's, so mostly that of the embeddings
+beta2 = 0.999  # the large gradients of a rare token are many steps apart (docs/recipes.md)
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50

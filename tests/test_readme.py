@@ -1,32 +1,101 @@
-"""The README says what the program does: its commands are the ones that CI runs, its table has every setting."""
+"""The documentation agrees with the program: commands, settings, files, names and links.
+
+`python tests/test_readme.py` rewrites the table of docs/settings.md.
+"""
 
 import re
 from dataclasses import fields
 
+import pytest
+
+from conftest import ROOT  # first: it puts the project on sys.path
 from config import Config
-from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
+SETTINGS = ROOT / "docs/settings.md"
+PLACEHOLDER = re.compile(r"@@|TODO|XXX")
 
 
-def test_ci_finds_its_commands_once_on_a_line_each():
-    loop = (ROOT / ".ci/run").read_text().split("for requirements in ")[1].splitlines()[0]
-    assert len(loop.split()) == 4
-    for requirements in re.findall(r"requirements\S*\.txt", loop):
-        assert len(re.findall(rf"^pip install -r {re.escape(requirements)} && python .*$", README, re.M)) == 1
+def settings_table():
+    """The Markdown table of all settings."""
+    rows = ["| setting | default | resume | meaning |", "|---|---|---|---|"]
+    for f in fields(Config):
+        rows.append(f"| `{f.name}` | {f.default} | {'yes' if f.metadata['resume'] else ''} | {f.metadata['meaning']} |")
+    return "\n".join(rows) + "\n"
 
 
-def test_the_table_has_every_setting_with_its_default_and_meaning():
-    rows = re.findall(r"^\| `(\w+)` \| (\S*) \| (.*) \|$", README, re.M)
-    assert rows == [(f.name, str(f.default), f.metadata["meaning"]) for f in fields(Config)]
+def rewrite_settings():
+    """Replace the table, which ends docs/settings.md."""
+    text = SETTINGS.read_text(encoding="utf-8")
+    SETTINGS.write_text(text.split("| setting |")[0] + settings_table(), encoding="utf-8")
 
 
-def test_nothing_is_left_to_be_filled_in():
-    assert not re.search(r"@@|TODO|XXX", README)
+def section(heading):
+    """The text of a second-level section of the README."""
+    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def test_every_file_has_its_place_in_the_plan():
-    plan = README.split("## The plan of the house")[1]
-    files = [path for pattern in ("*.py", "tools/*.py", "docs/*.md", "data/*.py") for path in ROOT.glob(pattern)]
-    for path in [*files, ROOT / "config", ROOT / "tests"]:
-        assert f"| `{path.relative_to(ROOT)}{'/' if path.is_dir() else ''}` |" in plan
+def anchors(text):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
+
+
+def test_ci_finds_its_commands_once():
+    commands = re.findall(r"\$\(readme_command (\S+)\)", (ROOT / ".ci/run").read_text())
+    assert sorted(commands) == ["requirements-dev.txt", "requirements.txt"]
+    for requirements in commands:
+        assert len(re.findall(rf"^pip install -r {re.escape(requirements)} && ", README, re.M)) == 1
+
+
+def test_the_settings_table_is_up_to_date():
+    table = SETTINGS.read_text(encoding="utf-8").partition("| setting |")
+    assert table[1] + table[2] == settings_table(), "run  python tests/test_readme.py"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_nothing_is_left_to_be_filled_in(path):
+    assert not PLACEHOLDER.search(PAGES[path])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_resolve(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[path]):
+        if not link.startswith(("http://", "https://")):
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_file_is_in_the_layout_table():
+    names = re.findall(r"`([^`]+)`", section("Layout"))
+    files = [path for pattern in ("*.py", "tools/*.py", "data/*.py", "runtime/*.py", "docs/*.md", "requirements*.txt",
+                                 "*.toml", "CONTRIBUTING.md")
+             for path in ROOT.glob(pattern) if path.name != "__init__.py"]
+    assert not {path.name for path in files} - set(names)
+    folders = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert not folders - set(names)
+    known = {path.name for path in [*files, *(ROOT / "config").glob("*.py")]}
+    assert not {name for name in names if name.endswith((".py", ".md", ".txt"))} - known  # nothing that is gone
+
+
+def test_every_name_in_where_to_change_what_exists():
+    for row in re.findall(r"^\| .*$", section("Where to change what"), re.M)[1:]:
+        text = None
+        for name in re.findall(r"`([^`]+)`", row):
+            if re.fullmatch(r"[\w/]+\.py", name):
+                text = (ROOT / name).read_text(encoding="utf-8")
+            elif name.isidentifier():
+                assert re.search(rf"^ *(?:(?:def|class) {name}\b|{name}\b[^=(]* = )", text, re.M), f"{name}: {row}"
+
+
+if __name__ == "__main__":
+    rewrite_settings()
