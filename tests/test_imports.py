@@ -1,0 +1,50 @@
+"""Imports point downwards in this order, so there are no cycles between files or folders."""
+
+import ast
+
+import pytest
+
+from conftest import ROOT
+
+# Each file may import only files of later groups, and files of its own folder (which must not form a cycle either).
+ORDER = [["tools"], ["train"], ["evaluate"], ["prepare", "sample"], ["checkpoint"], ["model"], ["layers"],
+         ["config"], ["data"], ["runtime"]]
+RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
+FILES = [path for pattern in ("*.py", "tools/*.py", "config/__init__.py", "data/*.py", "runtime/*.py")
+         for path in sorted(ROOT.glob(pattern))]
+
+
+def module_of(path):
+    """The dotted name of a file: runtime/files.py is runtime.files."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path):
+    """The project's modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= submodules & MODULES or {node.module}
+    return found & MODULES
+
+
+MODULES = {module_of(path) for path in FILES}
+IMPORTS = {module_of(path): imports_of(path) for path in FILES}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_imports_only_what_is_below_it(module):
+    folder = module.split(".")[0]
+    for imported in IMPORTS[module]:
+        other = imported.split(".")[0]
+        assert other == folder or RANK[other] > RANK[folder], f"{module} imports {imported}"
+
+
+def test_there_is_no_cycle_within_a_folder():
+    done = set()
+    while ready := {module for module in MODULES - done if IMPORTS[module] <= done}:
+        done |= ready
+    assert done == MODULES, f"a cycle among {sorted(MODULES - done)}"
