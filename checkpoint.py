@@ -67,7 +67,7 @@ class TrainState:
 
     started: float = 0.0  # what `time.perf_counter()` was `seconds` ago
     logged_step: int = 0  # of the latest log line
-    logged_at: float = 0.0  # its `time.perf_counter()`, plus the time of evaluations since
+    logged_at: float = 0.0  # its `time.perf_counter()`, plus the time of evaluations and saves since
     saved_step: int = 0  # of the latest save of last.pt
     saved_seconds: float = 0.0
 
@@ -259,9 +259,11 @@ def reopen_run_folder(state, sizes):
 
 def save_last(state):
     """Save last.pt, so that the run can be resumed from here."""
+    started = time.perf_counter()
     state.saved_step, state.saved_seconds = state.step, state.seconds
     if state.rank == 0:
         save(state.out_dir / "last.pt", state.resume_checkpoint())
+    state.logged_at += time.perf_counter() - started
 
 
 def save(path, state):

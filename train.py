@@ -118,7 +118,7 @@ def main(argv=None):
         x, y = get_batch(state)  # (B, T) each
         state.synchronize(signals.received)
         while True:
-            # First, so that a run that was stopped when an evaluation was due starts with it when resumed.
+            # Evaluation comes first, so that a run stopped right before one does it when resumed.
             if evaluation_is_due(state):
                 evaluate_and_log(state, tokenizer)
                 state.synchronize(signals.received)
@@ -126,12 +126,12 @@ def main(argv=None):
             if state.stop or state.step == total_steps(state):
                 break
             lr = set_learning_rate(state)
-            torch.manual_seed(dropout_seed(cfg.seed, state.step, rank))
+            torch.manual_seed(dropout_seed(cfg.seed, state.step, rank))  # the same masks if the run is resumed here
             loss = forward_backward(state, train_model, x, y)
             all_reduce_gradients(model.parameters())
             grad_norm = optimizer_step(state)
             state.step += 1
-            x, y = get_batch(state)  # the next ones, while a GPU is still computing
+            x, y = get_batch(state)  # of the next step, while a GPU is still computing this one
             state.synchronize(signals.received)
             bar.total = total_steps(state)
             bar.update()

@@ -1,10 +1,10 @@
-"""Runs to and from Hugging Face's `transformers`, as an ordinary GPT-2.
+"""Convert runs to and from Hugging Face `transformers` GPT-2 models.
 
     python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM, llama.cpp
     python -m tools.hf import stories-30m out/stories-30m       a run for sample.py and for train.py --init_from
     python -m tools.hf import openai-community/gpt2 out/gpt2    the same, from the Hugging Face hub
 
-An export has the weights (safetensors, float32), the tokenizer, and a model card with the recipe and the figures.
+An export contains the weights (safetensors, float32), the tokenizer, and a model card with the settings and metrics.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from logging import CRITICAL, getLogger
 from pathlib import Path
 
@@ -23,162 +23,160 @@ import torch
 
 import checkpoint
 from config import Config
-from dataset import read_meta, seal
-from errors import Parser, UserError, exit_with_one_line
+from data.dataset import data_sha256, read_meta, with_checksum
+from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
 from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_of_character
-from train import start_folder
+from runtime.errors import Parser, UserError, exit_with_one_line
 
-# GPT-2 keeps these matrices of a block as (in, out), torch's linear layers as (out, in).
+# GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What GPT-2's settings must be for this model to compute the same.
-FIXED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-         "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-         "add_cross_attention": (False,)}
+# The values of a transformers config with which GPT-2 computes the same function as model.py.
+SUPPORTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+             "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+             "add_cross_attention": (False,)}
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Export or import; `argv` as on the command line."""
-    parser = Parser(prog="python -m tools.hf", description="Runs to and from Hugging Face's transformers.")
-    parser.add_argument("what", choices=["export", "import"], metavar="{export,import}",
-                        help="a run to a model's folder, or a model to a run")
-    parser.add_argument("source", metavar="FROM", help="export: a run's folder; import: a model's, or its hub id")
-    parser.add_argument("target", metavar="TO", type=Path, help="export: the model's folder; import: the run's")
-    parser.add_argument("--overwrite", action="store_true", help="import: replace the run that is there")
+    """Export or import a model. `argv`: the command line, by default sys.argv's."""
+    parser = Parser(prog="python -m tools.hf", description="Convert runs to and from Hugging Face transformers.")
+    parser.add_argument("command", choices=["export", "import"], metavar="{export,import}",
+                        help="export: run to model folder; import: model to run")
+    parser.add_argument("source", metavar="FROM", help="export: a run folder; import: a model folder or hub model")
+    parser.add_argument("target", metavar="TO", type=Path, help="export: the model folder; import: the run folder")
+    parser.add_argument("--overwrite", action="store_true", help="import: replace an existing run")
     args = parser.parse_args(argv)
-    quieten_transformers()
-    if args.what == "import":
-        import_(args.source, args.target, args.overwrite)
+    silence_transformers()
+    if args.command == "import":
+        import_model(args.source, args.target, args.overwrite)
     elif args.overwrite:
-        parser.error("--overwrite is for import: export replaces nothing")
+        parser.error("--overwrite works only with import: export never replaces a folder")
     else:
-        export(args.source, args.target)
+        export_run(args.source, args.target)
 
 
-def quieten_transformers():
-    """Leave speaking to this program. Raises UserError where transformers is missing."""
+def silence_transformers():
+    """Turn off the warnings and progress bars of transformers. Raises UserError if it is not installed."""
     try:
         from transformers.utils import logging
     except ImportError as error:
-        raise UserError("this needs transformers:  pip install -r requirements-extra.txt") from error
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # or it would ask the hub for a conversion
+        raise UserError("this tool needs transformers:  pip install -r requirements-extra.txt") from error
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # otherwise it asks the hub for a conversion
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel(CRITICAL)  # what it warns of comes as an error anyway
+    getLogger("huggingface_hub").setLevel(CRITICAL)  # its warnings are followed by an error anyway
 
 
 @contextmanager
-def transformers_at_work(doing, advice):
-    """Turn what can go wrong in transformers into a UserError: what could not be done, why, and what to do."""
+def hf_errors_as_user_errors(action, advice):
+    """Convert errors of transformers and its libraries into a UserError: the action, the reason, the advice."""
     try:
         yield
-    except Exception as error:  # a folder can be broken in as many ways as it has files, each with a library of its own
-        theirs = type(error).__module__.startswith(("transformers", "huggingface_hub", "safetensors", "httpx"))
-        if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)) and type(error) is not Exception:
+    except Exception as error:  # each file of a damaged folder is read by another library with its own exceptions
+        from_library = type(error).__module__.startswith(("transformers", "huggingface_hub", "safetensors", "httpx"))
+        if not (from_library or isinstance(error, (OSError, ValueError, RuntimeError)) or type(error) is Exception):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"cannot {doing} ({reason}): {advice}") from error
+        raise UserError(f"cannot {action} ({reason}): {advice}") from error
 
 
 # ---- export ----
 
-def export(out_dir, folder):
+def export_run(out_dir, folder):
     """Write the best checkpoint of a run as a folder that `from_pretrained` loads.
 
-    Raises UserError where the run cannot be read, the folder not be written, or something is in it already.
+    Raises UserError if the run cannot be read, or the folder is not empty or cannot be written.
     """
-    path = checkpoint.best_in(out_dir)
+    path = checkpoint.best_checkpoint(out_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: remove it, or name another folder")
+        raise UserError(f"{folder} already exists: remove it or choose another folder")
     model, tokenizer, state = checkpoint.load_model(path)
-    theirs = to_gpt2(model, tokenizer.end_of_text)
-    their_tokenizer = to_their_tokenizer(tokenizer, model.config.block_size)
+    hf_model = to_hf_model(model, tokenizer.end_of_text)
+    hf_tokenizer = to_hf_tokenizer(tokenizer, model.config.block_size)
     card = model_card(folder.resolve().name, model, state, read_meta(path.parent))
     partial = folder.resolve().with_name(f".{folder.resolve().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     try:
-        with transformers_at_work(f"write {folder}", "make room, or name another folder"):
+        with hf_errors_as_user_errors(f"write {folder}", "free some disk space or choose another folder"):
             partial.mkdir(parents=True)
-            theirs.save_pretrained(partial)
-            their_tokenizer.save_pretrained(partial)
+            hf_model.save_pretrained(partial)
+            hf_tokenizer.save_pretrained(partial)
             Path(partial, "README.md").write_text(card, encoding="utf-8")
-            Path(partial, "model.safetensors").chmod(0o644)  # safetensors' is for its owner alone
+            Path(partial, "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{folder}: the {model.num_parameters():,} parameters of {path} as a GPT-2 for transformers")
+    print(f"{folder}: exported {path}, {model.num_parameters():,} parameters, as a transformers GPT-2 model")
 
 
-def to_gpt2(model, end_of_text):
-    """A GPT as transformers' GPT2LMHeadModel with the same logits; biases that it does without are zeros there."""
+def to_hf_model(model, end_of_text):
+    """Convert a GPT to a GPT2LMHeadModel with the same logits. Biases that the GPT does not have become zeros."""
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     c = model.config
-    theirs = GPT2LMHeadModel(GPT2Config(
+    hf_model = GPT2LMHeadModel(GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function="gelu_new", resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        bos_token_id=end_of_text, eos_token_id=end_of_text, n_ctx=c.block_size))  # the last: llama.cpp asks for it
-    weights = {name: torch.zeros_like(p) if name.endswith(".bias") else p for name, p in theirs.state_dict().items()}
-    weights |= turned(model.state_dict())
-    theirs.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
-    theirs.generation_config = GenerationConfig(  # sample.py's; a story begins after an end of text
+        bos_token_id=end_of_text, eos_token_id=end_of_text, n_ctx=c.block_size))  # n_ctx: for llama.cpp
+    weights = {name: torch.zeros_like(p) if name.endswith(".bias") else p for name, p in hf_model.state_dict().items()}
+    weights |= transpose_weights(model.state_dict())
+    hf_model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    hf_model.generation_config = GenerationConfig(  # the defaults of sample.py
         bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text, do_sample=True, temperature=0.8,
         top_k=200)
-    return theirs
+    return hf_model
 
 
-def turned(weights):
-    """A dict of weights with GPT-2's transposed matrices turned from either of the two forms into the other."""
+def transpose_weights(weights):
+    """Convert a state dict between GPT-2's (in, out) and torch's (out, in) layout, in either direction."""
     return {name: p.T.contiguous() if name.endswith(TRANSPOSED) else p for name, p in weights.items()}
 
 
-def to_their_tokenizer(tokenizer, block_size):
-    """A Tokenizer as one of transformers that gives the same ids: GPT2Tokenizer where it cuts words as GPT-2 does."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Theirs
+def to_hf_tokenizer(tokenizer, block_size):
+    """Convert a Tokenizer to a transformers tokenizer with the same ids: a GPT2Tokenizer if it has GPT-2's pattern."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
     from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
     encoding = tokenizer.encoding
-    character_of = {byte: character for character, byte in byte_of_character().items()}
+    character_of = {byte: character for character, byte in byte_decoder().items()}
 
-    def spell(token):
+    def to_text(token):
         return "".join(character_of[byte] for byte in token)
 
-    vocab = {spell(token): rank for token, rank in encoding._mergeable_ranks.items()}
-    vocab |= encoding._special_tokens  # so that they get these ids and no others
-    merges = [(spell(left), spell(right)) for left, right in merges_of(encoding._mergeable_ranks)]
-    ends = dict.fromkeys(["bos_token", "eos_token", "unk_token"], END_OF_TEXT)
-    others = sorted(set(encoding._special_tokens) - {END_OF_TEXT})
-    options = {**ends, "model_max_length": block_size, "extra_special_tokens": others}
+    vocab = {to_text(token): rank for token, rank in encoding._mergeable_ranks.items()}
+    vocab |= encoding._special_tokens  # with their ids; otherwise they would be given new ones
+    merges = [(to_text(left), to_text(right)) for left, right in merges_from_ranks(encoding._mergeable_ranks)]
+    options = dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=block_size,
+                   extra_special_tokens=sorted(set(encoding._special_tokens) - {END_OF_TEXT}))
     if encoding._pat_str == GPT2_PATTERN:
         return GPT2Tokenizer(vocab=vocab, merges=merges, **options)
-    # Possessive repeats are there for speed, and after {1,3} mean something else in `tokenizers`; there $ is also
-    # where a line ends.
+    # In the regular expressions of `tokenizers` a + after {1,3} is not possessive, and $ also matches before a line
+    # end. Possessive quantifiers only make matching faster, so they are removed.
     pattern = re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", encoding._pat_str).replace("$", r"\z")
-    theirs = Theirs(models.BPE(vocab=vocab, merges=merges))
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
+    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    theirs.decoder = decoders.ByteLevel()
-    theirs.add_special_tokens([AddedToken(token, special=True) for token in encoding._special_tokens])
-    return PreTrainedTokenizerFast(tokenizer_object=theirs, **options)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in encoding._special_tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
 
 
-def merges_of(ranks):
-    """The merges of a byte-pair encoding, first to last, from its tokens' ranks: pairs of bytes objects.
+def merges_from_ranks(ranks):
+    """The merges of a byte-pair encoding, in order, as pairs of bytes objects. `ranks`: token → rank.
 
-    A token comes of the two parts that are left of its bytes when all merges of lower ranks have been made.
+    The merge that creates a token joins the two parts left after all merges of lower rank have been applied to it.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            joined = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
-            i = joined.index(min(joined))
-            if joined[i] >= rank:
+            merge_ranks = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
+            i = merge_ranks.index(min(merge_ranks))
+            if merge_ranks[i] >= rank:
                 break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
@@ -187,14 +185,15 @@ def merges_of(ranks):
 
 
 def model_card(name, model, state, meta):
-    """The README.md of an exported model: how to use it, what it learnt from, how well, by which settings."""
-    figures, c, data, settings = state["figures"], model.config, meta["splits"]["train"], ""
-    losses = (f"{figures['val_loss']:.4f} nats a token, {figures['val_bpb']:.4f} bits per byte (on the windows that "
-              f"were evaluated at iteration {figures['iter']:,})" if "val_loss" in figures else "not measured")
-    trained = "elsewhere, and imported"
+    """The README.md of an exported model: usage, training data, validation loss, settings."""
+    metrics, c, data = state["figures"], model.config, meta["splits"]["train"]
+    loss, training_data, settings = "not measured", "unknown (imported model)", ""
+    if "val_loss" in metrics:
+        loss = (f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte (evaluation at "
+                f"iteration {metrics['iter']:,})")
     if state["tokens"]:
-        trained = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
-        settings = "\nThe settings of the run:\n\n| setting | value |\n|---|---|\n" + "".join(
+        training_data = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
+        settings = "\nTraining settings:\n\n| setting | value |\n|---|---|\n" + "".join(
             f"| {setting} | {value} |\n" for setting, value in state["config"].items())
     return f"""---
 library_name: transformers
@@ -203,139 +202,153 @@ pipeline_tag: text-generation
 
 # {name}
 
-A GPT-2 of {model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width \
-{c.n_embd}, a context of {c.block_size} tokens for the prompt and what follows it.
+A GPT-2 model with {model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width \
+{c.n_embd}, a context of {c.block_size} tokens (prompt and generated text together).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
-prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")  # stories begin after an end of text
+prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")  # as in training, after end-of-text
 print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], skip_special_tokens=True))
 ```
 
 | | |
 |---|---|
-| trained on | {trained} |
-| tokens of training | {f"{state['tokens']:,}" if state['tokens'] else 'unknown'} |
-| validation loss | {losses} |
+| training data | {training_data} |
+| training tokens | {f"{state['tokens']:,}" if state['tokens'] else 'unknown'} |
+| validation loss | {loss} |
 | tokenizer | {meta['tokenizer']['name']}, {c.vocab_size:,} tokens |
 {settings}"""
 
 
 # ---- import ----
 
-def import_(source, out_dir, overwrite):
-    """Write a GPT-2-shaped model of transformers, a local folder or one on the hub, as a run.
+def import_model(source, out_dir, overwrite):
+    """Write a transformers GPT-2 model, from a local folder or the hub, as a run.
 
-    Raises UserError where it cannot be read, or is of another shape than this program's.
+    Raises UserError if the model cannot be read, or computes another function than model.py.
     """
     from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
-    if checkpoint.holds_run(out_dir) and not overwrite:
-        raise UserError(f"{out_dir} already holds a run: name another folder, or replace it (--overwrite)")
-    is_folder = source and Path(source).is_dir()
-    if is_folder and not Path(source, "config.json").exists():
-        raise UserError(f"{source} has no config.json: name the folder of a model, or a model on the hub")
-    if not is_folder and (Path(source).is_file() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
-        raise UserError(f"{source!r} is no folder, and no name that a model on the hub can have: name one of these")
-    with transformers_at_work(f"read {source} as a model",
-                              "name a folder with all of its files or, with a network, a model on the hub"):
+    if checkpoint.run_exists(out_dir) and not overwrite:
+        raise UserError(f"{out_dir} already contains a run: choose another folder, or replace it with --overwrite")
+    check_source(source)
+    with hf_errors_as_user_errors(f"load the model {source}",
+                                  "give a complete model folder or, with a network connection, a hub model"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        refuse_another_architecture(source, config)  # before gigabytes of it are downloaded
-        their_tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        theirs, loading = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True,
-                                                          ignore_mismatched_sizes=True)
-    # In the place of these transformers has put random numbers.
-    if absent := sorted(loading["missing_keys"]) or sorted(name for name, *_ in loading["mismatched_keys"]):
-        raise UserError(f"{source} is damaged: it has no {absent[0]} of the shape that config.json says")
-    tokenizer = from_their_tokenizer(source, their_tokenizer, config.eos_token_id)
-    model = from_gpt2(source, theirs, tokenizer.vocab_size)
+        check_architecture(source, config)  # before the weights are downloaded
+        hf_tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        hf_model, loading = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True,
+                                                            ignore_mismatched_sizes=True)
+    # transformers only warns about these weights and initializes them randomly.
+    if bad := sorted(loading["missing_keys"]) or sorted(name for name, *_ in loading["mismatched_keys"]):
+        raise UserError(f"{source} is damaged: {bad[0]} is missing or does not have the shape given by config.json")
+    tokenizer = from_hf_tokenizer(source, hf_tokenizer, config.eos_token_id)
+    model = from_hf_model(source, hf_model, tokenizer.vocab_size)
     write_run(out_dir, model, tokenizer, overwrite)
-    print(f"{out_dir}: {model.num_parameters():,} parameters of {source}, as a run\n"
+    print(f"{out_dir}: imported {source}, {model.num_parameters():,} parameters, as a run\n"
           f'sample: python sample.py --out_dir {out_dir} --start "Once upon a time"\n'
-          f"data to train it on: python prepare.py SOURCE --tokenizer {out_dir}\n"
-          f"training: python train.py --init_from={out_dir} --dataset=NAME --out_dir=out/ANOTHER")
+          f"prepare data: python prepare.py SOURCE --tokenizer {out_dir}\n"
+          f"fine-tune: python train.py --init_from={out_dir} --dataset=NAME --out_dir=out/ANOTHER")
 
 
-def refuse_another_architecture(source, config):
-    """Raise UserError where a transformers config is of a model that computes something else than this program's."""
-    for name, allowed in FIXED.items():
+def check_source(source):
+    """Raise UserError unless `source` is a model folder, or a string that could be the name of a hub model."""
+    if source and Path(source).is_dir():
+        if not Path(source, "config.json").exists():
+            raise UserError(f"{source} has no config.json: give a model folder, or the name of a hub model")
+    elif Path(source).is_file() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise UserError(f"{source!r} is neither a folder nor a valid hub model name: give one of these")
+
+
+def check_architecture(source, config):
+    """Raise UserError if a transformers config describes a model that computes another function than model.py."""
+    for name, allowed in (SUPPORTED | {"n_inner": (4 * getattr(config, "n_embd", 0), None)}).items():
         if getattr(config, name, None) not in allowed:
-            raise UserError(f"{source} has {name} = {getattr(config, name, None)!r}, and only {allowed[0]!r} can be "
-                            "imported: use a GPT-2")
-    if config.n_inner not in (None, 4 * config.n_embd):
-        raise UserError(f"{source} has n_inner = {config.n_inner}, and only 4 * n_embd = {4 * config.n_embd} can be "
-                        "imported: use a GPT-2")
+            raise UserError(f"{source} has {name} = {getattr(config, name, None)!r}, but only {allowed[0]!r} is "
+                            "supported: use a GPT-2 model")
     try:
-        Config(**shape_of(config, config.n_positions))
+        Config(**shape_settings(to_gpt_config(config, config.vocab_size)))
     except UserError as error:
-        raise UserError(f"{source} is damaged, by its config.json: {error}") from error
+        raise UserError(f"config.json of {source} is invalid: {error}") from error
 
 
-def shape_of(config, block_size):
-    """The settings that a recipe would have for the shape of a model, from its config."""
-    return {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "block_size": block_size}
+def to_gpt_config(config, vocab_size):
+    """Convert a transformers GPT2Config to a GPTConfig."""
+    return GPTConfig(vocab_size, block_size=config.n_positions, n_layer=config.n_layer, n_head=config.n_head,
+                     n_embd=config.n_embd, dropout=config.resid_pdrop, bias=True)
 
 
-def from_gpt2(source, theirs, vocab_size):
-    """A GPT with the weights of a GPT2LMHeadModel. Rows of the embedding that no token has are left out.
+def shape_settings(config):
+    """The settings (of Config) that define the architecture of a GPTConfig."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("vocab_size", "dropout")}
 
-    Raises UserError where the head has weights of its own, tokens have none, or one is not a number.
+
+def from_hf_model(source, hf_model, vocab_size):
+    """Convert a GPT2LMHeadModel to a GPT with `vocab_size` tokens, dropping further rows of the embedding.
+
+    Raises UserError if the head is not tied to the embedding, embeddings are missing, or weights are not finite.
     """
-    c, weights = theirs.config, theirs.state_dict()
+    weights = hf_model.state_dict()
     wte = weights["transformer.wte.weight"]  # (V, C)
     if not torch.equal(weights.pop("lm_head.weight"), wte):
-        raise UserError(f"{source} has a head that does not share the token embedding: use a GPT-2 with tied ones")
+        raise UserError(f"{source} has an untied output head: use a GPT-2 model with tied embeddings")
     if len(wte) < vocab_size:
-        raise UserError(f"{source} has {len(wte)} token embeddings for a tokenizer of {vocab_size}: it is damaged")
+        raise UserError(f"{source} is damaged: it has {len(wte)} token embeddings for a tokenizer of {vocab_size}")
     if len(wte) > vocab_size:
-        print(f"left out: {len(wte) - vocab_size} token embeddings beyond the tokenizer's {vocab_size:,}")
-    model = GPT(GPTConfig(vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, c.resid_pdrop, bias=True))
-    model.load_state_dict(turned(weights) | {"transformer.wte.weight": wte[:vocab_size]})
+        print(f"dropped {len(wte) - vocab_size} token embeddings beyond the tokenizer's {vocab_size:,}")
+    model = GPT(to_gpt_config(hf_model.config, vocab_size))
+    model.load_state_dict(transpose_weights(weights) | {"transformer.wte.weight": wte[:vocab_size]})
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"{source} is damaged: some of its weights are not numbers")
+        raise UserError(f"{source} is damaged: some weights are not finite")
     return model
 
 
-def from_their_tokenizer(source, theirs, end_of_text):
-    """A Tokenizer that gives the same ids as one of transformers, which must be a byte-level BPE that cuts words as
-    GPT-2 does. Raises UserError for any other.
+def from_hf_tokenizer(source, hf_tokenizer, end_of_text):
+    """Convert a transformers tokenizer to a Tokenizer that gives the same ids.
+
+    `end_of_text`: its id, used if the tokenizer has no eos_token. Raises UserError unless the tokenizer is a byte-level
+    BPE that splits text by GPT-2's pattern.
     """
-    described = json.loads(theirs.backend_tokenizer.to_str()) if theirs.is_fast else {}
-    model, cutting = described.get("model") or {}, described.get("pre_tokenizer") or {}
-    if not model.get("vocab"):  # where its files are missing, transformers makes an empty one
-        raise UserError(f"{source} has no tokenizer.json: save the tokenizer beside the model")
-    byte_level = cutting.get("type") == "ByteLevel" and cutting["use_regex"] and not cutting["add_prefix_space"]
-    if model.get("type") != "BPE" or model["dropout"] or not byte_level or described.get("normalizer"):
-        raise UserError(f"the tokenizer of {source} is not GPT-2's kind, a byte-level BPE: use a model that has one")
-    if plain := [token["content"] for token in described["added_tokens"] if not token["special"]]:
-        raise UserError(f"the tokenizer of {source} has words added to it, such as {plain[0]!r}: use a model without "
-                        "them")
-    special = {token["content"]: token["id"] for token in described["added_tokens"]}
-    end_of_text = special.get(theirs.eos_token, end_of_text)
+    description = json.loads(hf_tokenizer.backend_tokenizer.to_str()) if hf_tokenizer.is_fast else {}
+    check_tokenizer_type(source, description)
+    special = {token["content"]: token["id"] for token in description["added_tokens"]}
+    end_of_text = special.get(hf_tokenizer.eos_token, end_of_text)
     if end_of_text not in special.values():
-        raise UserError(f"the tokenizer of {source} has no end of text: give it an eos_token in tokenizer_config.json")
+        raise UserError(f"the tokenizer of {source} has no end-of-text token: set eos_token in tokenizer_config.json")
     special = {token: rank for token, rank in special.items() if rank != end_of_text} | {END_OF_TEXT: end_of_text}
 
-    byte_of = byte_of_character()
-    vocab = {token: rank for token, rank in model["vocab"].items() if rank not in special.values()}
+    byte_of = byte_decoder()
+    vocab = {token: rank for token, rank in description["model"]["vocab"].items() if rank not in special.values()}
     if not all(set(token) <= byte_of.keys() for token in vocab):
-        raise UserError(f"the tokenizer of {source} has tokens that are not of bytes: use a model with GPT-2's kind")
+        raise UserError(f"{source} has tokens that are not bytes: use a model with a tokenizer like GPT-2's")
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items()}
     merges = [tuple(bytes(byte_of[c] for c in part) for part in (pair.split(" ") if isinstance(pair, str) else pair))
-              for pair in model["merges"]]
-    all_bytes = all(bytes([byte]) in ranks for byte in range(256))
-    if merges != merges_of(ranks) or not all_bytes or len(ranks) != 256 + len(merges):
-        raise UserError(f"the tokenizer of {source} is not the 256 bytes and a token for each merge, in the order of "
-                        "the merges: use a model that has GPT-2's kind")
+              for pair in description["model"]["merges"]]
+    has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if merges != merges_from_ranks(ranks) or not has_all_bytes or len(ranks) != 256 + len(merges):
+        raise UserError(f"the tokens of {source} are not the 256 bytes and one token for each merge, in order: use a "
+                        "model with a tokenizer like GPT-2's")
     name = "gpt2" if len(ranks) == 50256 else f"bpe{len(ranks) + len(special)}"
     return Tokenizer(tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
 
+def check_tokenizer_type(source, description):
+    """Raise UserError unless a tokenizer.json, as a dict, describes a byte-level BPE with GPT-2's pattern."""
+    model, split = description.get("model") or {}, description.get("pre_tokenizer") or {}
+    if not model.get("vocab"):  # transformers creates an empty tokenizer if its files are missing
+        raise UserError(f"{source} has no tokenizer.json: save the tokenizer in the same folder as the model")
+    byte_level = split.get("type") == "ByteLevel" and split["use_regex"] and not split["add_prefix_space"]
+    if model.get("type") != "BPE" or model["dropout"] or not byte_level or description.get("normalizer"):
+        raise UserError(f"the tokenizer of {source} is not a byte-level BPE like GPT-2's: use a model that has one")
+    if added := [token["content"] for token in description["added_tokens"] if not token["special"]]:
+        raise UserError(f"the tokenizer of {source} has added words, such as {added[0]!r}: use a model without them")
+
+
 def write_run(out_dir, model, tokenizer, overwrite):
-    """Write a model and its tokenizer as a run that has seen no data yet."""
+    """Write a model and its tokenizer as a run with 0 training tokens."""
     c = model.config
     no_data = {"stories": 0, "tokens": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": c.vocab_size, "end_of_text": tokenizer.end_of_text,
@@ -343,12 +356,12 @@ def write_run(out_dir, model, tokenizer, overwrite):
             "splits": {"train": no_data, "validation": no_data}}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        Path(folder, "meta.json").write_text(json.dumps(seal(meta), indent=2) + "\n", encoding="utf-8")
-        start_folder(out_dir, Path(folder), overwrite)
-    config = Config(out_dir=str(out_dir), **shape_of(c, c.block_size))
+        Path(folder, "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
+        checkpoint.create_run_folder(out_dir, Path(folder), overwrite)
+    config = Config(out_dir=str(out_dir), **shape_settings(c))
     checkpoint.save(out_dir / "ckpt.pt", {
         "model": model.state_dict(), "model_config": asdict(c), "config": asdict(config),
-        "data_sha256": checkpoint.data_sha256(meta), "iter": 0, "update": 0, "tokens": 0, "figures": {"iter": 0}})
+        "data_sha256": data_sha256(meta), "iter": 0, "update": 0, "tokens": 0, "figures": {"iter": 0}})
 
 
 if __name__ == "__main__":

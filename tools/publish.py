@@ -1,12 +1,12 @@
-"""A run's losses, settings and stories in TensorBoard or in Weights & Biases, once it has ended or while it trains.
+"""Publish a run's losses, settings and stories to TensorBoard or Weights & Biases, also while it trains.
 
-    python -m tools.publish out/x --to tensorboard       into out/x/tensorboard; to look: tensorboard --logdir out
+    python -m tools.publish out/x --to tensorboard       to out/x/tensorboard; view: tensorboard --logdir out
     python -m tools.publish out/x --to wandb             a run named x in W&B's project tinystories (or WANDB_PROJECT)
-    WANDB_MODE=offline python -m tools.publish out/x --to wandb        into out/x/wandb; to upload: wandb sync
+    WANDB_MODE=offline python -m tools.publish out/x --to wandb        to out/x/wandb; upload: wandb sync
 
-It reads log.jsonl and samples.md and nothing else, so that training needs neither package and waits for neither. A run
-that is still going is followed until its process ends; Ctrl-C ends that before. Publishing again replaces what is in
-out/x/tensorboard; on W&B, where nothing can be replaced, it makes another run.
+It reads only log.jsonl and samples.md, so training depends on neither package. If the run is still training, new
+records are published until training ends or Ctrl-C. Publishing a run again replaces its TensorBoard files; on W&B,
+where nothing can be replaced, it creates another run.
 """
 
 import html
@@ -20,21 +20,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import checkpoint
-import files
-from errors import Parser, UserError, exit_with_one_line
+from runtime import files
+from runtime.errors import Parser, UserError, exit_with_one_line
 from tools.compare import markdown
 
-FIGURES = {"step": ("train", ("loss", "lr", "grad_norm", "tokens_per_s", "skipped")),
-           "eval": ("eval", ("train_loss", "val_loss", "val_bpb"))}  # a record's kind → their group, and its keys
+METRICS = {"step": ("train", ("loss", "lr", "grad_norm", "tokens_per_s", "skipped")),
+           "eval": ("eval", ("train_loss", "val_loss", "val_bpb"))}  # kind of log record → prefix, keys
 STORY = re.compile(r"## iteration (\d+): validation loss \S+\n\n(.*?)\n\n(?=## iteration |\Z)", re.DOTALL)
 POLL_SECONDS = 1
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Publish a run, to its end if it is still going; `argv` as on the command line."""
+    """Publish a run until its training ends. `argv`: the command line, by default sys.argv's."""
     parser = Parser(prog="python -m tools.publish", description="Publish a run's log, also while it trains.")
-    parser.add_argument("run", metavar="RUN", help="a run's folder, such as out/tinystories")
+    parser.add_argument("run", metavar="RUN", help="a run folder, such as out/tinystories")
     parser.add_argument("--to", choices=["tensorboard", "wandb"], required=True,
                         help="event files in RUN/tensorboard, or a run on Weights & Biases")
     args = parser.parse_args(argv)
@@ -42,178 +42,191 @@ def main(argv=None):
     target = {"tensorboard": TensorBoard, "wandb": WandB}[args.to](Path(args.run))
     published = []
     try:
-        follow(Path(args.run), target, published)
+        publish(Path(args.run), target, published)
     except KeyboardInterrupt:
-        tell(target, published)
-        raise  # for the exit code: who reads it learns that the run may have had more to come
-    tell(target, published)
+        close(target, published)
+        raise  # exit code 130: the run may not be complete
+    close(target, published)
 
 
-def tell(target, published):
-    """Close the target, and print what was published and how to look at it."""
+def close(target, published):
+    """Close the target, and print how much was published and how to view it."""
     steps, evals, stories = (sum(name in values for *_, values in published)
                              for name in ("train/loss", "eval/val_loss", "story"))
-    look = target.close()
+    how_to_view = target.close()
     if published:
-        print(f"published: to iteration {published[-1][0]:,}, {steps:,} log lines of training, {evals:,} evaluations, "
-              f"{stories:,} stories\n{look}")
+        print(f"published up to iteration {published[-1][0]:,}: {steps:,} training records, {evals:,} evaluations, "
+              f"{stories:,} stories\n{how_to_view}")
 
 
-def follow(folder, target, published):
-    """Publish what a run's folder says, and what comes to it until no process trains there, listing it in `published`.
+def publish(folder, target, published):
+    """Publish the events of a run, polling for new ones until no process trains it; append them to `published`.
 
-    What is published has to be the beginning of what the log says. Where it is not, as after a run was resumed from an
-    earlier checkpoint, or was overwritten, the target begins again. Raises UserError where there is no log.
+    Raises UserError if there is no log.
     """
-    seen = None
+    previous = None
     for poll in itertools.count():
-        held = files.is_held(folder / ".lock")  # asked before reading: so what came until the end is read after it
-        if seen != (there := sizes_and_times(folder)) or held is False:
-            seen = there
-            records, stories, written = read(folder)
-            now = entries(folder, records, stories)
-            if not (now or published) and (held is False or not folder.is_dir()):
-                raise UserError(f"no log in {folder}: name the folder of a run, such as out/tinystories")
-            if now and published and now[:len(published)] != published:
-                print(f"note: the log of {folder} has been cut back or replaced: from now on it is published as it is")
-                published.clear()
-            if now and not published:
-                target.begin(records[0], written - now[-1][1])
-            if new := now[len(published):]:
-                target.add(new)
-                published += new
-        if held is False:
+        locked = files.is_locked(folder / ".lock")  # checked before reading, so that the last records are not missed
+        current = sizes_and_times(folder)
+        if current != previous or locked is False:
+            previous = current
+            publish_new_events(folder, target, published)
+            if not published and (locked is False or not folder.is_dir()):
+                raise UserError(f"no log in {folder}: give a run folder, such as out/tinystories")
+        if locked is False:
             return
         if not poll:
-            print(f"following {folder}" + (" until its training ends" if held else ": Ctrl-C ends that"), flush=True)
+            print(f"publishing {folder} until " + ("its training ends" if locked else "Ctrl-C"), flush=True)
         time.sleep(POLL_SECONDS)
 
 
+def publish_new_events(folder, target, published):
+    """Publish the events of a run that are not in `published` yet, and append them to it.
+
+    If the log does not begin with the published events, because the run was resumed from an earlier checkpoint or
+    overwritten, everything is published again.
+    """
+    records, stories, modified = read_run(folder)
+    events = events_of(folder, records, stories)
+    if events and published and events[:len(published)] != published:
+        print(f"note: the log of {folder} was truncated or replaced: publishing it again")
+        published.clear()
+    if events and not published:
+        target.begin(records[0], modified - events[-1][1])
+    if new := events[len(published):]:
+        target.add(new)
+        published += new
+
+
 def sizes_and_times(folder):
-    """What changes with a run's log and samples: a long log takes a second to read, which training can use."""
+    """Sizes and modification times of a run's log and samples, to skip reading unchanged ones (slow if long)."""
     paths = [path for path in (folder / "log.jsonl", folder / "samples.md") if path.exists()]
     return [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
-def read(folder):
-    """A run's records so far, its stories (iteration → text), and when its log was written; empty where none is.
-
-    The stories are read last: what is logged behind an evaluation comes after its story.
-    """
-    records, stories, written = [], b"", 0
+def read_run(folder):
+    """A run's log records, its stories (iteration → text), and the modification time of its log; empty if missing."""
+    records, stories, modified = [], b"", 0
     try:
-        records, written = checkpoint.read_log(folder / "log.jsonl"), (folder / "log.jsonl").stat().st_mtime
+        records, modified = checkpoint.read_log(folder / "log.jsonl"), (folder / "log.jsonl").stat().st_mtime
+        # Read after the log: a story is written before the records that follow its evaluation.
         stories = (folder / "samples.md").read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         pass
-    return records, dict(STORY.findall(stories.decode("utf-8", "replace"))), written
+    return records, dict(STORY.findall(stories.decode("utf-8", "replace"))), modified
 
 
-def entries(folder, records, stories):
-    """What a run's records and stories say, in order: a list of (iteration, seconds of the run, {name: value}).
+def events_of(folder, records, stories):
+    """The events of a run in order: (iteration, seconds since the start of the run, {name: value}).
 
-    Raises UserError where the records are of something else.
+    The values are metrics, a story (str) or settings (dict). Raises UserError if the log is of another program.
     """
-    found, seconds, settings = [], 0.0, None
+    events, seconds, settings = [], 0.0, None
     try:
         if records and records[0]["kind"] != "run":
-            raise ValueError("no run has begun")
+            raise ValueError("the first record is not of kind run")
         for record in records:
             kind = record["kind"]
             if kind == "run" and record["config"] != settings:
                 settings = dict(record["config"])
-                found.append((record["resumed_at"] or 0, seconds, {"settings": settings}))
-            elif kind in FIGURES:
+                events.append((record["resumed_at"] or 0, seconds, {"settings": settings}))
+            elif kind in METRICS:
                 seconds = float(record["seconds"])
-                found.append((int(record["iter"]), seconds, figures(record, *FIGURES[kind])))
+                events.append((int(record["iter"]), seconds, metrics_of(record, *METRICS[kind])))
                 if kind == "eval" and str(record["iter"]) in stories:
-                    found.append((record["iter"], seconds, {"story": stories[str(record["iter"])]}))
+                    events.append((record["iter"], seconds, {"story": stories[str(record["iter"])]}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/log.jsonl is not a log of this program: name the folder of a run, such as "
-                        "out/tinystories") from error
-    return found
+        raise UserError(f"{folder}/log.jsonl is not a log of this program: give a run folder, such as out/tinystories"
+                        ) from error
+    return events
 
 
-def figures(record, group, keys):
-    """A record's figures by the names that they are published under.
+def metrics_of(record, prefix, keys):
+    """The metrics of a log record as {"prefix/key": value}.
 
-    In float16 some updates have no gradient norm. An older log does not count those that were skipped.
+    Missing ones are left out (grad_norm after a float16 overflow, keys that older logs lack), and `skipped` if it is 0.
     """
-    return {f"{group}/{key}": float(record[key]) for key in keys
+    return {f"{prefix}/{key}": float(record[key]) for key in keys
             if record.get(key) is not None and (record[key] or key != "skipped")}
 
 
 class TensorBoard:
-    """Event files in a run's folder tensorboard/, in place of those of an earlier publishing."""
+    """Write event files to the folder tensorboard/ of a run, replacing existing ones."""
 
     def __init__(self, folder):
+        """Raises UserError if tensorboard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("--to tensorboard needs tensorboard:  pip install -r requirements-extra.txt") from error
         self.folder, self.make_writer, self.writer = folder / "tensorboard", SummaryWriter, None
-        threading.excepthook = lambda args: None  # the writer's thread would print what it also raises here
+        threading.excepthook = lambda args: None  # the writer's thread would also print the errors it raises here
 
-    def begin(self, first, start):
-        """Make a new event file, and delete those before; the run's clock began at `start`."""
-        with self.writing():
+    def begin(self, run_record, start_time):
+        """Replace all event files by a new one. `start_time`: when the run started, in seconds since the epoch.
+
+        Raises UserError if it cannot be written, or another process is publishing to this folder.
+        """
+        with self.errors_as_user_errors():
             self.folder.mkdir(exist_ok=True)
-            files.hold(self.folder / ".lock", self.folder)  # another publishing would delete this one's file
+            files.acquire_lock(self.folder / ".lock", self.folder)  # two processes would delete each other's files
             if self.writer:
                 self.writer.close()
             for path in self.folder.glob("events.out.tfevents.*"):
                 path.unlink()
-            self.writer, self.start = self.make_writer(str(self.folder)), start
+            self.writer, self.start_time = self.make_writer(str(self.folder)), start_time
 
-    def add(self, entries):
-        """Write entries. Raises UserError where the disk is full."""
-        with self.writing():
-            for iteration, seconds, values in entries:
+    def add(self, events):
+        """Write events (see events_of). Raises UserError if the disk is full."""
+        with self.errors_as_user_errors():
+            for iteration, seconds, values in events:
                 for name, value in values.items():
                     if name == "settings":
                         value = markdown([("setting", "value"), *((key, str(value[key])) for key in value)])
                     write = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
-                    write(name, value, iteration, self.start + seconds)
+                    write(name, value, iteration, self.start_time + seconds)
             self.writer.flush()
 
     @contextmanager
-    def writing(self):
-        """Turn a full disk and its like into a UserError."""
+    def errors_as_user_errors(self):
+        """Convert errors of writing, such as a full disk, into a UserError."""
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write {self.folder} ({error.strerror or error}): make room, then publish again"
+            raise UserError(f"cannot write {self.folder} ({error.strerror or error}): fix that, then publish again"
                             ) from error
 
     def close(self):
-        """Close the event file; the words for how to look at it."""
+        """Close the event file. Returns a message for the user: where it is and how to view it."""
         if self.writer:
-            with self.writing():
+            with self.errors_as_user_errors():
                 self.writer.close()
         root = shlex.quote(os.path.relpath(os.path.dirname(os.path.abspath(self.folder.parent))))
-        return f"events: {self.folder}\nlook at them: tensorboard --logdir {root}"
+        return f"event files: {self.folder}\nview: tensorboard --logdir {root}"
 
 
 class WandB:
-    """A run on Weights & Biases, or with WANDB_MODE=offline one in a run's folder wandb/, to be uploaded later."""
+    """Log to a run on Weights & Biases, or with WANDB_MODE=offline to the folder wandb/ of the run."""
 
     def __init__(self, folder):
-        os.environ.setdefault("WANDB_SILENT", "true")  # also: no prompt for a key
+        """Raises UserError if wandb is not installed."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # also disables the prompt for an API key
         os.environ.setdefault("WANDB_CONSOLE", "off")
         try:
             import wandb
-            self.wandb, self.errors = wandb, (wandb.Error, ValueError)  # the latter: a variable's value is wrong
-        except (ImportError, AttributeError) as error:  # the latter: what it found is a folder of that name
+            self.wandb, self.errors = wandb, (wandb.Error, ValueError)  # ValueError: an invalid environment variable
+        except (ImportError, AttributeError) as error:  # AttributeError: a folder named wandb was imported instead
             raise UserError("--to wandb needs wandb:  pip install -r requirements-extra.txt") from error
-        self.folder, self.run, self.first, self.left_out, self.look = folder, None, None, 0, []
+        self.folder, self.run, self.run_record, self.skipped, self.messages = folder, None, None, 0, []
 
-    def begin(self, first, start):
-        """Make a run of the settings in the record `first`, or keep the one at hand where it is of the same record.
+    def begin(self, run_record, start_time):
+        """Create a W&B run with the settings of `run_record`, the log's first record.
 
-        A run that was resumed comes to the same losses again, and W&B takes no step twice.
+        If the log was truncated but begins with the same record, the current W&B run is kept: the resumed run repeats
+        the same losses, and W&B accepts each step only once.
         """
-        self.start = start
-        if first == self.first:
+        self.start_time = start_time
+        if run_record == self.run_record:
             return
         if self.run:
             self.run.finish()
@@ -221,41 +234,41 @@ class WandB:
         try:
             self.run = self.wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tinystories"), name=os.environ.get("WANDB_NAME", name),
-                dir=os.environ.get("WANDB_DIR", os.path.abspath(self.folder)), config=first["config"],
-                settings=self.wandb.Settings(x_disable_stats=True))  # they would be of this process, not of training
+                dir=os.environ.get("WANDB_DIR", os.path.abspath(self.folder)), config=run_record["config"],
+                settings=self.wandb.Settings(x_disable_stats=True))  # it would measure this process, not training
         except self.errors as error:
-            raise UserError(f"W&B takes no run: {error} Put that right, or set WANDB_MODE=offline and upload it later "
+            raise UserError(f"cannot create a W&B run: {error} Fix that, or set WANDB_MODE=offline and upload it later "
                             "with  wandb sync") from error
-        self.first, self.added, self.step = first, set(), 0
-        upload = f"upload it: wandb sync {shlex.quote(os.path.relpath(Path(self.run.dir).parent))}"
-        self.look.append("note: WANDB_MODE=disabled: W&B has thrown it away" if self.run.disabled else
-                         upload if self.run.offline else f"look at it: {self.run.url}")
+        self.run_record, self.added, self.last_step = run_record, set(), 0
+        upload = f"upload: wandb sync {shlex.quote(os.path.relpath(Path(self.run.dir).parent))}"
+        self.messages.append("note: nothing was kept, because WANDB_MODE=disabled" if self.run.disabled else
+                             upload if self.run.offline else f"view: {self.run.url}")
 
-    def add(self, entries):
-        """Hand entries on, without those that the run has already."""
-        for iteration, seconds, values in entries:
+    def add(self, events):
+        """Log events (see events_of), except those that the W&B run already has."""
+        for iteration, seconds, values in events:
             is_new = any((iteration, name) not in self.added for name in values)
             self.added.update((iteration, name) for name in values)
             if "settings" in values:
                 self.run.config.update(values["settings"], allow_val_change=True)
-            elif is_new and iteration < self.step:
-                self.left_out += 1
+            elif is_new and iteration < self.last_step:
+                self.skipped += 1
             elif is_new:
-                self.step = iteration
+                self.last_step = iteration
                 if "story" in values:
                     text = f'<pre style="white-space:pre-wrap">{html.escape(values["story"])}</pre>'
                     values = {"story": self.wandb.Html(text)}
-                self.run.log({**values, "_timestamp": self.start + seconds}, step=iteration)
+                self.run.log({**values, "_timestamp": self.start_time + seconds}, step=iteration)
 
     def close(self):
-        """End the run; the words for how to look at it."""
+        """Finish the W&B run. Returns a message for the user: how to view or upload it."""
         if self.run:
             self.run.finish()
-            self.wandb.teardown()  # it has a process that may still be writing
-        if self.left_out:  # a run that was resumed with another log_interval
-            self.look.append(f"note: {self.left_out} entries lie between those that W&B has already, and it takes "
-                             "steps in their order alone: publish again to have them in another run")
-        return "\n".join(self.look)
+            self.wandb.teardown()  # wait for its process, which may still be writing
+        if self.skipped:  # after a run was resumed with a different log_interval
+            self.messages.append(f"note: skipped {self.skipped} records, because W&B accepts steps only in increasing "
+                                 "order: publish again to get all of them in a new W&B run")
+        return "\n".join(self.messages)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The embedded corpus: the same for everybody, clean, and varied."""
+"""The nursery corpus: reproducible, clean and varied."""
 
 import hashlib
 from collections import Counter

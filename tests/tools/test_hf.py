@@ -1,4 +1,4 @@
-"""tools/hf: transformers computes what this program does with an export, and a run is made of a model of its own."""
+"""tools/hf: transformers gives the same results with an exported model, and an imported model becomes a run."""
 
 import json
 import os
@@ -18,15 +18,15 @@ import prepare
 import sample
 import train
 from conftest import ROOT, TINY
-from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from data.dataset import Split
+from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from tools import hf
 
 TEXTS = ["Once upon a time, there was a fox.", "  two  spaces\n\n and lines \n", "trailing   ", "", "\n",
          "naïve 🦊 façade\tx1234567 don't I'LL", "\r\n\r\n  \n x\u00a0y\u2003z  ", "一二三 été №5 ½ … !?!?  --",
          " \n\n\n  a  \n b"]
-README = (ROOT / "README.md").read_text().replace(END_OF_TEXT, "")  # which transformers takes for the token
-# As tiktoken has them for cl100k_base and o200k_base; their vocabularies are not on this machine.
+README = (ROOT / "README.md").read_text().replace(END_OF_TEXT, "")  # transformers would encode it as the token
+# The patterns of cl100k_base and o200k_base, whose vocabularies would have to be downloaded.
 CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
           r"\s+(?!\S)|\s")
 O200K = "|".join([
@@ -37,43 +37,44 @@ O200K = "|".join([
 
 @pytest.fixture
 def run(trained, here):
-    """An empty folder with out/tiny and its data in it."""
+    """A folder that contains only the run out/tiny and its data."""
     shutil.copytree(trained / "out/tiny", "out/tiny")
     os.symlink(trained / "data", "data")
     return here
 
 
-def exported(*words):
-    hf.main(["export", *words])
-    folder = words[1]
+def export(out_dir, folder):
+    """Export a run; returns the model and the tokenizer as loaded by transformers."""
+    hf.main(["export", out_dir, folder])
     return (transformers.AutoModelForCausalLM.from_pretrained(folder),
             transformers.AutoTokenizer.from_pretrained(folder))
 
 
-def some_tokens(B, T):
-    split = train.Split("data/nursery-bpe300", "validation", T)
+def validation_tokens(B, T):
+    """The first B windows of T tokens of the validation split: (B, T)."""
+    split = Split("data/nursery-bpe300", "validation", T)
     return torch.from_numpy(split.windows(range(0, B * T, T))[0])  # (B, T)
 
 
-def test_transformers_computes_the_same_from_an_export(run, capsys):
-    theirs, their_tokenizer = exported("out/tiny", "model")
-    assert "model: the " in capsys.readouterr().out
+def test_exported_model_and_tokenizer_give_equal_results(run, capsys):
+    hf_model, hf_tokenizer = export("out/tiny", "model")
+    assert "model: exported out/tiny/ckpt.pt, 11,648 parameters" in capsys.readouterr().out
     model, tokenizer, _ = checkpoint.load_model(Path("out/tiny/ckpt.pt"))
-    idx = some_tokens(4, 16)
+    idx = validation_tokens(4, 16)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-4, rtol=0)
+        torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-4, rtol=0)
     for text in [*TEXTS, README]:
-        assert their_tokenizer.encode(text) == tokenizer.encode(text)
-        assert their_tokenizer.decode(tokenizer.encode(text)) == text
+        assert hf_tokenizer.encode(text) == tokenizer.encode(text)
+        assert hf_tokenizer.decode(tokenizer.encode(text)) == text
     prompt = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("One")]])
     new = 16 - prompt.size(1)
-    told = [int(token) for token in model.generate(prompt, new, temperature=0, end_of_text=tokenizer.end_of_text)]
-    theirs_told = theirs.generate(prompt, max_new_tokens=new, do_sample=False, temperature=1.0, top_k=50)
-    assert theirs_told[0, prompt.size(1):].tolist() == told
+    story = [int(token) for token in model.generate(prompt, new, temperature=0, end_of_text=tokenizer.end_of_text)]
+    hf_story = hf_model.generate(prompt, max_new_tokens=new, do_sample=False, temperature=1.0, top_k=50)
+    assert hf_story[0, prompt.size(1):].tolist() == story
 
 
-def test_an_export_says_what_it_is(run, fails):
-    theirs, their_tokenizer = exported("out/tiny", "model")
+def test_exported_files_and_model_card(run, fails):
+    _, hf_tokenizer = export("out/tiny", "model")
     assert sorted(os.listdir("model")) == ["README.md", "config.json", "generation_config.json", "model.safetensors",
                                            "tokenizer.json", "tokenizer_config.json"]
     state = checkpoint.load("out/tiny/ckpt.pt")
@@ -81,54 +82,53 @@ def test_an_export_says_what_it_is(run, fails):
     assert config["activation_function"] == "gelu_new" and config["n_positions"] == config["n_ctx"] == 16
     assert config["tie_word_embeddings"] and config["architectures"] == ["GPT2LMHeadModel"]
     generation = json.loads(Path("model/generation_config.json").read_text())
-    assert generation["eos_token_id"] == generation["bos_token_id"] == 299 == their_tokenizer.eos_token_id
-    assert their_tokenizer.model_max_length == 16 and their_tokenizer.bos_token == END_OF_TEXT
-    assert their_tokenizer.encode(END_OF_TEXT) == [299]
+    assert generation["eos_token_id"] == generation["bos_token_id"] == 299 == hf_tokenizer.eos_token_id
+    assert hf_tokenizer.model_max_length == 16 and hf_tokenizer.bos_token == END_OF_TEXT
+    assert hf_tokenizer.encode(END_OF_TEXT) == [299]
     card = Path("model/README.md").read_text()
-    for said in (f"{state['figures']['val_loss']:.4f} nats", f"{state['figures']['val_bpb']:.4f} bits per byte",
-                 "| learning_rate | 0.01 |", "tokens of 54 stories (nursery-bpe300)", "| tokens of training | 1,536 |",
+    for text in (f"{state['figures']['val_loss']:.4f} nats/token", f"{state['figures']['val_bpb']:.4f} bits per byte",
+                 "| learning_rate | 0.01 |", "tokens of 54 stories (nursery-bpe300)", "| training tokens | 1,536 |",
                  "bpe300, 300 tokens"):
-        assert said in card
-    assert "is a model for transformers: make a run of it with python -m tools.hf import model out/NAME" in fails(
-        sample.main, ["--out_dir=model"])
+        assert text in card
+    assert "python -m tools.hf import model out/NAME" in fails(sample.main, ["--out_dir=model"])
     code = card.split("```python")[1].split("```")[0].replace("max_length=16", "max_length=16, do_sample=False")
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert told.returncode == 0 and told.stdout.startswith("Once upon a time")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Once upon a time")
 
 
 def test_a_model_without_biases(run):
     train.main([*TINY, "--bias=False", "--max_iters=4", "--out_dir=out/bare"])
-    theirs, _ = exported("out/bare", "model")
+    hf_model, _ = export("out/bare", "model")
     hf.main(["import", "model", "out/back"])
-    idx = some_tokens(2, 16)
+    idx = validation_tokens(2, 16)
     with torch.no_grad():
         logits = checkpoint.load_model(Path("out/bare/ckpt.pt"))[0](idx)
-        torch.testing.assert_close(theirs(idx).logits, logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(hf_model(idx).logits, logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), logits)
 
 
-def test_out_and_back_is_the_same_model(run, capsys):
+def test_export_then_import_gives_the_same_model(run, capsys):
     hf.main(["export", "out/tiny", "model"])
     hf.main(["import", "model", "out/back"])
     assert "out/back: " in capsys.readouterr().out
-    (model, tokenizer, _), (back, its_tokenizer, _) = (checkpoint.load_model(Path(f"out/{name}/ckpt.pt"))
-                                                        for name in ("tiny", "back"))
-    assert its_tokenizer == tokenizer and its_tokenizer.name == tokenizer.name
+    (model, tokenizer, _), (back, back_tokenizer, _) = (checkpoint.load_model(Path(f"out/{name}/ckpt.pt"))
+                                                         for name in ("tiny", "back"))
+    assert back_tokenizer == tokenizer and back_tokenizer.name == tokenizer.name
     assert model.state_dict().keys() == back.state_dict().keys()
     assert all(torch.equal(p, back.state_dict()[name]) for name, p in model.state_dict().items())
     hf.main(["export", "out/back", "again"])
     card = Path("again/README.md").read_text()
-    assert "| trained on | elsewhere, and imported |" in card and "learning_rate" not in card
+    assert "| training data | unknown (imported model) |" in card and "learning_rate" not in card
     sample.main(["--out_dir=out/back", "--seed=1"])
     assert "out/back/ckpt.pt: trained elsewhere" in capsys.readouterr().err
 
 
-def test_an_import_is_fine_tuned_with_a_shorter_block_on_data_of_its_tokenizer(run, capsys, fails):
+def test_fine_tuning_an_import_with_a_shorter_block_on_data_with_its_tokenizer(run, capsys, fails):
     hf.main(["export", "out/tiny", "model"])
     hf.main(["import", "model", "out/base"])
     prepare.main(["nursery", "--tokenizer", "out/base", "--max_stories", "30", "--seed", "5"])
-    tuned = [word for word in TINY if not word.startswith(("--dataset", "--n_", "--block"))]
-    train.main([*tuned, "--dataset=nursery-base", "--init_from=out/base", "--block_size=8", "--out_dir=out/tuned"])
+    flags = [flag for flag in TINY if not flag.startswith(("--dataset", "--n_", "--block"))]
+    train.main([*flags, "--dataset=nursery-base", "--init_from=out/base", "--block_size=8", "--out_dir=out/tuned"])
     model = checkpoint.load_model(Path("out/tuned/ckpt.pt"))[0]
     steps = [r for r in checkpoint.read_log("out/tuned/log.jsonl") if r["kind"] == "step"]
     assert model.config.block_size == 8 and steps[0]["loss"] < 5.3  # ln 300 is 5.7
@@ -137,66 +137,66 @@ def test_an_import_is_fine_tuned_with_a_shorter_block_on_data_of_its_tokenizer(r
     assert "perplexity: " in capsys.readouterr().out
 
 
-def gpt2_folder(tokenizer, folder="theirs", **settings):
-    """A GPT-2 of random weights that transformers itself has made and saved, with a tokenizer."""
+def save_gpt2(tokenizer, folder="gpt2", **settings):
+    """Save a transformers GPT-2 with random weights and a tokenizer to a folder; returns the model."""
     torch.manual_seed(0)
     shape = {"vocab_size": 300, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 299,
              "eos_token_id": 299}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | settings)).eval()
+    hf_model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | settings)).eval()
     with torch.no_grad():
-        for p in theirs.parameters():  # biases and norms too, which would be zeros and ones
+        for p in hf_model.parameters():  # also of biases and norms, which are initialized to zeros and ones
             p.add_(torch.randn_like(p), alpha=0.1)
-    theirs.save_pretrained(folder)
+    hf_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return theirs
+    return hf_model
 
 
 @pytest.fixture
-def their_tokenizer(run):
-    return hf.to_their_tokenizer(Tokenizer.load("out/tiny"), 24)
+def hf_tokenizer(run):
+    return hf.to_hf_tokenizer(Tokenizer.load("out/tiny"), 24)
 
 
 @pytest.mark.parametrize("settings", [
     {}, {"vocab_size": 320}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 128, "resid_pdrop": 0.0}])
-def test_a_model_that_transformers_made(their_tokenizer, capsys, settings):
-    theirs = gpt2_folder(their_tokenizer, **settings)
-    hf.main(["import", "theirs", "out/theirs"])
-    assert ("left out: 20 token embeddings beyond the tokenizer's 300" in capsys.readouterr().out) == (
+def test_import_of_a_model_created_by_transformers(hf_tokenizer, capsys, settings):
+    hf_model = save_gpt2(hf_tokenizer, **settings)
+    hf.main(["import", "gpt2", "out/gpt2"])
+    assert ("dropped 20 token embeddings beyond the tokenizer's 300" in capsys.readouterr().out) == (
         "vocab_size" in settings)
-    model, tokenizer, _ = checkpoint.load_model(Path("out/theirs/ckpt.pt"))
-    idx = some_tokens(2, 24)
+    model, tokenizer, _ = checkpoint.load_model(Path("out/gpt2/ckpt.pt"))
+    idx = validation_tokens(2, 24)
     with torch.no_grad():
-        torch.testing.assert_close(model(idx), theirs(idx).logits[..., :300], atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(idx), hf_model(idx).logits[..., :300], atol=1e-4, rtol=0)
     for text in TEXTS:
-        assert tokenizer.encode(text) == their_tokenizer.encode(text)
+        assert tokenizer.encode(text) == hf_tokenizer.encode(text)
 
 
-def test_other_special_tokens_and_another_name_for_the_end(run, their_tokenizer):
-    merges = json.loads(their_tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    theirs = transformers.GPT2Tokenizer(
-        vocab={token: i for token, i in their_tokenizer.get_vocab().items() if i < 299} | {"</s>": 299},
+def test_import_with_other_special_tokens_and_another_eos_token(run, hf_tokenizer):
+    merges = json.loads(hf_tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    other_tokenizer = transformers.GPT2Tokenizer(
+        vocab={token: i for token, i in hf_tokenizer.get_vocab().items() if i < 299} | {"</s>": 299},
         merges=[tuple(pair) for pair in merges], eos_token="</s>", bos_token="</s>", unk_token="</s>",
         pad_token="<pad>")
-    gpt2_folder(theirs, vocab_size=301)
-    hf.main(["import", "theirs", "out/theirs"])
-    tokenizer = Tokenizer.load("out/theirs")
+    save_gpt2(other_tokenizer, vocab_size=301)
+    hf.main(["import", "gpt2", "out/gpt2"])
+    tokenizer = Tokenizer.load("out/gpt2")
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (301, 299)
-    assert tokenizer.encode("</s> One day") == [*tokenizer.encode("</s>"), *their_tokenizer.encode(" One day")]
+    assert tokenizer.encode("</s> One day") == [*tokenizer.encode("</s>"), *hf_tokenizer.encode(" One day")]
 
 
 @pytest.mark.parametrize("settings, complaint", [
-    ({"activation_function": "relu"}, "has activation_function = 'relu', and only 'gelu_new'"),
+    ({"activation_function": "relu"}, "has activation_function = 'relu', but only 'gelu_new' is supported"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
-    ({"n_inner": 64}, "has n_inner = 64, and only 4 * n_embd = 128"),
+    ({"n_inner": 64}, "has n_inner = 64, but only 128 is supported"),
     ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon = 0.001"),
-    ({"n_positions": 1}, "theirs is damaged, by its config.json: block_size = 1 is not allowed"),
-    ({"tie_word_embeddings": False}, "has a head that does not share the token embedding"),
+    ({"n_positions": 1}, "config.json of gpt2 is invalid: block_size = 1 "),
+    ({"tie_word_embeddings": False}, "has an untied output head"),
     ({"vocab_size": 290, "eos_token_id": 2, "bos_token_id": 2}, "has 290 token embeddings for a tokenizer of 300"),
 ])
-def test_another_architecture_is_refused(their_tokenizer, fails, settings, complaint):
-    gpt2_folder(their_tokenizer, **settings)
-    assert complaint in fails(hf.main, ["import", "theirs", "out/theirs"])
-    assert not Path("out/theirs").exists()
+def test_other_architectures_are_rejected(hf_tokenizer, fails, settings, complaint):
+    save_gpt2(hf_tokenizer, **settings)
+    assert complaint in fails(hf.main, ["import", "gpt2", "out/gpt2"])
+    assert not Path("out/gpt2").exists()
 
 
 def change_json(path, change):
@@ -206,110 +206,110 @@ def change_json(path, change):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    (lambda t: t["model"]["merges"].reverse(), "is not the 256 bytes and a token for each merge"),
-    (lambda t: t["model"]["vocab"].update(qxz=300), "is not the 256 bytes and a token for each merge"),
-    (lambda t: t["model"]["vocab"].pop("!"), "is not the 256 bytes and a token for each merge"),
-    (lambda t: t.update(normalizer={"type": "Lowercase"}), "is not GPT-2's kind"),
-    (lambda t: t["model"].update(dropout=0.5), "is not GPT-2's kind"),
+    (lambda t: t["model"]["merges"].reverse(), "are not the 256 bytes and one token for each merge"),
+    (lambda t: t["model"]["vocab"].update(qxz=300), "are not the 256 bytes and one token for each merge"),
+    (lambda t: t["model"]["vocab"].pop("!"), "are not the 256 bytes and one token for each merge"),
+    (lambda t: t.update(normalizer={"type": "Lowercase"}), "is not a byte-level BPE"),
+    (lambda t: t["model"].update(dropout=0.5), "is not a byte-level BPE"),
     (lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 300, "content": "xyzzy", "special": False}),
-     "has words added to it, such as 'xyzzy'"),
-    (lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "is not GPT-2's kind"),
+     "has added words, such as 'xyzzy'"),
+    (lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "is not a byte-level BPE"),
 ])
-def test_another_tokenizer_is_refused(their_tokenizer, fails, change, complaint):
-    gpt2_folder(their_tokenizer)
-    change_json("theirs/tokenizer.json", change)
-    change_json("theirs/tokenizer_config.json", lambda t: t.update(tokenizer_class="PreTrainedTokenizerFast"))
-    assert complaint in fails(hf.main, ["import", "theirs", "out/theirs"])
+def test_other_tokenizers_are_rejected(hf_tokenizer, fails, change, complaint):
+    save_gpt2(hf_tokenizer)
+    change_json("gpt2/tokenizer.json", change)
+    change_json("gpt2/tokenizer_config.json", lambda t: t.update(tokenizer_class="PreTrainedTokenizerFast"))
+    assert complaint in fails(hf.main, ["import", "gpt2", "out/gpt2"])
 
 
-def test_a_broken_folder_is_one_line(their_tokenizer, fails):
-    gpt2_folder(their_tokenizer)
-    whole = Path("theirs/model.safetensors").read_bytes()
-    Path("theirs/model.safetensors").write_bytes(whole[:1000])
-    assert "cannot read theirs as a model (" in fails(hf.main, ["import", "theirs", "out/x"])
-    Path("theirs/model.safetensors").unlink()
-    assert "cannot read theirs as a model (" in fails(hf.main, ["import", "theirs", "out/x"])
-    Path("theirs/tokenizer.json").rename("theirs/tokenizer.old")
-    Path("theirs/model.safetensors").write_bytes(whole)
-    assert "theirs has no tokenizer.json" in fails(hf.main, ["import", "theirs", "out/x"])
-    Path("theirs/tokenizer.old").rename("theirs/tokenizer.json")
-    change_json("theirs/config.json", lambda config: config.update(n_embd=64))
-    assert "of the shape that config.json says" in fails(hf.main, ["import", "theirs", "out/x"])
-    change_json("theirs/config.json", lambda config: config.update(n_head=0))
-    assert "by its config.json: n_head = 0 is not allowed" in fails(hf.main, ["import", "theirs", "out/x"])
-    Path("theirs/config.json").write_text("{")
-    assert "cannot read theirs as a model (" in fails(hf.main, ["import", "theirs", "out/x"])
-    Path("theirs/config.json").unlink()
-    assert "theirs has no config.json" in fails(hf.main, ["import", "theirs", "out/x"])
-    assert "cannot read nobody/nothing as a model (" in fails(hf.main, ["import", "nobody/nothing", "out/x"])
-    for source in ("./none", "a/b/c", "", "theirs/tokenizer.json"):
-        assert f"{source!r} is no folder, and no name" in fails(hf.main, ["import", source, "out/x"])
+def test_damaged_model_folders_give_one_line(hf_tokenizer, fails):
+    save_gpt2(hf_tokenizer)
+    intact = Path("gpt2/model.safetensors").read_bytes()
+    Path("gpt2/model.safetensors").write_bytes(intact[:1000])
+    assert "cannot load the model gpt2 (" in fails(hf.main, ["import", "gpt2", "out/x"])
+    Path("gpt2/model.safetensors").unlink()
+    assert "cannot load the model gpt2 (" in fails(hf.main, ["import", "gpt2", "out/x"])
+    Path("gpt2/tokenizer.json").rename("gpt2/tokenizer.old")
+    Path("gpt2/model.safetensors").write_bytes(intact)
+    assert "gpt2 has no tokenizer.json" in fails(hf.main, ["import", "gpt2", "out/x"])
+    Path("gpt2/tokenizer.old").rename("gpt2/tokenizer.json")
+    change_json("gpt2/config.json", lambda config: config.update(n_embd=64))
+    assert "does not have the shape given by config.json" in fails(hf.main, ["import", "gpt2", "out/x"])
+    change_json("gpt2/config.json", lambda config: config.update(n_head=0))
+    assert "config.json of gpt2 is invalid: n_head = 0 " in fails(hf.main, ["import", "gpt2", "out/x"])
+    Path("gpt2/config.json").write_text("{")
+    assert "cannot load the model gpt2 (" in fails(hf.main, ["import", "gpt2", "out/x"])
+    Path("gpt2/config.json").unlink()
+    assert "gpt2 has no config.json" in fails(hf.main, ["import", "gpt2", "out/x"])
+    assert "cannot load the model nobody/nothing (" in fails(hf.main, ["import", "nobody/nothing", "out/x"])
+    for source in ("./none", "a/b/c", "", "gpt2/tokenizer.json"):
+        assert f"{source!r} is neither a folder nor a valid hub" in fails(hf.main, ["import", source, "out/x"])
 
 
-def test_weights_that_are_missing_or_no_numbers_are_refused(their_tokenizer, fails):
+def test_missing_and_non_finite_weights_are_rejected(hf_tokenizer, fails):
     from safetensors.torch import load_file, save_file
-    gpt2_folder(their_tokenizer)
-    weights = load_file("theirs/model.safetensors")
-    save_file(weights | {"transformer.ln_f.bias": torch.full((32,), torch.nan)}, "theirs/model.safetensors",
+    save_gpt2(hf_tokenizer)
+    weights = load_file("gpt2/model.safetensors")
+    save_file(weights | {"transformer.ln_f.bias": torch.full((32,), torch.nan)}, "gpt2/model.safetensors",
               {"format": "pt"})
-    assert "some of its weights are not numbers" in fails(hf.main, ["import", "theirs", "out/x"])
+    assert "some weights are not finite" in fails(hf.main, ["import", "gpt2", "out/x"])
     del weights["transformer.h.1.mlp.c_fc.weight"]
-    save_file(weights, "theirs/model.safetensors", {"format": "pt"})
-    assert "theirs is damaged: it has no transformer.h.1.mlp.c_fc.weight" in fails(
-        hf.main, ["import", "theirs", "out/x"])
+    save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
+    assert "gpt2 is damaged: transformer.h.1.mlp.c_fc.weight is missing" in fails(
+        hf.main, ["import", "gpt2", "out/x"])
 
 
-def test_a_model_of_the_hub_comes_from_its_cache(their_tokenizer):
-    gpt2_folder(their_tokenizer, "cache/models--someone--stories/snapshots/0123abcd")
+def test_import_of_a_hub_model_from_the_cache(hf_tokenizer):
+    save_gpt2(hf_tokenizer, "cache/models--someone--stories/snapshots/0123abcd")
     Path("cache/models--someone--stories/refs").mkdir()
     Path("cache/models--someone--stories/refs/main").write_text("0123abcd")
-    done = subprocess.run([sys.executable, "-m", "tools.hf", "import", "someone/stories", "out/theirs"],
+    done = subprocess.run([sys.executable, "-m", "tools.hf", "import", "someone/stories", "out/gpt2"],
                           env=os.environ | {"HF_HUB_CACHE": "cache", "PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True)
-    assert done.returncode == 0 and "of someone/stories, as a run" in done.stdout, done.stderr
-    assert checkpoint.load_model(Path("out/theirs/ckpt.pt"))[0].config.block_size == 24
+    assert done.returncode == 0 and "imported someone/stories" in done.stdout, done.stderr
+    assert checkpoint.load_model(Path("out/gpt2/ckpt.pt"))[0].config.block_size == 24
 
 
-def test_gpt2s_own_vocabulary_out_and_back(here):
+def test_export_and_import_of_gpt2s_vocabulary(here):
     tokenizer = Tokenizer.named("gpt2")
-    theirs = hf.to_their_tokenizer(tokenizer, 1024)
+    hf_tokenizer = hf.to_hf_tokenizer(tokenizer, 1024)
     for text in [*TEXTS, README, (ROOT / "data/nursery.py").read_text()[:20_000]]:
-        assert theirs.encode(text) == tokenizer.encode(text)
-    back = hf.from_their_tokenizer("x", theirs, None)
+        assert hf_tokenizer.encode(text) == tokenizer.encode(text)
+    back = hf.from_hf_tokenizer("x", hf_tokenizer, None)
     assert back == tokenizer and back.name == "gpt2"
 
 
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, CL100K, O200K], ids=["gpt2", "cl100k_base", "o200k_base"])
-def test_other_ways_to_cut_words(here, pattern):
+def test_export_of_tokenizers_with_other_patterns(here, pattern):
     ranks = Tokenizer.named("gpt2").encoding._mergeable_ranks
     ranks = {token: rank for token, rank in ranks.items() if rank < 5000}
-    specials = {END_OF_TEXT: 5002, "<|fim_prefix|>": 5004}  # with gaps, as cl100k_base has
+    specials = {END_OF_TEXT: 5002, "<|fim_prefix|>": 5004}  # with gaps between the ids, like cl100k_base
     tokenizer = Tokenizer(tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
-    hf.to_their_tokenizer(tokenizer, 64).save_pretrained("model")
-    theirs = transformers.AutoTokenizer.from_pretrained("model")
+    hf.to_hf_tokenizer(tokenizer, 64).save_pretrained("model")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained("model")
     text = (ROOT / "train.py").read_text()
     for text in [*TEXTS, text, text.upper(), text.replace("\n", "\r\n"), "ÀÉ '\"" + text[:100] + " 'S 'lL\r\n \r\n"]:
-        assert theirs.encode(text) == tokenizer.encode(text)
-    assert theirs.eos_token_id == 5002 and theirs.encode("<|fim_prefix|>") == [5004]
+        assert hf_tokenizer.encode(text) == tokenizer.encode(text)
+    assert hf_tokenizer.eos_token_id == 5002 and hf_tokenizer.encode("<|fim_prefix|>") == [5004]
 
 
-def test_what_is_there_is_replaced_only_when_told(run, fails, capsys):
+def test_existing_folders_are_replaced_only_with_overwrite(run, fails, capsys):
     hf.main(["export", "out/tiny", "model"])
-    assert "model is there already" in fails(hf.main, ["export", "out/tiny", "model"])
-    assert "--overwrite is for import" in fails(hf.main, ["export", "out/tiny", "x", "--overwrite"], code=2)
-    Path(".x.partial").mkdir()  # of an export that was killed
+    assert "model already exists" in fails(hf.main, ["export", "out/tiny", "model"])
+    assert "--overwrite works only with import" in fails(hf.main, ["export", "out/tiny", "x", "--overwrite"], code=2)
+    Path(".x.partial").mkdir()  # left by an export that was killed
     Path(".x.partial/rest").touch()
     Path("x").mkdir()
     hf.main(["export", "out/tiny", "x"])
     assert sorted(os.listdir("x")) == sorted(os.listdir("model")) and not Path(".x.partial").exists()
-    assert "out/tiny already holds a run" in fails(hf.main, ["import", "model", "out/tiny"])
+    assert "out/tiny already contains a run" in fails(hf.main, ["import", "model", "out/tiny"])
     hf.main(["import", "model", "out/tiny", "--overwrite"])
     assert sorted(os.listdir("out/tiny")) == [".lock", "ckpt.pt", "meta.json", "tokenizer.tiktoken"]
     Path("file").write_text("")
-    assert "file is there already" in fails(hf.main, ["export", "out/tiny", "file"])
+    assert "file already exists" in fails(hf.main, ["export", "out/tiny", "file"])
 
 
-def test_what_is_wrong_is_told(run, fails, monkeypatch):
+def test_other_user_errors_give_one_line(run, fails, monkeypatch):
     assert "no checkpoint in out/none" in fails(hf.main, ["export", "out/none", "model"])
     assert not Path("model").exists()
     assert "did you mean --overwrite?" in fails(hf.main, ["export", "out/tiny", "model", "--overwite"], code=2)

@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are given equals the log and the stories, also of a run that is still going."""
+"""tools/publish: what TensorBoard and Weights & Biases receive equals the log and stories, also during training."""
 
 import html
 import json
@@ -25,8 +25,8 @@ EVENTS = "tensorboard/events.out.tfevents.*"
 
 
 @pytest.fixture(autouse=True)
-def nothing_set(monkeypatch):
-    """None of W&B's variables but offline mode, whatever is set where the tests are run."""
+def wandb_environment(monkeypatch):
+    """Set W&B to offline mode and remove all other variables of W&B."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off",
@@ -41,8 +41,8 @@ def run(trained, here):
     return Path("out/x")
 
 
-def figures(folder):
-    """What the log says: published name → [(iteration, value)]."""
+def metrics(folder):
+    """The metrics in the log: published name → [(iteration, value)]."""
     found = {name: [] for name in (*STEP.values(), *EVAL.values())}
     for record in checkpoint.read_log(folder / "log.jsonl"):
         for key, name in {"step": STEP, "eval": EVAL}.get(record["kind"], {}).items():
@@ -51,7 +51,7 @@ def figures(folder):
 
 
 def stories(folder):
-    """[(iteration, text)] of samples.md, by the headings that the log's evaluations make."""
+    """The stories in samples.md, [(iteration, text)], split at the headings expected from the log's evaluations."""
     text, found = (folder / "samples.md").read_text(encoding="utf-8"), []
     for record in reversed([r for r in checkpoint.read_log(folder / "log.jsonl") if r["kind"] == "eval"]):
         text, story = text.split(f"## iteration {record['iter']}: validation loss {record['val_loss']:.4f}\n\n")
@@ -61,7 +61,7 @@ def stories(folder):
 
 
 def events(folder):
-    """What the event files hold, as a pair: {name: [(iteration, value)]} and {name: [wall time]}; texts as strings."""
+    """Read the event files: {name: [(iteration, value)]}, texts as strings, and {name: [wall time]}."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     reader = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
@@ -79,16 +79,16 @@ def assert_events_equal_the_log(folder):
     found, _ = events(folder)
     (settings,) = found.pop("settings")
     assert settings[0] == 0 and found.pop("story") == stories(folder)
-    assert found.keys() == figures(folder).keys()
-    for name, values in figures(folder).items():
+    assert found.keys() == metrics(folder).keys()
+    for name, values in metrics(folder).items():
         assert [step for step, _ in found[name]] == [step for step, _ in values]
         assert [value for _, value in found[name]] == pytest.approx([value for _, value in values], rel=1e-6)
 
 
 def wandb_records(path):
-    """The records of a .wandb file: LevelDB's log format, protocol buffers in it."""
+    """Yield the records of a .wandb file: protocol buffers in LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
-    data, at, parts = path.read_bytes(), 7, b""  # 7: W&B's own heading
+    data, at, parts = path.read_bytes(), 7, b""  # 7: W&B's header
     while at < len(data):
         left = 32768 - at % 32768
         if left < 7:
@@ -97,25 +97,25 @@ def wandb_records(path):
         _, length, kind = struct.unpack_from("<IHB", data, at)
         parts += data[at + 7:at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a whole record, or its last part
+        if kind in (1, 4):  # a complete record, or its last part
             yield Record.FromString(parts)
             parts = b""
 
 
 def wandb_run(path):
-    """A run of W&B's from its .wandb file: its name, project and settings, and {name: [(iteration, value)]}."""
-    about, config, found = None, {}, {}
+    """Read a .wandb file: name, project and config of the W&B run, and its values as {name: [(iteration, value)]}."""
+    run, config, found = None, {}, {}
     for record in wandb_records(path):
         kind = record.WhichOneof("record_type")
         if kind in ("run", "config"):
             updates = record.run.config.update if kind == "run" else record.config.update
             config |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
-            about = record.run if kind == "run" else about
+            run = record.run if kind == "run" else run
         elif kind == "history":
             row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             for name, value in row.items():
                 found.setdefault(name, []).append((record.history.step.num, value))
-    return SimpleNamespace(name=about.display_name, project=about.project, config=config, found=found)
+    return SimpleNamespace(name=run.display_name, project=run.project, config=config, found=found)
 
 
 def wandb_file(folder, number=0):
@@ -124,7 +124,7 @@ def wandb_file(folder, number=0):
 
 def assert_wandb_equals_the_log(folder, path):
     found = wandb_run(path).found
-    for name, values in figures(folder).items():
+    for name, values in metrics(folder).items():
         assert found[name] == values
     files = path.parent / "files"
     for (step, name), (iteration, story) in zip(found["story/path"], stories(folder), strict=True):
@@ -133,15 +133,15 @@ def assert_wandb_equals_the_log(folder, path):
         assert f'<pre style="white-space:pre-wrap">{html.escape(story)}</pre>' in text
 
 
-class Holder:
-    """Another process that holds a run's lock, as one that trains does."""
+class LockingProcess:
+    """Another process that has locked a run folder, like one that is training."""
 
     def __init__(self, folder):
         path = str((folder / ".lock").absolute())
-        code = f"import files; files.hold({path!r}, 'it'); print('held', flush=True); input()"
+        code = f"from runtime import files; files.acquire_lock({path!r}, 'it'); print('locked', flush=True); input()"
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout.readline() == "held\n"
+        assert self.process.stdout.readline() == "locked\n"
 
     def end(self):
         self.process.kill()
@@ -150,26 +150,26 @@ class Holder:
 
 @pytest.fixture
 def scripted(run, monkeypatch):
-    """A function by which one action after the other is done while the tool waits; the last ends the training."""
-    holder = Holder(run)
+    """A function that schedules actions: one per sleep of the tool, and finally the end of the training process."""
+    process = LockingProcess(run)
 
     def scripted(*actions):
-        left = iter([*actions, holder.end])
-        monkeypatch.setattr(publish, "time", SimpleNamespace(sleep=lambda seconds: next(left)()))
+        remaining = iter([*actions, process.end])
+        monkeypatch.setattr(publish, "time", SimpleNamespace(sleep=lambda seconds: next(remaining)()))
 
-    scripted.end = holder.end
+    scripted.end = process.end
     yield scripted
-    holder.end()
+    process.end()
 
 
 def lines(run):
-    """The log's lines, and the samples."""
+    """The lines of the log, and the content of samples.md."""
     return (run / "log.jsonl").read_bytes().splitlines(keepends=True), (run / "samples.md").read_bytes()
 
 
 # ---- a finished run ----
 
-def test_tensorboard_has_the_log_the_stories_and_the_settings(run, capsys):
+def test_tensorboard_receives_metrics_stories_and_settings(run, capsys):
     pytest.importorskip("tensorboard")
     publish.main(["out/x", "--to", "tensorboard"])
     assert_events_equal_the_log(run)
@@ -183,11 +183,11 @@ def test_tensorboard_has_the_log_the_stories_and_the_settings(run, capsys):
     assert [when - times["train/lr"][0] for when in times["train/lr"]] == pytest.approx(
         [s - seconds[0] for s in seconds], abs=1e-4)
     assert capsys.readouterr().out == (
-        "published: to iteration 24, 7 log lines of training, 3 evaluations, 3 stories\nevents: out/x/tensorboard\n"
-        "look at them: tensorboard --logdir out\n")
+        "published up to iteration 24: 7 training records, 3 evaluations, 3 stories\n"
+        "event files: out/x/tensorboard\nview: tensorboard --logdir out\n")
 
 
-def test_publishing_again_leaves_nothing_twice_and_other_files_alone(run):
+def test_publishing_again_replaces_event_files_and_keeps_other_files(run):
     pytest.importorskip("tensorboard")
     publish.main(["out/x", "--to=tensorboard"])
     (first,) = run.glob(EVENTS)
@@ -202,58 +202,58 @@ def test_publishing_again_leaves_nothing_twice_and_other_files_alone(run):
     assert_events_equal_the_log(run)
 
 
-def test_wandb_has_the_log_the_stories_and_the_settings(run, capfd):
+def test_wandb_receives_metrics_stories_and_settings(run, capfd):
     pytest.importorskip("wandb")
     publish.main(["out/x", "--to", "wandb"])
     path = wandb_file(run)
     assert_wandb_equals_the_log(run, path)
-    theirs, records = wandb_run(path), checkpoint.read_log(run / "log.jsonl")
-    assert (theirs.name, theirs.project) == ("x", "tinystories")
-    assert {key: theirs.config[key] for key in records[0]["config"]} == records[0]["config"]
-    steps, times = zip(*theirs.found["_timestamp"])
+    wandb, records = wandb_run(path), checkpoint.read_log(run / "log.jsonl")
+    assert (wandb.name, wandb.project) == ("x", "tinystories")
+    assert {key: wandb.config[key] for key in records[0]["config"]} == records[0]["config"]
+    steps, times = zip(*wandb.found["_timestamp"])
     assert times[-1] == pytest.approx((run / "log.jsonl").stat().st_mtime, abs=0.01)
     assert steps == (2, 4, 8, 12, 16, 20, 24)  # one row for each iteration
     out, err = capfd.readouterr()
-    assert out == ("published: to iteration 24, 7 log lines of training, 3 evaluations, 3 stories\n"
-                   f"upload it: wandb sync {path.parent}\n") and not err
+    assert out == ("published up to iteration 24: 7 training records, 3 evaluations, 3 stories\n"
+                   f"upload: wandb sync {path.parent}\n") and not err
 
 
-def test_wandbs_variables_count(run, tmp_path):
+def test_wandb_environment_variables(run, tmp_path):
     pytest.importorskip("wandb")
     (tmp_path / "elsewhere").mkdir()
     subprocess.run([*PUBLISH, "out/x", "--to", "wandb"], check=True, env=os.environ | {
         "WANDB_PROJECT": "mine", "WANDB_NAME": "another", "WANDB_DIR": str(tmp_path / "elsewhere")})
-    theirs = wandb_run(wandb_file(tmp_path / "elsewhere"))
-    assert (theirs.name, theirs.project) == ("another", "mine") and not (run / "wandb").exists()
+    wandb = wandb_run(wandb_file(tmp_path / "elsewhere"))
+    assert (wandb.name, wandb.project) == ("another", "mine") and not (run / "wandb").exists()
     done = subprocess.run([*PUBLISH, "out/x", "--to", "wandb"], capture_output=True, text=True,
                           env=os.environ | {"WANDB_MODE": "disabled"})
-    assert done.returncode == 0 and "WANDB_MODE=disabled: W&B has thrown it away" in done.stdout
+    assert done.returncode == 0 and "nothing was kept, because WANDB_MODE=disabled" in done.stdout
 
 
-def test_odd_stories_come_whole(run):
+def test_unusual_stories_are_published_unchanged(run):
     pytest.importorskip("tensorboard")
     pytest.importorskip("wandb")
-    odd = ["Tim & <b>Ann</b>\nsaid: \"## iteration 7\"\n\n- *hm*\r\n\n\n   ", "",
-           "\n\nOnce upon a time, 小猫 🐈\x00\x85\u2028"]
+    texts = ["Tim & <b>Ann</b>\nsaid: \"## iteration 7\"\n\n- *hm*\r\n\n\n   ", "",
+             "\n\nOnce upon a time, 小猫 🐈\x00\x85\u2028"]
     evals = [record for record in checkpoint.read_log(run / "log.jsonl") if record["kind"] == "eval"]
     (run / "samples.md").write_bytes("".join(
         f"## iteration {record['iter']}: validation loss {record['val_loss']:.4f}\n\n{story}\n\n"
-        for record, story in zip(evals, odd)).encode())
+        for record, story in zip(evals, texts)).encode())
     publish.main(["out/x", "--to=tensorboard"])
-    assert [story for _, story in events(run)[0]["story"]] == odd
+    assert [story for _, story in events(run)[0]["story"]] == texts
     publish.main(["out/x", "--to=wandb"])
     path = wandb_file(run)
-    for (_, name), story in zip(wandb_run(path).found["story/path"], odd, strict=True):
+    for (_, name), story in zip(wandb_run(path).found["story/path"], texts, strict=True):
         assert html.escape(story).encode() in (path.parent / "files" / name).read_bytes()
 
 
-def test_overflows_in_float16_and_a_rate_of_zero(run):
-    """An update without a gradient norm is published without it, and those skipped so far from the first on."""
+def test_float16_overflows_and_a_learning_rate_of_zero(run):
+    """An optimizer step without a gradient norm is published without it; `skipped` only if it is above 0."""
     pytest.importorskip("tensorboard")
     records = checkpoint.read_log(run / "log.jsonl")
     records[3] |= {"grad_norm": None, "skipped": 2}
     records[-2] |= {"skipped": 2, "lr": 0.0}
-    del records[1]["skipped"]  # a log from before they were counted
+    del records[1]["skipped"]  # as in logs of older versions
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     publish.main(["out/x", "--to=tensorboard"])
     found, _ = events(run)
@@ -263,11 +263,11 @@ def test_overflows_in_float16_and_a_rate_of_zero(run):
                                                               if r.get("grad_norm") is not None]
 
 
-def test_settings_that_changed_when_the_run_went_on(run):
+def test_settings_changed_on_resume(run):
     pytest.importorskip("tensorboard")
     pytest.importorskip("wandb")
     records = checkpoint.read_log(run / "log.jsonl")
-    for number, iters in enumerate((24, 48)):  # the first of them changes nothing
+    for number, iters in enumerate((24, 48)):  # the first one changes nothing
         records.append(json.loads(json.dumps(records[0])) | {"resumed_at": 24})
         records[-1]["config"]["max_iters"] = iters
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -277,48 +277,48 @@ def test_settings_that_changed_when_the_run_went_on(run):
     assert wandb_run(wandb_file(run)).config["max_iters"] == 48
 
 
-# ---- a run that is still going ----
+# ---- a run that is still training ----
 
 def start(*words, **options):
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def wait_until(condition, what):
+def wait_until(condition, description):
     end = time.monotonic() + 100
     while not condition():
-        assert time.monotonic() < end, f"never: {what}"
+        assert time.monotonic() < end, f"timeout: {description}"
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb"])
-def test_a_run_is_followed_to_its_end(to, with_data):
+def test_publishing_continues_until_training_ends(to, with_data):
     pytest.importorskip(to)
     run = Path("out/x")
-    with open("said", "w") as said:  # not a pipe: nobody reads it meanwhile
+    with open("output", "w") as output:  # not a pipe, which would have to be read to keep it from filling up
         training = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--out_dir=out/x", "--max_iters=1000000",
                                      "--lr_decay_iters=1000", "--eval_interval=400", "--log_interval=40"],
-                                    stdout=said, stderr=said)
+                                    stdout=output, stderr=output)
     try:
         wait_until((run / "log.jsonl").exists, "a log")
-        following = start(*PUBLISH, "out/x", "--to", to)
-        assert following.stdout.readline() == "following out/x until its training ends\n"
+        publishing = start(*PUBLISH, "out/x", "--to", to)
+        assert publishing.stdout.readline() == "publishing out/x until its training ends\n"
         size = (run / "log.jsonl").stat().st_size
         wait_until(lambda: (run / "log.jsonl").stat().st_size > size + 2000, "more of a log")
         if to == "tensorboard":
             wait_until(lambda: len(events(run)[0].get("eval/val_loss", [])) > 1, "two evaluations")
-        assert following.poll() is None
+        assert publishing.poll() is None
     finally:
-        training.send_signal(signal.SIGINT)  # ends after the update at hand
-        assert training.wait(timeout=60) == 0, Path("said").read_text()
-    out, _ = following.communicate(timeout=60)
-    assert following.returncode == 0 and out.startswith("published: to iteration "), out
+        training.send_signal(signal.SIGINT)  # training ends after the current optimizer step
+        assert training.wait(timeout=60) == 0, Path("output").read_text()
+    out, _ = publishing.communicate(timeout=60)
+    assert publishing.returncode == 0 and out.startswith("published up to iteration "), out
     if to == "tensorboard":
         assert_events_equal_the_log(run)
     else:
         assert_wandb_equals_the_log(run, wandb_file(run))
 
 
-def test_a_torn_line_and_a_story_to_come_are_waited_for(run, scripted, capsys):
+def test_incomplete_log_lines_and_stories_are_published_when_complete(run, scripted, capsys):
     pytest.importorskip("tensorboard")
     log, samples = lines(run)
     first_eval = next(i for i, line in enumerate(log) if b'"eval"' in line)
@@ -346,7 +346,7 @@ def test_a_torn_line_and_a_story_to_come_are_waited_for(run, scripted, capsys):
     assert len(list(run.glob(EVENTS))) == 1 and "note:" not in capsys.readouterr().out
 
 
-def test_training_that_ends_before_it_logs_is_told(run, scripted, fails):
+def test_training_that_ends_without_a_log_is_an_error(run, scripted, fails):
     pytest.importorskip("tensorboard")
     (run / "log.jsonl").unlink()
     (run / "samples.md").unlink()
@@ -354,8 +354,8 @@ def test_training_that_ends_before_it_logs_is_told(run, scripted, fails):
     assert "no log in out/x" in fails(publish.main, ["out/x", "--to=tensorboard"])
 
 
-def test_what_is_logged_while_the_tool_reads_is_not_lost(run, scripted, monkeypatch, capsys):
-    """An evaluation and its story just before the log is read, and the end of the training just after."""
+def test_records_written_while_the_tool_reads_are_not_lost(run, scripted, monkeypatch, capsys):
+    """An evaluation and its story just before the log is read, and the end of training just after."""
     pytest.importorskip("tensorboard")
     log, samples = lines(run)
     first_eval = next(i for i, line in enumerate(log) if b'"eval"' in line)
@@ -376,14 +376,14 @@ def test_what_is_logged_while_the_tool_reads_is_not_lost(run, scripted, monkeypa
         return records
 
     monkeypatch.setattr(checkpoint, "read_log", read_log)
-    scripted(*[lambda: os.utime(run / "log.jsonl")] * 3)  # what has not changed is not read again
+    scripted(*[lambda: os.utime(run / "log.jsonl")] * 3)  # unchanged files would not be read again
     publish.main(["out/x", "--to=tensorboard"])
     assert_events_equal_the_log(run)
     assert "note:" not in capsys.readouterr().out
 
 
-def cut_and_grow(run):
-    """Actions: the log is cut back behind its first evaluation, and comes to the same figures at another speed."""
+def truncate_and_grow(run):
+    """Actions: truncate the log after its first evaluation, append the same losses at another speed, append more."""
     log, samples = lines(run)
     cut = next(i for i, line in enumerate(log) if b'"eval"' in line) + 1
     again = [json.loads(line) for line in log[cut:]]
@@ -392,7 +392,7 @@ def cut_and_grow(run):
         record |= {"tokens_per_s": 1.5} if record["kind"] == "step" else {}
     again.insert(0, json.loads(log[0]) | {"resumed_at": 8})
 
-    def cut_back():
+    def truncate_logs():
         (run / "log.jsonl").write_bytes(b"".join(log[:cut]))
         (run / "samples.md").write_bytes(samples[:samples.index(b"## iteration 16")])
 
@@ -401,62 +401,62 @@ def cut_and_grow(run):
             file.writelines(json.dumps(record) + "\n" for record in again)
         (run / "samples.md").write_bytes(samples)
 
-    def go_further():
+    def append_more():
         with open(run / "log.jsonl", "a") as file:
             file.write(json.dumps(again[-2] | {"iter": 28}) + "\n")
 
-    return cut_back, grow, go_further
+    return truncate_logs, grow, append_more
 
 
-def test_a_log_that_is_cut_back_is_published_as_it_is_then(run, scripted, capsys):
+def test_tensorboard_after_the_log_was_truncated(run, scripted, capsys):
     pytest.importorskip("tensorboard")
-    cut_back, grow, go_further = cut_and_grow(run)
+    truncate_logs, grow, append_more = truncate_and_grow(run)
 
-    def look():
+    def check():
         assert_events_equal_the_log(run)
 
-    scripted(cut_back, look, grow, look, go_further)
+    scripted(truncate_logs, check, grow, check, append_more)
     publish.main(["out/x", "--to=tensorboard"])
     assert_events_equal_the_log(run)
     assert events(run)[0]["train/tokens_per_s"][-1] == (28, 1.5) and len(list(run.glob(EVENTS))) == 1
     out = capsys.readouterr().out
-    assert out.count("note: the log of out/x has been cut back or replaced") == 1
-    assert "published: to iteration 28, 8 log lines of training, 3 evaluations, 3 stories" in out
+    assert out.count("note: the log of out/x was truncated or replaced") == 1
+    assert "published up to iteration 28: 8 training records, 3 evaluations, 3 stories" in out
 
 
-def test_in_wandb_a_log_that_is_cut_back_goes_on_in_the_same_run(run, scripted, capsys):
+def test_wandb_after_the_log_was_truncated(run, scripted, capsys):
     pytest.importorskip("wandb")
-    speeds = figures(run)["train/tokens_per_s"]
-    scripted(*cut_and_grow(run))
+    first_speeds = metrics(run)["train/tokens_per_s"]
+    scripted(*truncate_and_grow(run))
     publish.main(["out/x", "--to=wandb"])
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     found = wandb_run(path).found
-    assert found.pop("train/tokens_per_s") == [*speeds, (28, 1.5)]  # those of the first time
-    expected = figures(run)
+    assert found.pop("train/tokens_per_s") == [*first_speeds, (28, 1.5)]
+    expected = metrics(run)
     del expected["train/tokens_per_s"]
     assert {name: found[name] for name in expected} == expected and len(found["story/path"]) == 3
-    assert "lie between" not in capsys.readouterr().out
+    assert "note: skipped" not in capsys.readouterr().out
 
 
-def test_in_wandb_what_comes_between_is_told(run, scripted, capsys):
-    """As after a run is resumed with a smaller log_interval."""
+def test_wandb_skips_records_between_published_steps(run, scripted, capsys):
+    """These occur after a run is resumed with a smaller log_interval."""
     pytest.importorskip("wandb")
     log, _ = lines(run)
     between = json.dumps(json.loads(log[-3]) | {"iter": 14}) + "\n"
     scripted(lambda: (run / "log.jsonl").write_bytes(b"".join(log[:2]) + between.encode() + b"".join(log[2:])))
     publish.main(["out/x", "--to=wandb"])
-    assert "note: 1 entries lie between those that W&B has already" in capsys.readouterr().out
+    assert "note: skipped 1 records" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb"])
-def test_a_run_that_is_overwritten_is_published_anew(to, run, scripted, capsys):
+def test_an_overwritten_run_is_published_again(to, run, scripted, capsys):
     pytest.importorskip(to)
     log, _ = lines(run)
     other = [json.loads(line) for line in log]
     other[0]["config"]["learning_rate"] = 0.5
     for record in other[1:]:
         record |= {key: record[key] + 1 for key in ("loss", "val_loss") if key in record}
-    heads = {record["iter"]: record["val_loss"] for record in other if record["kind"] == "eval"}
+    losses = {record["iter"]: record["val_loss"] for record in other if record["kind"] == "eval"}
 
     def remove():
         for name in ("log.jsonl", "samples.md"):
@@ -465,7 +465,7 @@ def test_a_run_that_is_overwritten_is_published_anew(to, run, scripted, capsys):
     def write():
         (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in other))
         (run / "samples.md").write_text("".join(f"## iteration {iteration}: validation loss {loss:.4f}\n\nNew.\n\n"
-                                                for iteration, loss in heads.items()))
+                                                for iteration, loss in losses.items()))
 
     scripted(remove, lambda: None, write)
     publish.main(["out/x", f"--to={to}"])
@@ -477,11 +477,11 @@ def test_a_run_that_is_overwritten_is_published_anew(to, run, scripted, capsys):
         assert wandb_run(wandb_file(run, -1)).config["learning_rate"] == 0.5
         assert len(list(run.glob("wandb/offline-run-*"))) == 2
     out = capsys.readouterr().out
-    assert out.count("note: the log of out/x has been cut back or replaced") == 1
+    assert out.count("note: the log of out/x was truncated or replaced") == 1
     assert out.count("wandb sync") == (2 if to == "wandb" else 0)
 
 
-def test_a_run_without_a_log_yet_is_waited_for(run, scripted):
+def test_waiting_for_a_run_that_has_no_log_yet(run, scripted):
     pytest.importorskip("tensorboard")
     (run / "log.jsonl").rename("log.jsonl")
     scripted(lambda: Path("log.jsonl").rename(run / "log.jsonl"))
@@ -490,31 +490,31 @@ def test_a_run_without_a_log_yet_is_waited_for(run, scripted):
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb"])
-def test_ctrl_c_ends_the_following_with_all_published(to, run):
+def test_ctrl_c_leaves_everything_published(to, run):
     pytest.importorskip(to)
-    holder = Holder(run)
+    process = LockingProcess(run)
     try:
-        following = start(*PUBLISH, "out/x", "--to", to, start_new_session=True)
-        assert following.stdout.readline() == "following out/x until its training ends\n"
-        os.killpg(following.pid, signal.SIGINT)  # as a terminal does: all that the tool started get it too
-        out, _ = following.communicate(timeout=60)
+        publishing = start(*PUBLISH, "out/x", "--to", to, start_new_session=True)
+        assert publishing.stdout.readline() == "publishing out/x until its training ends\n"
+        os.killpg(publishing.pid, signal.SIGINT)  # like a terminal: to all processes that the tool started
+        out, _ = publishing.communicate(timeout=60)
     finally:
-        holder.end()
-    assert following.returncode == 130
-    assert out.startswith("published: to iteration 24, 7 log lines") and out.endswith("\nstopped\n"), out
+        process.end()
+    assert publishing.returncode == 130
+    assert out.startswith("published up to iteration 24: 7 training records") and out.endswith("\nstopped\n"), out
     if to == "tensorboard":
         assert_events_equal_the_log(run)
     else:
         assert_wandb_equals_the_log(run, wandb_file(run))
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
-def test_what_cannot_be_published_is_told_in_one_line(run, fails):
+def test_folders_that_are_not_runs_give_one_line(run, fails):
     pytest.importorskip("tensorboard")
     (run / "empty").mkdir()
     for folder in ("out/nothing", "out/x/empty", "out/x/log.jsonl"):
-        assert f"no log in {folder}: name the folder of a run" in fails(publish.main, [folder, "--to=tensorboard"])
+        assert f"no log in {folder}: give a run folder" in fails(publish.main, [folder, "--to=tensorboard"])
     for foreign in ('{"kind": "step"}\n', '{"kind": "run"}\n', '{"kind": "run", "config": 1, "resumed_at": null}\n',
                     (run / "log.jsonl").read_text() + '{"kind": "step", "iter": 25}\n',
                     (run / "log.jsonl").read_text() + '{"kind": "step", "iter": 25, "seconds": 3, "loss": "low"}\n'):
@@ -528,7 +528,7 @@ def test_what_cannot_be_published_is_told_in_one_line(run, fails):
     assert "cannot write out/x/tensorboard (File exists)" in fails(publish.main, ["out/x", "--to=tensorboard"])
 
 
-def test_wrong_words_are_told_in_one_line(run, fails):
+def test_wrong_flags_give_one_line(run, fails):
     assert "--to" in fails(publish.main, ["out/x"], code=2)
     assert "RUN" in fails(publish.main, ["--to=wandb"], code=2)
     line = fails(publish.main, ["out/x", "--to=tensorbord"], code=2)
@@ -537,7 +537,7 @@ def test_wrong_words_are_told_in_one_line(run, fails):
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb"])
-def test_without_the_package_there_is_one_line(to, run, monkeypatch, fails):
+def test_missing_packages_give_one_line(to, run, monkeypatch, fails):
     for name in (to, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     line = fails(publish.main, ["out/x", "--to", to])
@@ -545,17 +545,17 @@ def test_without_the_package_there_is_one_line(to, run, monkeypatch, fails):
     assert not (run / to).exists()
 
 
-def test_a_second_publishing_into_the_same_folder_is_refused(run):
+def test_two_processes_cannot_publish_to_the_same_folder(run):
     pytest.importorskip("tensorboard")
     (run / "tensorboard").mkdir()
-    holder = Holder(run / "tensorboard")
+    process = LockingProcess(run / "tensorboard")
     done = subprocess.run([*PUBLISH, "out/x", "--to", "tensorboard"], capture_output=True, text=True)
-    holder.end()
+    process.end()
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: another process is at work on out/x/tensorboard: ")
+    assert done.stderr.startswith("error: another process is using out/x/tensorboard: ")
 
 
-def test_a_full_disk_is_told_in_one_line(run):
+def test_a_full_disk_gives_one_line(run):
     pytest.importorskip("tensorboard")
     code = ("import resource; from tools import publish; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
             "publish.main(['out/x', '--to=tensorboard'])")
@@ -564,13 +564,14 @@ def test_a_full_disk_is_told_in_one_line(run):
     assert done.stderr.startswith("error: cannot write out/x/tensorboard (File too large): ") and not done.stdout
 
 
-@pytest.mark.parametrize("variables, told", [
+@pytest.mark.parametrize("variables, complaint", [
     ({"WANDB_MODE": "online"}, "No API key configured"), ({"WANDB_MODE": "onlin"}, "onlin"),
     ({"WANDB_PROJECT": "a/b"}, "a/b"), ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, "WANDB_API_KEY")])
-def test_what_wandb_refuses_is_told_in_one_line(variables, told, run, here):
+def test_wandb_errors_give_one_line(variables, complaint, run, here):
     pytest.importorskip("wandb")
     env = os.environ | {"HOME": str(here), "NETRC": str(here / "none")} | variables
     done = subprocess.run([*PUBLISH, "out/x", "--to", "wandb"], capture_output=True, text=True, env=env,
                           stdin=subprocess.DEVNULL)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: W&B takes no run: ") and told in done.stderr and "offline" in done.stderr
+    assert done.stderr.startswith("error: cannot create a W&B run: ")
+    assert complaint in done.stderr and "offline" in done.stderr

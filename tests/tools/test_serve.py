@@ -1,4 +1,4 @@
-"""tools/serve: what its server answers, that it stops when the reader goes, and the page in a browser."""
+"""tools/serve: the server's responses, cancellation when the client disconnects, and the page in a browser."""
 
 import asyncio
 import http.client
@@ -22,7 +22,7 @@ pytest.importorskip("uvicorn", reason="pip install -r requirements-extra.txt")
 import checkpoint
 import sample
 from conftest import ROOT
-from tokenizer import Tokenizer
+from data.tokenizer import Tokenizer
 from tools import serve
 
 
@@ -32,12 +32,12 @@ def runs(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     for name in ("other", "tiny"):
         shutil.copytree(trained / "out/tiny", folder / "out" / name)
-        os.utime(folder / "out" / name / "ckpt.pt")  # the newest is the last one
+        os.utime(folder / "out" / name / "ckpt.pt")  # the last one is the newest
     return folder
 
 
 def start(folder, *words):
-    """A server as a user starts it: its process and its first line."""
+    """Start a server like a user does; returns the process and the first line that it prints."""
     process = subprocess.Popen([sys.executable, "-m", "tools.serve", "--port=0", *words], cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -52,74 +52,75 @@ def url(runs):
     process.communicate()
 
 
-def ask(url, asked, headers={}, method="POST", path="/tell"):
-    """The status and the text of an answer."""
+def send(url, content, headers={}, method="POST", path="/generate"):
+    """Send an HTTP request; returns the status and the text of the response. `content`: bytes, None or JSON."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-    body = asked if isinstance(asked, bytes | None) else json.dumps(asked)
+    body = content if isinstance(content, bytes | None) else json.dumps(content)
     connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+    response = connection.getresponse()
+    return response.status, response.read().decode()
 
 
-def told(url, **asked):
-    """The events of a story."""
-    status, text = ask(url, {"run": "tiny", "prompt": "Once upon", "max_new_tokens": 30, "seed": 3} | asked)
+def generate(url, **request):
+    """Request a story; returns its events."""
+    status, text = send(url, {"run": "tiny", "prompt": "Once upon", "max_new_tokens": 30, "seed": 3} | request)
     assert status == 200, text
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_story_is_the_one_that_sample_tells(url, runs, monkeypatch, capsys):
+def test_a_story_equals_that_of_sample_py(url, runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     settings = {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "max_new_tokens": 60, "seed": 7}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     sample.main(["--out_dir=out/tiny", "--start=Naïve 🦊", *flags])
     story = capsys.readouterr().out
-    about, *tokens, end = told(url, prompt="Naïve 🦊", **settings)
+    start, *tokens, end = generate(url, prompt="Naïve 🦊", **settings)
     assert "Naïve 🦊" + "".join(event["text"] for event in [*tokens, end]) + "\n" == story
-    assert about["about"]["parameters"] == 11_648 and about["about"]["block_size"] == 16 and about["seed"] == 7
+    assert start["model"]["parameters"] == 11_648 and start["model"]["block_size"] == 16 and start["seed"] == 7
     assert end["tokens"] == len(tokens) + (end["end"] == "story")
-    assert told(url, seed=1)[1:-1] == told(url, seed=1)[1:-1] != told(url, seed=2)[1:-1]
+    assert generate(url, seed=1)[1:-1] == generate(url, seed=1)[1:-1] != generate(url, seed=2)[1:-1]
 
 
-def test_probabilities_are_the_models_own(url, runs):
-    """Whatever the temperature is, and in the order of the ranks."""
+def test_probabilities_are_those_of_the_model(url, runs):
+    """At any temperature, and in the order of the ranks."""
     model, tokenizer, _ = checkpoint.load_model(runs / "out/tiny/ckpt.pt")
     tokens = [tokenizer.end_of_text, *tokenizer.encode("Once upon")]
     with torch.no_grad():
         probs = model(torch.tensor([tokens]))[0, -1].softmax(-1)
     for temperature in (0, 2):
-        first = told(url, temperature=temperature)[1]
-        likeliest = [p for _, p in first["likeliest"]]
-        assert len(likeliest) == 5 and likeliest == sorted(likeliest, reverse=True)
-        assert likeliest[0] == pytest.approx(probs.max().item(), abs=0.01)
-        assert first["rank"] == 1 and [first["text"], first["p"]] == first["likeliest"][0] if temperature == 0 else True
+        first = generate(url, temperature=temperature)[1]
+        top = [p for _, p in first["top"]]
+        assert len(top) == 5 and top == sorted(top, reverse=True)
+        assert top[0] == pytest.approx(probs.max().item(), abs=0.01)
+        assert first["rank"] == 1 and [first["text"], first["p"]] == first["top"][0] if temperature == 0 else True
         if first["rank"] <= 5:
-            assert first["likeliest"][first["rank"] - 1] == [first["text"], first["p"]]
+            assert first["top"][first["rank"] - 1] == [first["text"], first["p"]]
         else:
-            assert first["p"] <= likeliest[-1]
+            assert first["p"] <= top[-1]
 
 
-def test_the_end_of_a_story_has_a_probability_too(url):
+def test_the_end_of_a_story_has_a_probability(url):
     for seed in range(200):
-        *_, last, end = told(url, seed=seed, max_new_tokens=200, temperature=1.5)
+        *_, last, end = generate(url, seed=seed, max_new_tokens=200, temperature=1.5)
         if end["end"] == "story":
             break
     assert end["end"] == "story" and 0 < end["p"] < 1
-    assert end["rank"] > 5 or end["likeliest"][end["rank"] - 1] == [None, end["p"]]
-    assert told(url, max_new_tokens=5)[-1]["end"] == "length" and "p" not in told(url, max_new_tokens=5)[-1]
+    assert end["rank"] > 5 or end["top"][end["rank"] - 1] == [None, end["p"]]
+    assert generate(url, max_new_tokens=5)[-1]["end"] == "length" and "p" not in generate(url, max_new_tokens=5)[-1]
 
 
 def test_the_page_and_the_runs(url):
-    status, page = ask(url, None, method="GET", path="/")
+    status, page = send(url, None, method="GET", path="/")
     assert status == 200 and page == (ROOT / "tools/serve.html").read_text(encoding="utf-8")
-    assert json.loads(ask(url, None, method="GET", path="/runs")[1]) == {"runs": ["tiny", "other"]}
-    assert ask(url, None, method="GET", path="/tell")[0] == 405 and ask(url, None, method="GET", path="/../x")[0] == 404
+    assert json.loads(send(url, None, method="GET", path="/runs")[1]) == {"runs": ["tiny", "other"]}
+    assert send(url, None, method="GET", path="/generate")[0] == 405
+    assert send(url, None, method="GET", path="/../x")[0] == 404
 
 
-@pytest.mark.parametrize("asked, complaint", [
+@pytest.mark.parametrize("request_json, complaint", [
     ({"run": "none"}, "there is no run 'none' under out/"), ({"run": "../out/tiny"}, "there is no run"),
-    ({"run": ["tiny"]}, "there is no run"), ({}, "there is no run None"), ([], "a request has run, prompt, "),
-    ({"run": "tiny", "tempurature": 1}, "a request has run, prompt, temperature"),
+    ({"run": ["tiny"]}, "there is no run"), ({}, "there is no run None"), ([], "a request may only have run, prompt, "),
+    ({"run": "tiny", "tempurature": 1}, "a request may only have run, prompt, temperature"),
     ({"run": "tiny", "prompt": 5}, "the prompt is not a text of at most 10,000 characters"),
     ({"run": "tiny", "prompt": "a" * 10_001}, "the prompt is not a text of at most 10,000 characters"),
     ({"run": "tiny", "prompt": "a" * 170_000}, "the request is too long"),
@@ -127,42 +128,42 @@ def test_the_page_and_the_runs(url):
     ({"run": "tiny", "temperature": "hot"}, "temperature = 'hot' is not a number"),
     ({"run": "tiny", "temperature": float("nan")}, "temperature = nan is not a number"),
     ({"run": "tiny", "top_p": 0}, "top_p = 0 is not a number from 1e-09 to 1"),
-    ({"run": "tiny", "top_k": 1.5}, "top_k = 1.5 is not a whole number"),
-    ({"run": "tiny", "top_k": True}, "top_k = True is not a whole number"),
-    ({"run": "tiny", "max_new_tokens": 2001}, "max_new_tokens = 2001 is not a whole number from 1 to 2000"),
-    ({"run": "tiny", "seed": 2**53}, "seed = 9007199254740992 is not a whole number from 0 to 9007199254740991"),
+    ({"run": "tiny", "top_k": 1.5}, "top_k = 1.5 is not an integer"),
+    ({"run": "tiny", "top_k": True}, "top_k = True is not an integer"),
+    ({"run": "tiny", "max_new_tokens": 2001}, "max_new_tokens = 2001 is not an integer from 1 to 2000"),
+    ({"run": "tiny", "seed": 2**53}, "seed = 9007199254740992 is not an integer from 0 to 9007199254740991"),
     (b"{", "the request is not JSON"), (b"\xff", "the request is not JSON"), (b"[" * 50_000, "the request is not JSON"),
 ])
-def test_bad_requests_are_told_what_is_wrong(url, asked, complaint):
-    status, text = ask(url, asked)
+def test_invalid_requests(url, request_json, complaint):
+    status, text = send(url, request_json)
     assert status == 400 and complaint in json.loads(text)["error"]
 
 
-def test_odd_prompts_are_told(url):
+def test_unusual_prompts(url):
     for prompt in ("", "\ud83e", "<|endoftext|>", "\0", "a b " * 2000):
-        assert told(url, prompt=prompt, max_new_tokens=3)[-1]["end"]
-    assert told(url, prompt="a b " * 2000, max_new_tokens=1)[0]["prompt_tokens"] > 16
+        assert generate(url, prompt=prompt, max_new_tokens=3)[-1]["end"]
+    assert generate(url, prompt="a b " * 2000, max_new_tokens=1)[0]["prompt_tokens"] > 16
 
 
-def test_pages_from_elsewhere_get_no_answer(url):
-    assert ask(url, {"run": "tiny"}, {"Host": "evil.example"})[0] == 400
-    assert ask(url, {"run": "tiny"}, {"Content-Type": "text/plain"})[0] == 400
+def test_requests_of_other_sites_are_rejected(url):
+    assert send(url, {"run": "tiny"}, {"Host": "evil.example"})[0] == 400
+    assert send(url, {"run": "tiny"}, {"Content-Type": "text/plain"})[0] == 400
 
 
-def call(app, asked, disconnect_after=None, hold=None, messages=None):
-    """Ask the application itself; the status and the lines that it sent before the reader went away.
+def call(app, request, disconnect_after=None, hold=None, messages=None):
+    """Call the ASGI application directly; returns the status and the lines that it sent.
 
-    The reader goes after `disconnect_after` lines, or reads nothing until the event `hold`.
+    The client disconnects after `disconnect_after` lines, or reads nothing until the event `hold`.
     """
     messages = [] if messages is None else messages
 
     async def run():
-        gone = asyncio.Event()
-        body = [{"type": "http.request", "body": json.dumps(asked).encode()}]
+        disconnected = asyncio.Event()
+        body = [{"type": "http.request", "body": json.dumps(request).encode()}]
 
         async def receive():
             if not body:
-                await gone.wait()
+                await disconnected.wait()
             return body.pop() if body else {"type": "http.disconnect"}
 
         async def send(message):
@@ -170,99 +171,100 @@ def call(app, asked, disconnect_after=None, hold=None, messages=None):
             if hold and message.get("body"):
                 await hold.wait()
             if len([m for m in messages if m.get("body")]) == disconnect_after:
-                gone.set()
+                disconnected.set()
 
-        scope = {"type": "http", "method": "POST", "path": "/tell", "raw_path": b"/tell", "query_string": b"",
+        scope = {"type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b"",
                  "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
                  "asgi": {"version": "3.0", "spec_version": "2.3"}}
         await app(scope, receive, send)
         body = b"".join(m.get("body", b"") for m in messages)
-        assert body.endswith(b"\n")  # or the page would not read the last line
+        assert body.endswith(b"\n")  # otherwise the page would not read the last line
         return messages[0]["status"], body.splitlines()
     return run()
 
 
-def test_a_story_stops_when_its_reader_goes_away(runs, monkeypatch):
+def test_a_story_stops_when_its_client_disconnects(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    monkeypatch.setattr(serve, "MOST_WAITING", 1)
+    monkeypatch.setattr(serve, "MAX_QUEUED", 1)
     app = serve.make_app(torch.device("cpu"))
-    asked = {"run": "tiny", "max_new_tokens": 2000, "seed": 3}
-    told, tell = [], serve.tell
-    monkeypatch.setattr(serve, "tell", lambda device, **asked: told.append(tell(device, **asked)) or told[-1])
+    request = {"run": "tiny", "max_new_tokens": 2000, "seed": 3}
+    stories, real = [], serve.generate
+    monkeypatch.setattr(serve, "generate", lambda *args, **kwargs: stories.append(real(*args, **kwargs)) or stories[-1])
 
-    async def both():
-        status, lines = await call(app, asked, disconnect_after=3)
-        assert inspect.getgeneratorstate(told[0]) == inspect.GEN_CLOSED  # and nothing of it is left
+    async def two_requests():
+        status, lines = await call(app, request, disconnect_after=3)
+        assert inspect.getgeneratorstate(stories[0]) == inspect.GEN_CLOSED  # so that its memory is freed
         assert status == 200 and 3 <= len(lines) < 20
-        status, lines = await call(app, asked | {"max_new_tokens": 5})  # its place is free again
+        status, lines = await call(app, request | {"max_new_tokens": 5})  # the queue has room again
         assert status == 200 and json.loads(lines[-1])["end"]
-    asyncio.run(both())
+    asyncio.run(two_requests())
 
 
-def test_no_more_stories_at_once_than_allowed(runs, monkeypatch):
+def test_the_queue_is_limited(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    monkeypatch.setattr(serve, "MOST_WAITING", 3)
+    monkeypatch.setattr(serve, "MAX_QUEUED", 3)
     app = serve.make_app(torch.device("cpu"))
-    asked = {"run": "tiny", "max_new_tokens": 5}
+    request = {"run": "tiny", "max_new_tokens": 5}
 
-    async def many():
+    async def many_requests():
         hold = asyncio.Event()
         sent = [[], [], []]
-        waiting = [asyncio.create_task(call(app, asked, hold=hold, messages=messages)) for messages in sent]
-        while not all(sent):  # until all three have been let in
+        waiting = [asyncio.create_task(call(app, request, hold=hold, messages=messages)) for messages in sent]
+        while not all(sent):  # until all three are in the queue
             await asyncio.sleep(0.01)
-        status, lines = await asyncio.wait_for(call(app, asked), 30)
-        assert b"3 stories are being told already" in lines[0]
+        status, lines = await asyncio.wait_for(call(app, request), 30)
+        assert b"the server is busy with 3 stories" in lines[0]
         hold.set()
         assert [status for status, _ in await asyncio.gather(*waiting)] == [200] * 3
-        at_once = await asyncio.gather(*(call(app, asked) for _ in range(20)))  # none has begun when the last comes
-        assert sum(b"3 stories are being told already" in lines[0] for _, lines in at_once) == 17
-        assert json.loads((await call(app, asked))[1][-1])["end"]
-    asyncio.run(many())
+        responses = await asyncio.gather(*(call(app, request) for _ in range(20)))  # all arrive before any is started
+        assert sum(b"the server is busy with 3 stories" in lines[0] for _, lines in responses) == 17
+        assert json.loads((await call(app, request))[1][-1])["end"]
+    asyncio.run(many_requests())
 
 
-def test_a_reader_that_goes_in_the_middle_of_its_request(runs, monkeypatch):
+def test_a_client_that_disconnects_while_sending_its_request(runs, monkeypatch):
     monkeypatch.chdir(runs)
     process, line = start(runs)
     with socket.create_connection(("127.0.0.1", int(line.split()[0].rsplit(":")[-1]))) as connection:
-        connection.sendall(b"POST /tell HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: 50\r\n\r\n{")
-    assert told(line.split()[0], max_new_tokens=1)[-1]["end"]  # by then the server has seen it
+    assert generate(line.split()[0], max_new_tokens=1)[-1]["end"]  # after the server has noticed the disconnect
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "stopped\n"
 
 
-def test_tokens_of_equal_probability_have_a_place_of_their_own(nursery_data):
+def test_tokens_of_equal_probability_have_different_ranks(nursery_data):
     tokenizer = Tokenizer.load(nursery_data / "data/nursery-bpe300")
     logits = torch.zeros(300)
     found = [serve.probabilities(token, logits, tokenizer) for token in range(300)]
-    among = [token for token in range(300) if found[token]["rank"] <= 5]
-    assert sorted(found[token]["rank"] for token in among) == [1, 2, 3, 4, 5]
-    for token in among:
-        assert found[token]["likeliest"][found[token]["rank"] - 1][0] == tokenizer.decode([token])
+    top = [token for token in range(300) if found[token]["rank"] <= 5]
+    assert sorted(found[token]["rank"] for token in top) == [1, 2, 3, 4, 5]
+    for token in top:
+        assert found[token]["top"][found[token]["rank"] - 1][0] == tokenizer.decode([token])
     assert {entry["rank"] for entry in found} == {1, 2, 3, 4, 5, 6}
 
 
-def test_a_run_that_trains_on_is_read_anew_and_one_that_breaks_is_told(runs, tmp_path, monkeypatch):
+def test_changed_checkpoints_are_reloaded_and_damaged_ones_reported(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     device = torch.device("cpu")
-    asked = {"run": "tiny", "prompt": "", "seed": 1, "max_new_tokens": 5, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    before = list(serve.tell(device, **asked))
+    request = {"run": "tiny", "prompt": "", "seed": 1, "max_new_tokens": 5, "temperature": 1.0, "top_k": 0,
+               "top_p": 1.0}
+    before = list(serve.generate(device, **request))
     state = checkpoint.load("out/tiny/ckpt.pt")
     checkpoint.save("out/tiny/ckpt.pt", state | {"tokens": 77})
-    after = list(serve.tell(device, **asked))
-    assert after[0]["about"]["tokens_of_training"] == 77 != before[0]["about"]["tokens_of_training"]
-    for breaking, complaint in [(lambda path: path.write_bytes(b"no"), "out/tiny/ckpt.pt is damaged"),
-                                (lambda path: (path.unlink(), path.mkdir()), "Is a directory: 'out/tiny/ckpt.pt'")]:
-        breaking(Path("out/tiny/ckpt.pt"))
+    after = list(serve.generate(device, **request))
+    assert after[0]["model"]["training_tokens"] == 77 != before[0]["model"]["training_tokens"]
+    for damage, complaint in [(lambda path: path.write_bytes(b"no"), "out/tiny/ckpt.pt is damaged"),
+                              (lambda path: (path.unlink(), path.mkdir()), "Is a directory: 'out/tiny/ckpt.pt'")]:
+        damage(Path("out/tiny/ckpt.pt"))
         status, lines = asyncio.run(call(serve.make_app(device), {"run": "tiny"}))
         assert complaint in json.loads(lines[-1])["error"]
 
 
 @pytest.mark.parametrize("words, complaint, code", [
     (["--prot=8000"], "did you mean --port?", 2), (["--port=70000"], "70000 is not from 0 to 65535", 2),
-    (["--device=tpu"], "device = 'tpu' cannot be used", 1), (["--host=203.0.113.7"], "cannot listen at 203.0.113.7", 1),
+    (["--device=tpu"], "device = 'tpu' cannot be used", 1), (["--host=203.0.113.7"], "cannot listen on 203.0.113.7", 1),
     (["--host="], "--host is empty", 2),
 ])
 def test_wrong_flags(runs, monkeypatch, fails, words, complaint, code):
@@ -270,24 +272,24 @@ def test_wrong_flags(runs, monkeypatch, fails, words, complaint, code):
     assert complaint in fails(serve.main, words, code)
 
 
-def test_a_port_in_use_no_run_and_no_package(runs, here, fails, monkeypatch):
+def test_errors_without_a_run_with_a_used_port_and_without_uvicorn(runs, here, fails, monkeypatch):
     assert "no trained model under out/" in fails(serve.main, [])
     monkeypatch.chdir(runs)
     with socket.create_server(("127.0.0.1", 0)) as other:
         error = fails(serve.main, [f"--port={other.getsockname()[1]}"])
-        assert "(Address already in use): give another --port" in error
+        assert "(Address already in use): use another --port" in error
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "needs starlette and uvicorn: pip install -r requirements-extra.txt" in fails(serve.main, [])
 
 
-def test_it_ends_with_ctrl_c_also_in_the_middle_of_a_story(runs):
+def test_ctrl_c_stops_the_server_during_a_story(runs):
     process, line = start(runs, "--host=0.0.0.0")
-    assert process.stdout.readline().startswith("note: whoever can reach 0.0.0.0")
+    assert process.stdout.readline().startswith("note: everyone who can reach 0.0.0.0")
     connection = http.client.HTTPConnection("127.0.0.1", int(line.split()[0].rsplit(":")[-1]), timeout=60)
-    connection.request("POST", "/tell", json.dumps({"run": "tiny", "max_new_tokens": 2000}),
+    connection.request("POST", "/generate", json.dumps({"run": "tiny", "max_new_tokens": 2000}),
                        {"Content-Type": "application/json", "Host": "my.laptop"})
-    answer = connection.getresponse()
-    assert answer.status == 200 and answer.readline()
+    response = connection.getresponse()
+    assert response.status == 200 and response.readline()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in err and err.splitlines()[-1] == "stopped"
@@ -317,7 +319,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def page(chromium, url):
-    """The page, just opened, with the seed 3; at the end nothing has gone wrong in it or come from elsewhere."""
+    """The page, opened, with seed 3. Afterwards, check that it logged no error and loaded nothing from elsewhere."""
     chromium.get(url)
     wait(chromium, "document.querySelectorAll('#run option').length == 2")
     fill(chromium, seed=3, max_new_tokens=40)
@@ -345,20 +347,20 @@ def texts(browser):
     return [element.get_attribute("textContent") for element in find(browser, ".story")]
 
 
-TOLD = "document.getElementById('status').textContent.startsWith('told')"
+DONE = "document.getElementById('status').textContent.startsWith('done')"
 
 
 @needs_browser
-def test_type_tell_and_copy(page, url):
+def test_type_generate_and_copy(page, url):
     prompt = find(page, "#prompt")[0]
     prompt.clear()
     prompt.send_keys("One naïve day\nthe fox")
-    find(page, "#tell")[0].click()
-    wait(page, TOLD)
-    expected = "One naïve day\nthe fox" + "".join(event["text"] for event in told(
+    find(page, "#generate")[0].click()
+    wait(page, DONE)
+    expected = "One naïve day\nthe fox" + "".join(event["text"] for event in generate(
         url, prompt="One naïve day\nthe fox", max_new_tokens=40)[1:])
     assert [text.removesuffix(" ∎") for text in texts(page)] == [expected]
-    assert find(page, "#status")[0].text == "told, with seed 3"
+    assert find(page, "#status")[0].text == "done, seed 3"
     find(page, "article button")[0].click()
     wait(page, "document.querySelector('article button').textContent == 'Copied'")
     assert page.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == expected
@@ -366,44 +368,43 @@ def test_type_tell_and_copy(page, url):
 
 @needs_browser
 def test_it_streams_and_stops(page):
-    fill(page, max_new_tokens=2000, temperature=0)  # which goes in circles for ever
-    # The page itself presses Stop, in time, when it has shown some tokens one after the other.
+    fill(page, max_new_tokens=2000, temperature=0)  # which repeats itself and never ends
+    # The page itself presses Stop after it has added tokens 20 times, because the test would be too late.
     page.execute_script("""window.seen = new Set()
         new MutationObserver(() => {
           seen.add(document.querySelectorAll('.token').length)
           if (seen.size > 20) document.getElementById('stop').click()
         }).observe(document.getElementById('stories'), {childList: true, subtree: true})""")
-    find(page, "#tell")[0].click()
-    wait(page, "document.getElementById('status').textContent.startsWith('stopped; the seed was 3')")
-    made = len(find(page, ".token"))
-    assert 20 <= made < 2000
+    find(page, "#generate")[0].click()
+    wait(page, "document.getElementById('status').textContent.startsWith('stopped, seed 3')")
+    assert 20 <= len(find(page, ".token")) < 2000
     assert not find(page, "#stop")[0].is_enabled() and not find(page, "#error")[0].is_displayed()
     page.execute_script("""seen.clear()
         document.getElementById('stop').click = () => dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))""")
-    find(page, "#openings button")[1].click()  # an opening replaces the prompt, and is told at once
+    find(page, "#examples button")[1].click()  # replaces the prompt and generates at once
     wait(page, "document.getElementById('status').textContent.startsWith('stopped')")
     assert texts(page)[0].startswith("One day, Lily")
 
 
 @needs_browser
-def test_two_runs_side_by_side(page, url):
-    find(page, "#beside option[value=other]")[0].click()
-    find(page, "#tell")[0].click()
-    wait(page, TOLD)
+def test_comparing_two_runs(page, url):
+    find(page, "#compare option[value=other]")[0].click()
+    find(page, "#generate")[0].click()
+    wait(page, DONE)
     assert [heading.text for heading in find(page, "article h2")] == ["tiny", "other"]
-    events = told(url, prompt="Once upon a time", max_new_tokens=40)[1:]
+    events = generate(url, prompt="Once upon a time", max_new_tokens=40)[1:]
     expected = "Once upon a time" + "".join(event["text"] for event in events)
-    assert [text.removesuffix(" ∎") for text in texts(page)] == [expected] * 2  # copies of each other, and one seed
+    assert [text.removesuffix(" ∎") for text in texts(page)] == [expected] * 2  # identical runs, same seed
     left, right = (article.rect for article in find(page, "article"))
     assert left["y"] == right["y"] and left["x"] + left["width"] < right["x"]
 
 
 @needs_browser
-def test_tokens_show_their_probabilities_to_the_mouse_and_to_the_keyboard(page, url):
+def test_token_probabilities_with_mouse_and_keyboard(page, url):
     from selenium.webdriver import ActionChains, Keys
-    find(page, "#tell")[0].click()
-    wait(page, TOLD)
-    events = told(url, prompt="Once upon a time", max_new_tokens=40)[1:]
+    find(page, "#generate")[0].click()
+    wait(page, DONE)
+    events = generate(url, prompt="Once upon a time", max_new_tokens=40)[1:]
     tokens, tip = find(page, ".token"), find(page, "#tip")[0]
     assert not tip.is_displayed()
 
@@ -420,58 +421,58 @@ def test_tokens_show_their_probabilities_to_the_mouse_and_to_the_keyboard(page, 
     ActionChains(page).move_to_element(find(page, "h1")[0]).perform()
     assert not tip.is_displayed()
 
-    find(page, "#tell")[0].send_keys(Keys.TAB)  # Stop is disabled: the next stop is the story, as one
+    find(page, "#generate")[0].send_keys(Keys.TAB)  # Stop is disabled, so the story is next
     assert page.switch_to.active_element == tokens[0] and shown(events[0])
-    for key, place in [(Keys.ARROW_RIGHT, 1), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_LEFT, 1), (Keys.END, len(tokens) - 1),
+    for key, index in [(Keys.ARROW_RIGHT, 1), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_LEFT, 1), (Keys.END, len(tokens) - 1),
                        (Keys.ARROW_RIGHT, len(tokens) - 1), (Keys.HOME, 0)]:
         page.switch_to.active_element.send_keys(key)
-        assert page.switch_to.active_element == tokens[place] and shown(events[place])
-        assert tokens[place].get_attribute("aria-describedby") == "tip"
+        assert page.switch_to.active_element == tokens[index] and shown(events[index])
+        assert tokens[index].get_attribute("aria-describedby") == "tip"
     page.switch_to.active_element.send_keys(Keys.TAB)
     assert page.switch_to.active_element.text == "Copy" and not tip.is_displayed()
 
 
 @needs_browser
-def test_the_keyboard_alone_is_enough(page):
+def test_using_only_the_keyboard(page):
     from selenium.webdriver import Keys
     assert page.switch_to.active_element == find(page, "#prompt")[0]
     page.switch_to.active_element.send_keys(" there was", Keys.CONTROL + Keys.ENTER)
-    wait(page, TOLD)
+    wait(page, DONE)
     assert texts(page)[0].startswith("Once upon a time there was")
     reached = []
     for _ in range(14):
         page.switch_to.active_element.send_keys(Keys.TAB)
         reached.append(page.switch_to.active_element.get_attribute("id") or page.switch_to.active_element.tag_name)
     assert [name for name in reached if name != "button"] == [
-        "run", "beside", "temperature", "top_k", "top_p", "max_new_tokens", "seed", "tell", "span"]
+        "run", "compare", "temperature", "top_k", "top_p", "max_new_tokens", "seed", "generate", "span"]
 
 
 @needs_browser
-def test_what_goes_wrong_is_told_in_words(page, runs):
+def test_errors_are_shown(page, runs):
     fill(page, top_p=5)
-    find(page, "#tell")[0].click()  # the browser says itself that 5 is too much
+    find(page, "#generate")[0].click()  # the browser itself reports that 5 is too large
     assert find(page, "article") == []
     fill(page, top_p=1)
     (runs / "out/other").rename(runs / "out/gone")
-    find(page, "#beside option[value=other]")[0].click()
-    find(page, "#tell")[0].click()
+    find(page, "#compare option[value=other]")[0].click()
+    find(page, "#generate")[0].click()
     wait(page, "!document.getElementById('error').hidden")
     (runs / "out/gone").rename(runs / "out/other")
     assert find(page, "#error")[0].text == "other: there is no run 'other' under out/"
     wait(page, "document.querySelectorAll('.token').length >= 40")
-    assert "400" in page.get_log("browser")[0]["message"]  # Chromium's own note of the refusal
+    assert "400" in page.get_log("browser")[0]["message"]  # logged by Chromium itself
 
 
 @needs_browser
-def test_a_phones_width_and_the_dark(page):
+def test_phone_width_and_dark_mode(page):
     light = find(page, "body")[0].value_of_css_property("background-color")
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
                          {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
     page.execute_cdp_cmd("Emulation.setEmulatedMedia",
                          {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
-    fill(page, beside="other")
-    find(page, "#tell")[0].click()
-    wait(page, TOLD)
+    fill(page, compare="other")
+    find(page, "#generate")[0].click()
+    wait(page, DONE)
     assert page.execute_script("return document.documentElement.scrollWidth <= 360")
     assert find(page, "body")[0].value_of_css_property("background-color") != light
     above, below = (article.rect for article in find(page, "article"))
@@ -485,12 +486,12 @@ def test_a_phones_width_and_the_dark(page):
 
 
 @needs_browser
-def test_a_server_that_is_gone_is_told(chromium, runs):
+def test_an_unreachable_server_is_reported(chromium, runs):
     process, line = start(runs)
     chromium.get(line.split()[0])
     wait(chromium, "document.querySelectorAll('#run option').length == 2")
     process.kill()
     process.communicate()
-    find(chromium, "#tell")[0].click()
-    wait(chromium, "document.getElementById('error').textContent == 'the server does not answer: is it still running?'")
+    find(chromium, "#generate")[0].click()
+    wait(chromium, "document.getElementById('error').textContent.startsWith('the server does not respond')")
     chromium.get_log("browser")

@@ -1,0 +1,177 @@
+"""Reading stories: from the Hugging Face hub, from local files and folders, or from the synthetic nursery corpus."""
+
+import glob
+import itertools
+import logging
+import re
+import sys
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data import nursery
+from data.tokenizer import END_OF_TEXT
+from runtime.errors import UserError
+
+HUB_DATASET = "roneneldan/TinyStories"
+NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
+MAX_STORY_CHARACTERS = 1 << 26  # a longer text in a .txt file has no separators, and reading on would exhaust memory
+FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # file extension → its name in `datasets`
+
+
+class Corpus:
+    """The stories of a source as (split, story) pairs, streamed; can be iterated any number of times.
+
+    `splits` are the splits of the source. `empty_stories` counts the empty stories that the latest iteration dropped.
+    """
+
+    def __init__(self, source, text_column="text", max_stories=None, seed=0):
+        """`max_stories` limits the training split. Raises UserError if the source cannot be opened."""
+        self.source, self.max_stories = source, max_stories
+        self.splits = open_source(source, text_column, max_stories, seed)
+        self.in_validation = None  # set by split_validation: bool, (number of training stories,)
+        self.empty_stories = 0
+
+    def __iter__(self):
+        """Yield (split, story) pairs in the order of the source, with outer white space stripped."""
+        self.empty_stories = 0
+        for split, read in self.splits.items():
+            limit = self.max_stories if split == "train" else None
+            for i, story in enumerate(itertools.islice(self._clean(read(), split), limit)):
+                yield ("validation" if self.in_validation is not None and self.in_validation[i] else split), story
+
+    def _clean(self, stories, split):
+        """Strip stories and drop the empty ones. Raises UserError for values that are not text."""
+        for i, story in enumerate(stories, 1):
+            if not isinstance(story, str | None):
+                raise UserError(f"{self.source}: story {i} of the {split} split is {type(story).__name__}, not text: "
+                                "choose another column with --text_column")
+            if story := (story or "").strip():
+                yield story
+            else:
+                self.empty_stories += 1
+
+    def split_validation(self, count, fraction, seed):
+        """Move a random fraction of the `count` training stories, at least one, to a validation split.
+
+        Raises UserError if there is only one story.
+        """
+        if count < 2:
+            raise UserError(f"{self.source} has only one story, but training and validation need one each: separate "
+                            f"the stories of a .txt file by lines of {END_OF_TEXT}")
+        size = min(max(1, round(count * fraction)), count - 1)
+        self.in_validation = np.zeros(count, bool)
+        self.in_validation[np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False)] = True
+
+
+def open_source(source, text_column="text", max_stories=None, seed=0):
+    """Open a source and return a dict: split → function that iterates over its stories (str or None) from the start.
+
+    `max_stories` and `seed` are used by the nursery corpus only. Raises UserError if the source is none of the kinds
+    that `prepare.py --help` lists, or cannot be reached.
+    """
+    if source == "nursery":
+        return {"train": partial(nursery.stories, max_stories or NURSERY_STORIES, seed)}
+    path = Path(source).expanduser()
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{path} is empty")
+    if path.is_file() and path.suffix not in FORMATS:
+        raise UserError(f"{path}: unsupported file type, use one of {', '.join(FORMATS)}")
+    if not path.exists() and (path.suffix in FORMATS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
+        raise UserError(f"{path} does not exist: give a file, a folder, a dataset on the Hugging Face hub, or nursery")
+
+    if texts := text_files(path):
+        return {split: partial(read_text_files, paths) for split, paths in texts.items()}
+    if path.is_file():
+        splits = load_dataset(source, FORMATS[path.suffix], data_files=glob.escape(str(path)), streaming=True)
+    elif path.is_dir():
+        splits = load_dataset(source, str(path), streaming=True)
+    else:
+        print(f"loading {source} from the Hugging Face hub", file=sys.stderr)
+        splits = load_dataset(source, source)  # not streamed: the downloaded files stay in the cache of `datasets`
+    if "train" not in splits:
+        raise UserError(f"{source} has no split 'train', only {', '.join(splits)}")
+    return {split: partial(read_column, splits[split], text_column, source)
+            for split in ("train", "validation") if split in splits}
+
+
+def text_files(path):
+    """The paths of each split if `path` is a .txt file, or a folder of only .txt files; {} for anything else.
+
+    Hidden files are ignored. Files whose names end in valid or validation (TinyStories-valid.txt) are the validation
+    split.
+    """
+    if path.is_file():
+        return {"train": [path]} if path.suffix == ".txt" else {}
+    visible = sorted(file for file in path.rglob("*") if file.is_file() and not any(
+        part.startswith(".") for part in file.relative_to(path).parts))
+    if not visible or any(file.suffix != ".txt" for file in visible):
+        return {}
+    validation = [file for file in visible if re.search(r"(^|[-_.])valid(ation)?$", file.stem)]
+    train = [file for file in visible if file not in validation]
+    return {"train": train} | ({"validation": validation} if validation else {})
+
+
+def read_text_files(paths):
+    """Yield the stories of UTF-8 text files, which are separated by lines of `<|endoftext|>`.
+
+    Raises UserError if a file cannot be decoded, or a story is longer than MAX_STORY_CHARACTERS.
+    """
+    for path in paths:
+        with reading_source(path), open(path, encoding="utf-8-sig") as file:
+            lines, size = [], 0
+            for line in iter(lambda: file.readline(MAX_STORY_CHARACTERS), ""):
+                if line.strip() == END_OF_TEXT:
+                    yield "".join(lines)
+                    lines, size = [], 0
+                    continue
+                lines.append(line)
+                size += len(line)
+                if size >= MAX_STORY_CHARACTERS:
+                    raise UserError(f"{path} has {size:,} characters without a line of {END_OF_TEXT}: put one between "
+                                    "its stories")
+            if any(map(str.strip, lines)):  # blank lines after the last separator do not count as an empty story
+                yield "".join(lines)
+
+
+def read_column(dataset, column, source):
+    """Yield the values of a column of a `datasets` dataset. Raises UserError if it is missing or a file is damaged."""
+    with reading_source(source):
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
+            if column not in table.column_names:
+                raise UserError(f"{source} has no column '{column}': choose one of {', '.join(table.column_names)} "
+                                "with --text_column")
+            yield from table[column].to_pylist()
+
+
+def load_dataset(source, *args, **options):
+    """`datasets.load_dataset(*args, **options)`, with its errors as a UserError about `source`."""
+    with reading_source(source):
+        import datasets  # imported here because it takes seconds, and --help, .txt files and nursery do not need it
+
+        for library in ("datasets", "huggingface_hub"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)  # their warnings only precede an error
+        return datasets.load_dataset(*args, **options)
+
+
+@contextmanager
+def reading_source(source):
+    """Convert the errors of reading a source to UserError."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"  # most likely from Windows
+        raise UserError(f"{source} is not UTF-8 text ({error.reason}): convert it, for example with  "
+                        f"iconv -f {encoding} -t utf-8 OLD > NEW") from error
+    except ConnectionError as error:
+        raise UserError(f"cannot reach {source} on the Hugging Face hub: check the name and the network, or give a "
+                        "local file or folder, or nursery") from error
+    except Exception as error:
+        library_error = type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow"))
+        if not library_error and not isinstance(error, (OSError, ValueError)):
+            raise
+        hint = ("a folder must contain .txt, .jsonl or .parquet files" if Path(source).is_dir() else
+                "it is empty or damaged, or its type does not match its name")
+        raise UserError(f"cannot read {source}: {error} ({hint})") from error

@@ -1,0 +1,198 @@
+"""Reading stories: every kind of source yields the same stories, and every bad source raises a UserError."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import ROOT
+from data import nursery, sources
+from data.sources import Corpus
+from data.tokenizer import END_OF_TEXT
+from runtime.errors import UserError
+
+STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", f"He said {END_OF_TEXT} and left."]
+
+
+def write(path, stories, column="text"):
+    """Write stories to a file in the format of its extension; return the path as a string."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".txt":
+        path.write_text(f"\n{END_OF_TEXT}\n".join(stories), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, column: s}) + "\n" for i, s in enumerate(stories)))
+    else:
+        pq.write_table(pa.table({"id": range(len(stories)), column: pa.array(stories, pa.string())}), path)
+    return str(path)
+
+
+def read(*args, **options):
+    """The stories of each split of a source."""
+    splits = {}
+    for split, story in Corpus(*args, **options):
+        splits.setdefault(split, []).append(story)
+    return splits
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_files_of_every_format(here, suffix):
+    corpus = Corpus(write(here / f"Mine.{suffix}", STORIES, "story"), "story")
+    for _ in range(2):  # a corpus can be read again
+        assert list(corpus) == [("train", story) for story in STORIES]
+
+
+def test_nursery_and_text_files_do_not_import_datasets(here):
+    write(here / "a.txt", STORIES)
+    code = ("import sys; from data.sources import Corpus; list(Corpus('nursery')); list(Corpus('a.txt')); "
+            "sys.exit('datasets' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=here, env={"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
+def test_nursery():
+    assert read("nursery", max_stories=7, seed=5) == {"train": list(nursery.stories(7, 5))}
+    assert sum(1 for _ in Corpus("nursery")) == sources.NURSERY_STORIES
+
+
+def test_folder_with_the_layout_of_the_hub(here):
+    write(here / "repo/data/train-00000-of-00002.parquet", STORIES[:10])
+    write(here / "repo/data/train-00001-of-00002.parquet", STORIES[10:15])
+    write(here / "repo/data/validation-00000-of-00001.parquet", STORIES[15:])
+    assert read("repo/", max_stories=12) == {"train": STORIES[:12], "validation": STORIES[15:]}
+
+
+def test_dataset_that_is_not_streamed(here):
+    """The hub cannot be reached in tests; `load_dataset` returns the same kind of object for a local folder."""
+    write(here / "repo/data/train-00000-of-00001.parquet", STORIES)
+    splits = sources.load_dataset("repo", "repo", cache_dir=str(here / "cache"))
+    assert list(sources.read_column(splits["train"], "text", "repo")) == STORIES
+
+
+def test_folder_of_text_files(here):
+    write(here / "books/b.txt", STORIES[3:6])
+    write(here / "books/more/a.txt", STORIES[:3])
+    (here / "books/.DS_Store").write_bytes(b"\0\0\0\1Bud1")  # macOS creates one in folders opened in the Finder
+    write(here / "books/.git/COMMIT_EDITMSG.txt", ["More books"])
+    assert read("books") == {"train": STORIES[3:6] + STORIES[:3]}
+
+
+def test_folder_of_text_files_with_a_validation_split(here):
+    write(here / "books/My-train.txt", STORIES[:6])
+    write(here / "books/My-valid.txt", STORIES[6:9])
+    assert read("books") == {"train": STORIES[:6], "validation": STORIES[6:9]}
+
+
+def test_text_files_in_a_hub_folder_are_not_stories(here):
+    write(here / "repo/data/train.jsonl", STORIES[:6])
+    write(here / "repo/data/validation.jsonl", STORIES[6:9])
+    (here / "repo/LICENSE.txt").write_text("All rights reserved.")
+    assert read("repo") == {"train": STORIES[:6], "validation": STORIES[6:9]}
+
+
+def test_white_space_line_endings_and_empty_stories(here):
+    text = f"\ufeff{END_OF_TEXT}\r\n  One.\r\n\r\nMore. \r\n{END_OF_TEXT} \r\n\r\n{END_OF_TEXT}\r\nTwo.\r\nThree.\r\n"
+    (here / "a.txt").write_bytes(text.encode())
+    write(here / "b.jsonl", ["One.\n\nMore.", "  ", None, "\n", "Two.\nThree.  "])
+    for source, empty_stories in (("a.txt", 2), ("b.jsonl", 3)):
+        corpus = Corpus(source)
+        for _ in range(2):
+            assert [story for _, story in corpus] == ["One.\n\nMore.", "Two.\nThree."]
+            assert corpus.empty_stories == empty_stories
+
+
+def test_text_without_separators_is_not_read_into_memory(here, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_STORY_CHARACTERS", 1000)
+    (here / "a.txt").write_text("A line.\n" * 1000)
+    with pytest.raises(UserError, match=r"a.txt has 1,00\d characters without a line of <\|endoftext\|>"):
+        read("a.txt")
+
+
+def test_validation_split(here):
+    corpus = Corpus(write(here / "a.txt", STORIES))
+    for count, fraction, size in ((len(STORIES), 0.2, 4), (10, 1e-6, 1), (10, 0.999, 9)):  # at least one story in each
+        corpus.split_validation(count, fraction, seed=1)
+        assert corpus.in_validation.shape == (count,) and corpus.in_validation.sum() == size
+
+
+def bad_utf8(folder):
+    (folder / "bad.txt").write_bytes(b"A story.\n<|endoftext|>\nA caf\xe9.\n")
+    return "bad.txt"
+
+
+def utf16(folder):
+    (folder / "utf16.txt").write_text("A story.", encoding="utf-16")
+    return "utf16.txt"
+
+
+def bad_parquet(folder):
+    (folder / "bad.parquet").write_bytes(b"PAR1 but no more than that")
+    return "bad.parquet"
+
+
+def parquet_with_bytes(folder):
+    offsets, text = pa.py_buffer(np.array([0, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])}),
+                   folder / "raw.parquet")
+    return "raw.parquet"
+
+
+def bad_jsonl(folder):
+    (folder / "bad.jsonl").write_text('{"text": "A story."}\n{"text": \n')
+    return "bad.jsonl"
+
+
+def numbers(folder):
+    pq.write_table(pa.table({"text": [1, 2, 3]}), folder / "numbers.parquet")
+    return "numbers.parquet"
+
+
+def no_rows(folder):
+    return write(folder / "none.parquet", [])
+
+
+def only_test_split(folder):
+    write(folder / "repo/data/test-00000-of-00001.parquet", STORIES)
+    return "repo"
+
+
+def empty_file(name):
+    return lambda folder: (folder / name).touch() or name
+
+
+def empty_folder(folder):
+    (folder / "hollow").mkdir()
+    return "hollow"
+
+
+def csv(folder):
+    (folder / "a.csv").write_text("A story.")
+    return "a.csv"
+
+
+@pytest.mark.parametrize("source, column, message", [
+    ("nothing.txt", "text", "nothing.txt does not exist"),
+    ("../nothing", "text", "does not exist"),
+    ("nobody/nothing", "text", "cannot reach nobody/nothing on the Hugging Face hub: check the name and the network"),
+    (lambda f: write(f / "a.jsonl", STORIES), "story", "no column 'story': choose one of id, text"),
+    (lambda f: write(f / "a.parquet", STORIES), "id", "story 1 of the train split is int, not text"),
+    (numbers, "text", "story 1 of the train split is int, not text"),
+    (bad_utf8, "text", "bad.txt is not UTF-8 text"),
+    (utf16, "text", "iconv -f utf-16"),
+    (parquet_with_bytes, "text", "raw.parquet is not UTF-8 text"),
+    (bad_parquet, "text", "cannot read bad.parquet"),
+    (bad_jsonl, "text", "cannot read bad.jsonl"),
+    (empty_file("empty.txt"), "text", "empty.txt is empty"),
+    (empty_file("empty.jsonl"), "text", "empty.jsonl is empty"),
+    (empty_file("empty.parquet"), "text", "empty.parquet is empty"),
+    (no_rows, "text", "none.parquet"),
+    (empty_folder, "text", "a folder must contain .txt, .jsonl or .parquet files"),
+    (only_test_split, "text", "repo has no split 'train', only test"),
+    (csv, "text", "a.csv: unsupported file type, use one of .txt, .jsonl, .parquet"),
+], ids=str)
+def test_bad_sources_raise_user_errors(here, source, column, message):
+    with pytest.raises(UserError) as error:
+        read(source(here) if callable(source) else source, column)
+    assert message in str(error.value)
