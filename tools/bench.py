@@ -1,15 +1,14 @@
-"""How fast this program is on this machine, next to a plain baseline and to what the machine could do.
+"""Measure this program's speed on this machine, against a plain training loop and the hardware's limits.
 
-    python -m tools.bench                   everything, a few minutes a subject
+    python -m tools.bench                   every subject, a few minutes each
     python -m tools.bench train --json      one subject, as JSON
 
-Machines are noisy, so contenders take turns within one run, and ratios tell more than figures. Each training contender
-is a process of its own, which also gives its own peak of memory.
+Timings are noisy, so the variants of a subject run interleaved, and ratios are more reliable than absolute numbers.
+Each training variant runs in its own process, which also gives its own peak memory.
 """
 
 import collections
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -23,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import chdir
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,115 +38,120 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import checkpoint
-import files
-import model as model_py
+import model as model_module
 import train
-from config import read_recipe
+from config import read_config_file
 from data import nursery
-from dataset import Split, evaluation_windows, read_meta, seal
-from errors import Parser, UserError, exit_with_one_line
-from hardware import pick_device, pick_dtype, pick_weights
-from model import GPT, GPTConfig, KVCache, choose_token, window_start
-from ranks import add_up_gradients, agree, join, leave
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
+from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from layers import linear_cross_entropy
+from model import GPT, GPTConfig, KVCache, count_parameters, sample_token, window_start
+from runtime import files
+from runtime.distributed import all_reduce_gradients, cleanup_distributed, init_distributed, sync_stop_and_time
+from runtime.errors import Parser, UserError, exit_with_one_line
+from runtime.hardware import describe_device, git_commit, pick_device, pick_dtype, pick_inference_dtype
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = GPTConfig(vocab_size=50257)
-TINY = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)  # for trying the bench itself
+TINY = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)  # for --tiny
 BATCH_SIZE = 32
-FAST = ROOT / "config" / "tinystories_fast.py"  # the recipe whose small steps are measured
-RANK_BATCH = {"cpu": 32, "cuda": 128}  # sequences of a process in the bench of several
+FAST = ROOT / "config" / "tinystories_fast.py"  # the config of the subject `small`
+RANK_BATCH_SIZE = {"cpu": 32, "cuda": 128}  # sequences per process in the subject `ranks`
 NURSERY_STORIES = 140_000  # 102 MB of text
-# Dense bf16 TFLOP/s by the makers' data sheets.
+# Dense bf16 TFLOP/s from the vendors' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
-WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}  # tables, each row of which is a contender
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+TABLES_WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Measure and print; `argv` as on the command line."""
+    """Measure one subject or all of them and print the results; `argv` as on the command line."""
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "c++", "cl")
+    if args.subject in (None, "train") and not any(map(shutil.which, compilers)):
+        raise UserError("the subject train uses torch.compile, which needs a compiler: install one of "
+                        f"{', '.join(compilers)}")
+    results = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.config, args.rounds)}
+    for subject in SUBJECTS if args.subject is None else {args.subject} & SUBJECTS.keys():
+        with tempfile.TemporaryDirectory() as folder:
+            results[subject] = SUBJECTS[subject](args, device, results["ceilings"], Path(folder))
+    if args.json:
+        return print(json.dumps(results, indent=2))
+    for subject, result in results.items():
+        print_tables(subject, result)
+
+
+def parse_args(argv):
+    """The command line as a namespace, with `config`: the GPTConfig to measure."""
     parser = Parser(prog="python -m tools.bench", description="Measure this program's speed on this machine.")
     parser.add_argument("subject", nargs="?", choices=["machine", *SUBJECTS],
-                        help="one of them alone, or what the machine can do (default: all)")
+                        help="what to measure; machine: only the hardware's limits (default: everything)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, in place of "
+    parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, instead of "
                                                             "tables")
-    parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the bench itself")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
+    parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the benchmark itself")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant (default: 3)")
     parser.add_argument("--out_dir", help="generate: also this run's validation loss in each dtype")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"argument --rounds: {args.rounds} is not 1 or more")
     if args.out_dir:
-        checkpoint.best_in(args.out_dir)  # now rather than after minutes
-    device = pick_device(args.device)
-    compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "c++", "cl")
-    if args.subject in (None, "train") and not any(map(shutil.which, compilers)):
-        raise UserError("the training bench compares with torch.compile, which needs a compiler: install one of "
-                        f"{', '.join(compilers)}")
-
-    args.shape = TINY if args.tiny else PUBLISHED
-    result = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.shape, args.rounds)}
-    for subject in SUBJECTS if args.subject is None else {args.subject} & SUBJECTS.keys():
-        with tempfile.TemporaryDirectory() as folder:
-            result[subject] = SUBJECTS[subject](args, device, result["ceilings"], Path(folder))
-    if args.json:
-        return print(json.dumps(result, indent=2))
-    for subject, figures in result.items():
-        print_table(subject, figures)
+        checkpoint.best_checkpoint(args.out_dir)  # fail now rather than after minutes
+    args.config = TINY if args.tiny else PUBLISHED
+    return args
 
 
 def describe_machine(device):
-    """The machine, versions and date, without which no figure means anything."""
-    gpu = gpu_and_driver() if device.type == "cuda" else {}
-    return {"device": train.describe(device), **gpu, "processor": processor_name(), "cores": os.cpu_count(),
+    """The hardware, the versions and the date of a measurement, as a dict."""
+    gpu = describe_gpu() if device.type == "cuda" else {}
+    return {"device": describe_device(device), **gpu, "processor": processor_name(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "date": date.today().isoformat(), "git": train.git_commit()}
+            "numpy": np.__version__, "date": date.today().isoformat(), "git": git_commit()}
 
 
-def gpu_and_driver():
-    """Memory, driver and CUDA of the current GPU; the driver is None where nvidia-smi is not to be found."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+def describe_gpu():
+    """Memory, driver and CUDA version of the current GPU; the driver is None if nvidia-smi is not installed."""
+    index = torch.cuda.current_device()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}"]
     driver = None
     if shutil.which(query[0]):
         driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    memory = torch.cuda.get_device_properties(index).total_memory
     return {"gpu_memory_gib": memory / 2**30, "driver": driver, "cuda": torch.version.cuda}
 
 
 def processor_name():
-    """The processor's name as Linux tells it, elsewhere as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    """The processor's model name from /proc/cpuinfo, or what Python knows of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
-def print_table(subject, figures):
-    """One table of a subject: a figure a line, with the lowest and highest of its rounds where there are some."""
+def print_tables(subject, result):
+    """Print a subject's result: one value per line, with the lowest and the highest of its rounds if it has them."""
     print(f"\n{subject}")
-    spreads = figures.get("spreads", {})
-    for name, value in figures.items():
-        if name == "spreads":
+    spreads = result.get("spreads", {})
+    for key, value in result.items():
+        if key == "spreads":
             continue
-        if isinstance(value, dict):
-            print(f"  {name}")
-        for row, number in value.items() if isinstance(value, dict) else [(name, value)]:
+        is_table = isinstance(value, dict)
+        if is_table:
+            print(f"  {key}")
+        for name, number in value.items() if is_table else [(key, value)]:
             text = f"{number:,.5g}" if isinstance(number, float) else str(number)
-            low, high = spreads.get(row, (0, 0)) if name in WITH_SPREADS | {row} else (0, 0)
-            print(f"    {row:36}{text:>14}" + (f"   {low:,.5g} to {high:,.5g}" if high else ""))
+            low, high = spreads.get(name, (0, 0)) if not is_table or key in TABLES_WITH_SPREADS else (0, 0)
+            print(f"    {name:36}{text:>14}" + (f"   {low:,.5g} to {high:,.5g}" if high else ""))
 
 
-def take_turns(contenders, rounds):
-    """Run each contender (name → function) once as a warm-up, then `rounds` times in turn: name → list of seconds.
+def time_interleaved(variants, rounds):
+    """Run each variant (name → function) once as warm-up, then once in each of `rounds`: name → list of seconds.
 
-    A function may return the seconds itself, where it does more than is to be timed.
+    A function that returns a float has timed itself; that number is used.
     """
-    seconds = {name: [] for name in contenders}
+    seconds = {name: [] for name in variants}
     for round in range(rounds + 1):
-        for name, run in contenders.items():
+        for name, run in variants.items():
             started = time.perf_counter()
             own = run()
             if round:
@@ -154,313 +159,297 @@ def take_turns(contenders, rounds):
     return seconds
 
 
-def rates(amounts, seconds):
-    """Medians and spreads (lowest, highest) of amounts a second: two dicts by name."""
-    each = {name: amounts[name] / np.array(values) for name, values in seconds.items()}
-    return ({name: float(np.median(values)) for name, values in each.items()},
-            {name: (float(values.min()), float(values.max())) for name, values in each.items()})
+def median_rates(amounts, seconds):
+    """Amounts (name → number) per second (name → list): their medians and their (lowest, highest), by name."""
+    rates = {name: amounts[name] / np.array(values) for name, values in seconds.items()}
+    return ({name: float(np.median(values)) for name, values in rates.items()},
+            {name: (float(values.min()), float(values.max())) for name, values in rates.items()})
 
 
-def run_quietly(command, **options):
-    """Run a script; its output is shown only where it fails, as the UserError's last line."""
+def run_script(command, **options):
+    """Run a script silently. Raises UserError with the last line of its stderr if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
-        raise UserError(f"{Path(command[1]).name} failed: {(done.stderr.splitlines() or ['no word of why'])[-1]}")
+        raise UserError(f"{Path(command[1]).name} failed: {(done.stderr.splitlines() or ['no error message'])[-1]}")
 
 
-def wait_for(device):
-    """Wait until a GPU has done all that it was given."""
+def synchronize(device):
+    """Wait until a GPU has finished all work submitted to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-# ---- what the machine can do ----
+@contextmanager
+def child_processes(targets):
+    """Spawn a process that calls target(pipe, *args) for each name → (target, *args); yields name → pipe to it.
+
+    The processes end with the `with` block.
+    """
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    for name, (target, *args) in targets.items():
+        pipes[name], child_pipe = context.Pipe()
+        processes.append(context.Process(target=target, args=(child_pipe, *args), daemon=True))
+        processes[-1].start()
+        child_pipe.close()
+    try:
+        yield pipes
+    finally:
+        for pipe in pipes.values():
+            pipe.close()
+        for process in processes:
+            process.join(10)
+            process.kill()
 
 
-def products(shape, device):
-    """The matrix products to time, name → (rows, inside, columns): a large one, then those of a GPTConfig's batch."""
-    C, rows = shape.n_embd, BATCH_SIZE * shape.block_size
-    side = 256 if shape is TINY else 8192 if device.type == "cuda" else 4096
-    return {f"{side}³": (side, side, side), "c_attn": (rows, C, 3 * C), "attn.c_proj": (rows, C, C),
-            "c_fc": (rows, C, 4 * C), "mlp.c_proj": (rows, 4 * C, C), "head": (rows, C, shape.vocab_size)}
+def ask(pipes, name):
+    """Send a message to one of `child_processes` and return the answer. Raises UserError if the process has failed."""
+    try:
+        pipes[name].send("go")
+        return pipes[name].recv()
+    except (EOFError, OSError) as error:
+        raise UserError(f"the process of '{name}' failed: its error message is above") from error
 
 
-def measure_ceilings(device, shape, rounds):
-    """The rates of matrix products at a GPTConfig's shapes and of reading memory; the best stand first."""
-    repeats = 20 if device.type == "cuda" else 1  # one product on a GPU is over before its launch can be neglected
+# ---- hardware limits ----
 
-    def multiply(a, b):
-        def run():
-            for _ in range(repeats):
-                F.linear(a, b)
-            wait_for(device)
-        return run
 
-    def read():
-        for _ in range(repeats):
-            block.sum()
-        wait_for(device)
+def measure_ceilings(device, config, rounds):
+    """Roofline ceilings of the device: GFLOP/s of matrix products and GB/s of memory reads.
 
-    contenders, flops = {}, {}
-    for dtype in ("fp32", "bf16"):
-        for name, (m, k, n) in products(shape, device).items():
-            kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-            a, b = (torch.randn(shape, device=device, dtype=kind) for shape in ((m, k), (n, k)))
-            contenders[f"{dtype} {name}"] = multiply(a, b)
-            flops[f"{dtype} {name}"] = repeats * 2 * m * k * n / 1e9
-    block = torch.ones(2**20 if shape is TINY else 2**28, device=device)  # 1 GiB: no cache holds it
-    contenders["read"], flops["read"] = read, repeats * 4 * block.numel() / 1e9
-    medians, spreads = rates(flops, take_turns(contenders, rounds))
+    One product is large and square; the others are those of a batch in a GPTConfig's model.
+    """
+    C, rows = config.n_embd, BATCH_SIZE * config.block_size
+    side = 256 if config is TINY else 8192 if device.type == "cuda" else 4096
+    shapes = {f"{side}³": (side, side, side), "c_attn": (rows, C, 3 * C), "attn.c_proj": (rows, C, C),
+              "c_fc": (rows, C, 4 * C), "mlp.c_proj": (rows, 4 * C, C), "head": (rows, C, config.vocab_size)}
+    repeats = 20 if device.type == "cuda" else 1  # on a GPU, one product is too short compared with its launch
+    variants, work = {}, {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for product, (m, k, n) in shapes.items():
+            a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((m, k), (n, k)))
+            variants[f"{name} {product}"] = partial(repeat, repeats, device, F.linear, a, b)
+            work[f"{name} {product}"] = repeats * 2 * m * k * n / 1e9
+    block = torch.ones(2**20 if config is TINY else 2**28, device=device)  # 1 GiB, larger than any cache
+    variants["read"] = partial(repeat, repeats, device, torch.sum, block)
+    work["read"] = repeats * 4 * block.numel() / 1e9
+    medians, spreads = median_rates(work, time_interleaved(variants, rounds))
     best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
     return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"],
             "read_gb_per_s": medians.pop("read"), "gflops_of_each": medians,
             "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
 
 
+def repeat(count, device, function, *args):
+    """Call a function `count` times and wait for the device."""
+    for _ in range(count):
+        function(*args)
+    synchronize(device)
+
+
 # ---- training ----
 
-
-def torchs_dropout():
-    """Put torch's dropout in the place of this project's."""
-    model_py.Dropout = nn.Dropout
-
-
-def torchs_attention():
-    """Put torch's fused attention in the place of the one written out for training on a CPU."""
-    model_py.attend = lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                                                              dropout_p=dropout.p)
-
-
-def whole_head():
-    """Put all logits at once, and torch's cross-entropy of them, in the place of the head's loss in parts."""
-    train.head_loss = lambda x, weight, targets: (F.cross_entropy(F.linear(x, weight), targets), None)
-    GPT.head_loss = staticmethod(train.head_loss)
-
-
-# name → the pieces to take away, and flags for train.py; None: the plain loop, in bf16 and compiled, or not
-CONTENDERS = {
-    "plain": ([torchs_dropout, torchs_attention, whole_head], None),
-    "plain, bf16, compiled": ([torchs_dropout, torchs_attention, whole_head], None),
+# Patches, (owner, attribute, replacement): each replaces a faster layer of this project by torch's.
+TORCH_DROPOUT = (model_module, "Dropout", nn.Dropout)
+TORCH_ATTENTION = (model_module, "causal_attention", lambda q, k, v, dropout: F.scaled_dot_product_attention(
+    q, k, v, is_causal=True, dropout_p=dropout.p))
+UNFUSED_LOSS = (GPT, "loss_function", staticmethod(linear_cross_entropy))
+TORCH_LAYERS = [TORCH_DROPOUT, TORCH_ATTENTION, UNFUSED_LOSS]
+# name → (patches, flags for train.py); flags None: `baseline_loop` instead of train.py
+VARIANTS = {
+    "baseline": (TORCH_LAYERS, None),
+    "baseline, bf16, compiled": (TORCH_LAYERS, None),
     "this project": ([], []),
-    "… compiled": ([], ["--compile=True"]),
-    "… eager": ([], ["--compile=False"]),
-    "… in float32": ([], ["--dtype=float32"]),
-    "… dropout 0": ([], ["--dropout=0"]),
-    "… with torch's dropout": ([torchs_dropout], []),
-    "… with torch's attention": ([torchs_attention], []),
-    "… with all logits at once": ([whole_head], ["--device_batch_size=32"]),  # of a whole step they fill a GPU
-}
-# The same for small steps, at FAST's settings.
-SMALL_CONTENDERS = {
     "compiled": ([], ["--compile=True"]),
     "eager": ([], ["--compile=False"]),
-    "eager, AdamW alone": ([], ["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"]),
+    "float32": ([], ["--dtype=float32"]),
+    "dropout 0": ([], ["--dropout=0"]),
+    "torch's dropout": ([TORCH_DROPOUT], []),
+    "torch's attention": ([TORCH_ATTENTION], []),
+    "unfused loss": ([UNFUSED_LOSS], ["--device_batch_size=32"]),  # the logits of a whole step would fill a GPU
+    "eager, AdamW alone": ([], ["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"]),  # only in `small`
 }
-
-
-@dataclass(frozen=True)
-class Training:
-    """The training that is measured: the published steps, or the small ones of config/tinystories_fast.py."""
-
-    folder: str  # which has data/bench
-    device: str
-    shape: GPTConfig
-    small: bool = False
-
-    @property
-    def on_gpu(self):
-        """Whether the device is a GPU."""
-        return self.device.startswith("cuda")
-
-    @property
-    def accumulation(self):
-        """Micro-batches in a published step: all 32 on a GPU, but one on a CPU, which takes a minute for 32."""
-        return 32 if self.on_gpu else 1
-
-    @property
-    def steps(self):
-        """Optimizer steps in a turn."""
-        return (20 if self.on_gpu else 2) if self.small else 1
-
-    @property
-    def tokens(self):
-        """Tokens in a turn."""
-        return self.steps * self.shape.block_size * (
-            read_recipe(FAST)["batch_size"] if self.small else BATCH_SIZE * self.accumulation)
-
-    def flags(self):
-        """The command line of train.py for it."""
-        shape = [f"--{name}={getattr(self.shape, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size")]
-        recipe = [str(FAST)] if self.small else [f"--gradient_accumulation_steps={self.accumulation}", "--min_lr=1e-5"]
-        return [*recipe, *shape, "--dataset=bench", f"--device={self.device}", "--max_iters=1000000",
-                "--eval_interval=1000000", "--checkpoint_minutes=1e9", f"--log_interval={self.steps}"]
 
 
 def bench_train(args, device, ceilings, folder):
-    """The project's own update next to a plain loop's, and with each of its pieces changed or taken away."""
-    training = Training(str(folder), str(device), args.shape)
-    on_gpu = training.on_gpu
-    write_random_dataset(folder / "data" / "bench", args.shape)
-    same = "… compiled" if on_gpu else "… eager"  # what auto picks, so the project itself again
-    names = [name for name in CONTENDERS if name != same and not (on_gpu and "torch's" in name)]  # a GPU's always are
-    names = names[:3] if args.tiny else names
-    # All in turn on a CPU. A GPU has not the memory for all, and is less noisy: there the first three, then each alone.
-    alone = [[name] for name in names[3:]] if on_gpu else []
-    seconds, peaks, starts = {}, {}, {}
-    for group in [names[:3] if on_gpu else names, *alone]:
-        seconds |= race(group, training, args.rounds, peaks, starts)
-    medians, spreads = rates(dict.fromkeys(names, training.tokens), seconds)
-
-    own, plain, compiled = (medians[name] for name in ("this project", "plain", "plain, bf16, compiled"))
-    return {"baseline_tokens_per_s": plain, "baseline_bf16_compiled_tokens_per_s": compiled, "tokens_per_s": own,
-            "times_baseline": own / plain, "times_baseline_bf16_compiled": own / compiled,
-            **utilisation(own, args.shape, device, ceilings),
-            "baseline_peak_mb": peaks["plain"], "peak_mb": peaks["this project"], "tokens_an_update": training.tokens,
-            "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_update_s_of_each": starts,
-            "spreads": spreads}
+    """Training speed at the published shape: this project, two baselines, and this project with parts replaced."""
+    on_gpu = device.type == "cuda"
+    # What "this project" does on this device anyway is not measured again.
+    same = {"compiled", "torch's dropout", "torch's attention"} if on_gpu else {"eager"}
+    names = [name for name in VARIANTS if name not in same | {"eager, AdamW alone"}][:3 if args.tiny else None]
+    # A GPU has too little memory for all variants at once, and is less noisy: there only the first three interleave.
+    groups = [names[:3], *([name] for name in names[3:])] if on_gpu else [names]
+    result = measure_training(groups, "this project", make_workload(folder, device, args.config), args.rounds, ceilings)
+    rates, peaks = result["tokens_per_s_of_each"], result["peak_mb_of_each"]
+    own, baseline, compiled = (rates[name] for name in ("this project", "baseline", "baseline, bf16, compiled"))
+    return {"baseline_tokens_per_s": baseline, "baseline_bf16_compiled_tokens_per_s": compiled, "tokens_per_s": own,
+            "times_baseline": own / baseline, "times_baseline_bf16_compiled": own / compiled,
+            "baseline_peak_mb": peaks["baseline"], "peak_mb": peaks["this project"], **result}
 
 
 def bench_small(args, device, ceilings, folder):
-    """The small steps of config/tinystories_fast.py, where launching and the optimizers count more than products."""
-    training = Training(str(folder), str(device), args.shape, small=True)
-    write_random_dataset(folder / "data" / "bench", args.shape)
-    names = [name for name in SMALL_CONTENDERS if training.on_gpu or name != "compiled"]
-    peaks, starts = {}, {}
-    medians, spreads = rates(dict.fromkeys(names, training.tokens), race(names, training, args.rounds, peaks, starts))
-    own = medians[names[0]]
-    return {"of": names[0], "tokens_per_s": own, "ms_a_step": 1000 * training.tokens / training.steps / own,
-            "tokens_a_step": training.tokens // training.steps, **utilisation(own, args.shape, device, ceilings),
-            "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks, "first_turn_s_of_each": starts,
-            "spreads": spreads}
+    """Training speed at the small steps of config/tinystories_fast.py, dominated by kernel launches and optimizers."""
+    names = ["compiled"] * (device.type == "cuda") + ["eager", "eager, AdamW alone"]
+    workload = make_workload(folder, device, args.config, small=True)
+    result = measure_training([names], names[0], workload, args.rounds, ceilings)
+    ms_per_step = 1000 * result["tokens_per_step"] / result["tokens_per_s"]
+    return {"of": names[0], "tokens_per_s": result["tokens_per_s"], "ms_per_step": ms_per_step, **result}
 
 
-def utilisation(tokens_per_s, shape, device, ceilings):
-    """Model FLOP/s utilisation (MFU) of training: over a known GPU's data sheet, and over the best product measured."""
-    flops = tokens_per_s * (6 * shape.num_parameters() + 12 * shape.n_layer * shape.block_size * shape.n_embd)
+@dataclass(frozen=True)
+class Workload:
+    """The training to measure."""
+
+    folder: Path  # contains data/bench
+    device: torch.device
+    config: GPTConfig
+    accumulation: int  # iterations per optimizer step
+    steps: int  # optimizer steps per round
+    tokens_per_step: int
+    flags: list  # for train.py
+
+
+def make_workload(folder, device, config, small=False):
+    """Write a dataset in a folder and return the Workload: steps of the published config, or the small ones of FAST."""
+    write_random_dataset(folder / "data" / "bench", config)
+    on_gpu = device.type == "cuda"
+    accumulation = 32 if on_gpu and not small else 1  # on a CPU, the published 32 would take a minute
+    sequences = read_config_file(FAST)["batch_size"] if small else BATCH_SIZE * accumulation
+    steps = (20 if on_gpu else 2) if small else 1
+    flags = [str(FAST)] if small else [f"--gradient_accumulation_steps={accumulation}", "--min_lr=1e-5"]
+    flags += [f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size")]
+    flags += ["--dataset=bench", f"--device={device}", "--max_iters=1000000", "--eval_interval=1000000",
+              "--checkpoint_minutes=1e9", f"--log_interval={steps}"]
+    return Workload(folder, device, config, accumulation, steps, sequences * config.block_size, flags)
+
+
+def measure_training(groups, own, workload, rounds, ceilings):
+    """Speed and memory of training variants, interleaved within a group; `tokens_per_s` is that of `own`."""
+    seconds, peaks, first = {}, {}, {}
+    for group in groups:
+        for total, part in zip((seconds, peaks, first), time_variants(group, workload, rounds)):
+            total.update(part)
+    medians, spreads = median_rates(dict.fromkeys(seconds, workload.steps * workload.tokens_per_step), seconds)
+    return {"tokens_per_s": medians[own], **flops_utilization(medians[own], workload, ceilings),
+            "tokens_per_step": workload.tokens_per_step, "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks,
+            "first_round_s_of_each": first, "spreads": spreads}
+
+
+def flops_utilization(tokens_per_s, workload, ceilings):
+    """Model FLOP/s utilization (MFU; Chowdhery et al. 2022, arXiv 2204.02311) of training.
+
+    `mfu` is relative to the data sheet of a GPU in PEAK_TFLOPS, `mfu_of_measured` to the fastest product measured.
+    """
+    config = workload.config
+    flops = tokens_per_s * (6 * count_parameters(config) + 12 * config.n_layer * config.block_size * config.n_embd)
+    gpu = torch.cuda.get_device_name(workload.device) if workload.device.type == "cuda" else ""
     measured = max(ceilings["matmul_bf16_gflops"], ceilings["matmul_fp32_gflops"]) * 1e9  # bf16 is slow on some CPUs
-    peak = data_sheet_peak(device) or measured
+    peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), measured)
     return {"mfu": flops / peak, "mfu_of_tflops": peak / 1e12, "mfu_of_measured": flops / measured}
 
 
-def race(names, training, rounds, peaks, starts):
-    """Let contenders take turns, an update each; their seconds. Into `peaks` and `starts` go memory and first updates.
+def time_variants(names, workload, rounds):
+    """Run training variants interleaved, each in its own process.
 
-    Raises UserError where one dies.
+    Returns three dicts by name: the seconds of each round, the peak memory in MB, and the seconds of the warm-up round.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes, children = {}, []
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        children.append(context.Process(target=contend, args=(theirs, name, training), daemon=True))
-        children[-1].start()
-        theirs.close()
-
-    def turn(name):
-        try:
-            pipes[name].send("go")
-            seconds, peaks[name] = pipes[name].recv()
-        except (EOFError, OSError) as error:
-            raise UserError(f"the contender '{name}' died; what it died of stands above") from error
-        starts.setdefault(name, seconds)
-        return seconds
-
-    try:
-        return take_turns({name: functools.partial(turn, name) for name in names}, rounds)
-    finally:
-        for pipe in pipes.values():
-            pipe.close()
-        for child in children:
-            child.join(10)
-            child.kill()
+    answers = {name: [] for name in names}  # (seconds, peak MB) of each round
+    with child_processes({name: (run_variant, name, workload) for name in names}) as pipes:
+        for name in names * (rounds + 1):
+            answers[name].append(ask(pipes, name))
+    return ({name: [seconds for seconds, _ in answers[name][1:]] for name in names},
+            {name: answers[name][-1][1] for name in names}, {name: answers[name][0][0] for name in names})
 
 
-def contend(pipe, name, training):
-    """A contender's process: a turn for each message of the pipe; sends its seconds and the peak of memory back."""
-    os.chdir(training.folder)
+def run_variant(pipe, name, workload):
+    """A child process of `time_variants`: train until the parent closes the pipe."""
+    os.chdir(workload.folder)
     sys.stdout = open(os.devnull, "w")
-    pieces, flags = (SMALL_CONTENDERS if training.small else CONTENDERS)[name]
-    for take_away in pieces:
-        take_away()
-    if training.shape == TINY:  # turning its graphs into C++ would take half a minute
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    device = torch.device(training.device)
-    started = None
+    patches, flags = VARIANTS[name]
+    for patch in patches:
+        setattr(*patch)
+    if workload.config == TINY:  # the default backend takes half a minute to compile
+        torch.compile = partial(torch.compile, backend="aot_eager")
+    rounds = report_rounds(pipe, workload.device)
+    next(rounds)
+    if flags is None:
+        baseline_loop(workload, "compiled" in name, rounds)
 
-    def turn():
-        nonlocal started
-        if started is not None:
-            wait_for(device)
-            pipe.send((time.perf_counter() - started, peak_mb(device)))
+    def end_round(path, record):
+        """Called by train.py instead of writing to its log: after every `steps` steps, and after the first one."""
+        if record["kind"] == "step" and record["update"] % workload.steps == 0:
+            next(rounds)
+
+    files.append_line = end_round
+    train.main([*workload.flags, f"--out_dir=out/{os.getpid()}", *flags])
+
+
+def report_rounds(pipe, device):
+    """A generator: each next() ends a round, sends its (seconds, peak MB) and waits for the message to start another.
+
+    The first next() only starts. Exits the process once the other end of the pipe is closed.
+    """
+    while True:
         try:
             pipe.recv()
-        except EOFError:  # the parent has had enough
+        except EOFError:
             sys.exit()
         started = time.perf_counter()
-
-    turn()
-    if flags is None:
-        return plain_loop(training, device, "compiled" in name, turn)
-    # train.py's own loop: its log line, one in so many steps (and one of the first), is where a turn ends.
-    files.append_line = lambda path, record: (
-        turn() if record["kind"] == "step" and record["update"] % training.steps == 0 else None)
-    train.main([*training.flags(), f"--out_dir=out/{os.getpid()}", *flags])
+        yield
+        synchronize(device)
+        pipe.send((time.perf_counter() - started, peak_memory_mb(device)))
 
 
-def peak_mb(device):
-    """The most memory this process has held, in MB: on the GPU, or altogether."""
+def peak_memory_mb(device):
+    """This process's peak memory in MB: on the GPU, or its resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    try:  # getrusage on Linux would give the parent's, where that is higher
+    try:  # on Linux getrusage returns the parent's peak if that is higher
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        import resource  # not on Windows
+        import resource  # not available on Windows
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
-def plain_loop(training, device, compiled, turn):
-    """What a straightforward script does: the same model of torch's own layers, one micro-batch at a time.
+def baseline_loop(workload, compiled, rounds):
+    """Train as a plain script does, with torch's own layers, one micro-batch at a time. Does not return.
 
-    On a GPU with all that nanoGPT does there: bf16, TF32, fused AdamW, a vocabulary padded to a multiple of 64, and the
-    next micro-batch on its way while the device computes.
+    On a GPU it does what nanoGPT does: bf16, TF32, fused AdamW, the vocabulary padded to a multiple of 64, and the next
+    micro-batch copied while the device computes. `rounds` is a `report_rounds` generator.
     """
     torch.manual_seed(0)
-    on_gpu, shape = training.on_gpu, training.shape
+    config, device, on_gpu = workload.config, workload.device, workload.device.type == "cuda"
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-    model = GPT(replace(shape, vocab_size=64 * math.ceil(shape.vocab_size / 64)) if on_gpu else shape).to(device)
+    padded = replace(config, vocab_size=64 * math.ceil(config.vocab_size / 64))
+    model = GPT(padded if on_gpu else config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu)
-    step = torch.compile(model) if compiled else model
-
-    def fetch():
-        tokens = torch.randint(shape.vocab_size, (2, BATCH_SIZE, shape.block_size))
-        return tokens.pin_memory().to(device, non_blocking=True) if on_gpu else tokens
-
-    x, y = fetch()
+    step_model = torch.compile(model) if compiled else model
+    x, y = random_batch(workload)
     while True:
-        for _ in range(training.accumulation):
+        for _ in range(workload.accumulation):
             with torch.autocast(device.type, torch.bfloat16, enabled=compiled or on_gpu):
-                loss = step(x, y) / training.accumulation
-            x, y = fetch()
+                loss = step_model(x, y) / workload.accumulation
+            x, y = random_batch(workload)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        turn()
+        next(rounds)
 
 
-def data_sheet_peak(device):
-    """Dense bf16 FLOP/s of a GPU by its maker's data sheet; None for another one, and for a CPU."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+def random_batch(workload):
+    """Random inputs and targets on the device, (2, BATCH_SIZE, T); on a GPU the copy is asynchronous."""
+    tokens = torch.randint(workload.config.vocab_size, (2, BATCH_SIZE, workload.config.block_size))
+    return tokens.pin_memory().to(workload.device, non_blocking=True) if workload.device.type == "cuda" else tokens
 
 
-def write_random_dataset(folder, shape):
-    """A dataset of random tokens, with a tokenizer of a GPTConfig's size whose tokens are any pairs of bytes."""
+def write_random_dataset(folder, config):
+    """Write a dataset of random tokens, with a tokenizer of a GPTConfig's vocab_size."""
     folder.mkdir(parents=True)
-    size = shape.vocab_size
-    ranks = {bytes([i]) if i < 256 else bytes(divmod(i, 256)): i for i in range(size - 1)}
+    size = config.vocab_size
+    ranks = {bytes([i]) if i < 256 else bytes(divmod(i, 256)): i for i in range(size - 1)}  # single bytes, then pairs
     tokenizer = Tokenizer(tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                             special_tokens={END_OF_TEXT: size - 1}))
     tokenizer.save(folder)
@@ -472,90 +461,87 @@ def write_random_dataset(folder, shape):
                          "sha256": hashlib.sha256(tokens).hexdigest()}
     meta = {"vocab_size": size, "end_of_text": size - 1, "dtype": "uint16", "splits": splits,
             "tokenizer": tokenizer.describe()}
-    (folder / "meta.json").write_text(json.dumps(seal(meta)))
+    (folder / "meta.json").write_text(json.dumps(with_checksum(meta)))
 
 
 # ---- generation ----
 
 
 def bench_generate(args, device, ceilings, folder):
-    """Stories by one, by 32 and on a GPU by 512, with and without the cache, in each dtype; and the first token."""
+    """Generation speed with 1, 32 and, on a GPU, 512 concurrent stories, with and without the KV cache, by dtype."""
     torch.manual_seed(0)
-    net = GPT(args.shape).eval()
+    model, block_size = GPT(args.config).eval(), args.config.block_size
     counts = (1, 32, 512) if device.type == "cuda" else (1, 32)
-    picked = {stories: str(pick_weights("auto", device, stories)).removeprefix("torch.") for stories in counts}
-    dtypes = sorted({"float32", "bfloat16", picked[32]})  # an older GPU's is float16
-    models = {dtype: copy.deepcopy(net).to(device, getattr(torch, dtype)) for dtype in dtypes}
+    picked = {stories: str(pick_inference_dtype("auto", device, stories)).removeprefix("torch.") for stories in counts}
+    dtypes = sorted({"float32", "bfloat16", picked[32]})  # picked is float16 on older GPUs
+    models = {dtype: copy.deepcopy(model).to(device, getattr(torch, dtype)) for dtype in dtypes}
     if device.type == "cpu":
-        models["int8"] = copy.deepcopy(net).to_int8()
-    block_size = args.shape.block_size
-    story = 2 * block_size  # a usual length, and the window moves on the way
-    lengths = [n - window_start(n, block_size) for n in range(block_size // 8, story, block_size // 4)]
-    contenders, amounts = {}, {}
-    for dtype, model in models.items():
+        models["int8"] = copy.deepcopy(model).to_int8()
+    new_tokens = 2 * block_size  # a typical story, and long enough to move the context window
+    lengths = [n - window_start(n, block_size) for n in range(block_size // 8, new_tokens, block_size // 4)]
+    variants, amounts = {}, {}
+    for dtype in models:
         for stories in counts:
-            idx = torch.zeros(stories, 1, dtype=torch.long, device=device)
-            contenders[f"{dtype} {stories}"] = functools.partial(with_cache, model, idx, story)
-            contenders[f"{dtype} {stories} no cache"] = functools.partial(without_cache, model, idx, lengths)
-            amounts[f"{dtype} {stories}"] = stories * story
-            amounts[f"{dtype} {stories} no cache"] = stories * len(lengths)
-    medians, spreads = rates(amounts, take_turns(contenders, args.rounds))
+            idx, name = torch.zeros(stories, 1, dtype=torch.long, device=device), f"{dtype} {stories}"
+            variants[name] = partial(generate_stories, models[dtype], idx, new_tokens)
+            variants[f"{name} no cache"] = partial(generate_uncached, models[dtype], idx, lengths)
+            amounts |= {name: stories * new_tokens, f"{name} no cache": stories * len(lengths)}
+    medians, spreads = median_rates(amounts, time_interleaved(variants, args.rounds))
 
-    weights = net.num_parameters() * BYTES[picked[1]]
     result = {f"dtype_{stories}": dtype for stories, dtype in picked.items()}
     for stories, dtype in picked.items():
         result[f"tokens_per_s_{stories}"] = medians[f"{dtype} {stories}"]
         result[f"no_cache_tokens_per_s_{stories}"] = medians[f"{dtype} {stories} no cache"]
-    result |= {"bandwidth_fraction_1": result["tokens_per_s_1"] * weights / 1e9 / ceilings["read_gb_per_s"],
+    weights_gb = count_parameters(args.config) * getattr(torch, picked[1]).itemsize / 1e9  # read once per token
+    result |= {"bandwidth_fraction_1": result["tokens_per_s_1"] * weights_gb / ceilings["read_gb_per_s"],
                "int8_tokens_per_s_1": medians.get("int8 1"),
-               "first_token_s": first_token_seconds(net, device, folder, args.rounds),
+               "first_token_s": time_to_first_token(model, device, folder, args.rounds),
                "tokens_per_s_of_each": medians, "spreads": spreads}
     if args.out_dir:
         result["validation_loss"] = losses_by_dtype(args.out_dir, device)
     return result
 
 
-def with_cache(model, idx, story):
-    """Tell whole stories, of so many tokens."""
-    for _ in model.generate(idx, story, temperature=0.8, top_k=200):
+def generate_stories(model, idx, new_tokens):
+    """Generate that many tokens after each prompt, idx (B, T), with the KV cache."""
+    for _ in model.generate(idx, new_tokens, temperature=0.8, top_k=200):
         pass
-    wait_for(idx.device)
+    synchronize(idx.device)
 
 
 @torch.inference_mode()
-def without_cache(model, idx, lengths):
-    """Tell one token at some lengths of the window, all of which is read for it, the head on the last alone."""
+def generate_uncached(model, idx, lengths):
+    """Generate one token at each context length by reading the whole context, idx (B, 1) repeated."""
     weight = model.transformer.wte.weight
     for length in lengths:
-        cache = KVCache(model.config, len(idx), idx.device, weight.dtype)  # empty: nothing is taken from it
+        cache = KVCache(model.config, len(idx), idx.device, weight.dtype)  # empty; with it, only the last logits
         logits = model(idx.expand(-1, length), cache=cache)[:, -1]  # (B, V)
-        choose_token(logits, 0.8, 200, 1.0, None)
-    wait_for(idx.device)
+        sample_token(logits, 0.8, 200, 1.0, None)
+    synchronize(idx.device)
 
 
-def first_token_seconds(model, device, folder, rounds):
-    """From the command to the end of a story of one token, in a process of its own: the median."""
+def time_to_first_token(model, device, folder, rounds):
+    """Median seconds of sample.py generating one token, from the start of its process to the end."""
     write_random_dataset(folder / "run", model.config)
     checkpoint.save(folder / "run" / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(model.config),
-                                                 "data_sha256": checkpoint.data_sha256(read_meta(folder / "run")),
+                                                 "data_sha256": data_sha256(read_meta(folder / "run")),
                                                  "config": {}, "tokens": 0, "figures": {}})
     command = [sys.executable, ROOT / "sample.py", "--out_dir", folder / "run", "--start", "Once upon a time",
                "--max_new_tokens", "1", "--device", str(device)]
-    runs = take_turns({"first": lambda: run_quietly(command)}, rounds)
-    return float(np.median(runs["first"]))
+    return float(np.median(time_interleaved({"sample.py": partial(run_script, command)}, rounds)["sample.py"]))
 
 
 @torch.inference_mode()
 def losses_by_dtype(out_dir, device, count=64):
-    """The loss of a run, in nats a token, over 64 windows of its validation split, with weights in each dtype."""
+    """A run's loss in nats/token over `count` windows of its validation split, with the weights in each dtype."""
     losses = {}
     for dtype in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
-        model, _, state = checkpoint.load_model(checkpoint.best_in(out_dir))
+        model, _, state = checkpoint.load_model(checkpoint.best_checkpoint(out_dir))
         model = model.to_int8() if dtype == "int8" else model.to(device, getattr(torch, dtype))
         split = Split(Path("data", state["config"]["dataset"]), "validation", model.config.block_size)
         x, y = (torch.from_numpy(tokens).to(device) for tokens in split.windows(evaluation_windows(split, count)))
-        each = [F.cross_entropy(model(a[None])[0].float(), b) for a, b in zip(x, y)]
-        losses[dtype] = torch.stack(each).mean().item()
+        window_losses = [F.cross_entropy(model(a[None])[0].float(), b) for a, b in zip(x, y)]
+        losses[dtype] = torch.stack(window_losses).mean().item()
     return losses
 
 
@@ -563,187 +549,167 @@ def losses_by_dtype(out_dir, device, count=64):
 
 
 def bench_prepare(args, device, ceilings, folder):
-    """The whole of prepare.py on 100 MB of nursery stories, and the tokenizer alone on a part, in one thread."""
+    """MB/s of prepare.py on 100 MB of nursery stories, and of the tokenizer alone in one thread, on some of them."""
     path, stories = folder / "nursery.txt", []
     with open(path, "w", encoding="utf-8") as file:
         for story in nursery.stories(1500 if args.tiny else NURSERY_STORIES, seed=1):
             file.write(f"{story}\n{END_OF_TEXT}\n")
             stories.append(story)
-    whole = sum(len(story.encode()) for story in stories) / 1e6
     try:
         name, tokenizer = "gpt2", Tokenizer.named("gpt2")
-    except UserError:  # no network; a vocabulary trained here takes its training's time too
+    except UserError:  # no network; then prepare.py's time includes training a vocabulary
         name, tokenizer = "bpe:4096", Tokenizer.train(stories[:20_000], 4096)
     batches = [stories[i:i + 1000] for i in range(0, min(len(stories), 20_000), 1000)]
-    part = sum(len(story.encode()) for batch in batches for story in batch) / 1e6
+    megabytes = {"mb_per_s": sum(len(story.encode()) for story in stories) / 1e6,
+                 "tokenizer_mb_per_s": sum(len(story.encode()) for batch in batches for story in batch) / 1e6}
     command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", name, "--force"]
-    medians, spreads = rates({"mb_per_s": whole, "tokenizer_mb_per_s": part}, take_turns({
-        "mb_per_s": lambda: run_quietly(command, cwd=folder),
+    medians, spreads = median_rates(megabytes, time_interleaved({
+        "mb_per_s": partial(run_script, command, cwd=folder),
         "tokenizer_mb_per_s": lambda: [tokenizer.encode_stories(batch) for batch in batches]}, args.rounds))
-    return {"tokenizer": name, "mb_of_text": whole, **medians, "spreads": spreads}
+    return {"tokenizer": name, "mb_of_text": megabytes["mb_per_s"], **medians, "spreads": spreads}
 
 
 # ---- several processes ----
 
+
 def bench_ranks(args, device, ceilings, folder):
-    """An update on every GPU, or on two processes of a CPU: what the exchange of gradients costs, ours and torch's."""
-    count = torch.cuda.device_count() if device.type == "cuda" else 2
-    if count < 2:
-        return {"processes": "one GPU: nothing to exchange"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    processes = [context.Process(target=rank_seconds, daemon=True, args=(
-        rank, count, port, device.type, args.shape, args.rounds, None if rank else theirs))
-                 for rank in range(count)]
-    for process in processes:
-        process.start()
-    theirs.close()
-    try:
-        seconds = mine.recv()
-    except EOFError as error:
-        raise UserError("bench ranks: a process failed; see above") from error
-    finally:
-        for process in processes:
-            process.join()
-    medians, spreads = rates(dict.fromkeys(seconds, 1), seconds)
-    megabytes = 4 * args.shape.num_parameters() / 1e6
-    weights = torch.zeros(3, args.shape.num_parameters())  # and AdamW's two means
-    saves = take_turns({"save": lambda: checkpoint.save(folder / "last.pt", {"model": weights})}, args.rounds)["save"]
-    return {"processes": count, "sequences_of_each": RANK_BATCH[device.type], "exchanged_mb": megabytes,
+    """The cost of all-reducing gradients between all GPUs, or two CPU processes, and of saving a checkpoint."""
+    world_size = torch.cuda.device_count() if device.type == "cuda" else 2
+    if world_size < 2:
+        return {"processes": "one GPU: no all-reduce"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with child_processes({f"rank {rank}": (run_rank, rank, world_size, port, device.type, args.config, args.rounds)
+                          for rank in range(world_size)}) as pipes:
+        seconds = [ask(pipes, name) for name in pipes][0]
+    medians, spreads = median_rates(dict.fromkeys(seconds, 1), seconds)
+    parameters = count_parameters(args.config)
+    weights = torch.zeros(3, parameters)  # the model and AdamW's two moments
+    saves = time_interleaved({"save": lambda: checkpoint.save(folder / "last.pt", {"model": weights})}, args.rounds)
+    return {"processes": world_size, "sequences_of_each": RANK_BATCH_SIZE[device.type],
+            "exchanged_mb": 4 * parameters / 1e6,
             "seconds": {name: 1 / rate for name, rate in medians.items()},
-            "saved_mb": 3 * megabytes, "save_seconds": float(np.median(saves)),
+            "saved_mb": 12 * parameters / 1e6, "save_seconds": float(np.median(saves["save"])),
             "spreads": {name: (1 / high, 1 / low) for name, (low, high) in spreads.items()}}
 
 
-def rank_seconds(rank, ranks, port, kind, shape, rounds, pipe):
-    """What one process of `bench_ranks` does with a model of that shape; rank 0 sends name → list of seconds."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    join()
-    device = pick_device(kind)
-    if kind == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // ranks))
-    model = GPT(shape).to(device)
-    theirs = DistributedDataParallel(GPT(shape).to(device), gradient_as_bucket_view=True)
-    idx = torch.randint(shape.vocab_size, (2, RANK_BATCH[kind], shape.block_size), device=device)
+def run_rank(pipe, rank, world_size, port, device_type, config, rounds):
+    """A child process of `bench_ranks`: time the variants and send name → list of seconds."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    init_distributed()
+    device = pick_device(device_type)
+    if device_type == "cpu":
+        torch.set_num_threads(max(1, os.cpu_count() // world_size))
+    model = GPT(config).to(device)
+    ddp_model = DistributedDataParallel(GPT(config).to(device), gradient_as_bucket_view=True)
+    idx = torch.randint(config.vocab_size, (2, RANK_BATCH_SIZE[device_type], config.block_size), device=device)
+    pipe.send(time_interleaved({
+        "all-reduce": partial(time_rank_step, model, idx, passes=False, all_reduce=True),
+        "forward and backward": partial(time_rank_step, model, idx),
+        "forward, backward, all-reduce": partial(time_rank_step, model, idx, all_reduce=True),
+        "DistributedDataParallel": partial(time_rank_step, ddp_model, idx),
+    }, rounds))
+    cleanup_distributed()
 
-    def update(model):
-        with torch.autocast(kind, torch.bfloat16):
+
+def time_rank_step(model, idx, passes=True, all_reduce=False):
+    """Seconds of a forward and backward pass, idx (2, B, T) being inputs and targets, and of a gradient all-reduce.
+
+    Without `passes`, gradients of ones are made before the timing starts.
+    """
+    for p in model.parameters():
+        p.grad = None if passes else torch.ones_like(p)
+    synchronize(idx.device)
+    sync_stop_and_time(False, 0.0)  # a barrier: all ranks start together
+    started = time.perf_counter()
+    if passes:
+        with torch.autocast(idx.device.type, torch.bfloat16):
             loss = model(idx[0], idx[1])
         loss.backward()
-
-    def timed(work):
-        def run():
-            for p in [*model.parameters(), *theirs.parameters()]:
-                p.grad = None
-            agree(False, 0.0)  # all begin together
-            return work()
-        return run
-
-    def exchange():
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        wait_for(device)
-        started = time.perf_counter()
-        add_up_gradients(model.parameters())
-        wait_for(device)
-        return time.perf_counter() - started
-
-    def whole(model, and_then=lambda: None):
-        started = time.perf_counter()
-        update(model)
-        and_then()
-        wait_for(device)
-        return time.perf_counter() - started
-
-    seconds = take_turns({
-        "the exchange alone": timed(exchange),
-        "an update without exchange": timed(lambda: whole(model)),
-        "… with one exchange": timed(lambda: whole(model, lambda: add_up_gradients(model.parameters()))),
-        "… with DistributedDataParallel": timed(lambda: whole(theirs)),
-    }, rounds)
-    if pipe:
-        pipe.send(seconds)
-    leave()
+    if all_reduce:
+        all_reduce_gradients(model.parameters())
+    synchronize(idx.device)
+    return time.perf_counter() - started
 
 
-# ---- where the time goes ----
+# ---- profile ----
+
 
 def bench_profile(args, device, ceilings, folder):
-    """The most expensive kernels (on a CPU operations) of a published step, of a small one and of a story."""
-    write_random_dataset(folder / "data" / "bench", args.shape)
+    """The most expensive kernels (on a CPU, operations) of a published step, a small step and a story."""
     result = {}
     for name, small in (("published step", False), ("small step", True)):
-        training = Training(str(folder), str(device), args.shape, small)
-        result |= most_expensive(name, device, *profile_training(training, name.replace(" ", "_")))
-    model = GPT(args.shape).eval().to(device, pick_dtype("auto", device))
+        workload = make_workload(folder / name, device, args.config, small)
+        result |= summarize_profile(name, device, *profile_training(workload, 20 if small else 4))
+    model = GPT(args.config).eval().to(device, pick_dtype("auto", device))
     idx = torch.zeros(1, 1, dtype=torch.long, device=device)
-    with_cache(model, idx, args.shape.block_size)
+    generate_stories(model, idx, args.config.block_size)
     with torch.profiler.profile() as profiler:
         started = time.perf_counter()
-        with_cache(model, idx, args.shape.block_size)
+        generate_stories(model, idx, args.config.block_size)
         seconds = time.perf_counter() - started
-    return result | most_expensive("one story", device, profiler, seconds)
+    return result | summarize_profile("one story", device, profiler, seconds)
 
 
-def profile_training(training, name):
-    """(profiler, seconds) of some optimizer steps of train.py, compiled on a GPU, after some others."""
-    warm, active = 8, 20 if training.small else 4
-    compiled = training.on_gpu and training.shape != TINY
-    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=warm - 2, warmup=2, active=active))
-    done, began, seconds = 0, 0.0, 0.0
-
-    def after_step(optimizer, args, kwargs):  # AdamW's is the first or the only one of a training step
-        nonlocal done, began, seconds
-        if not isinstance(optimizer, torch.optim.AdamW):
-            return
-        done += 1
-        if done in (warm, warm + active):
-            wait_for(torch.device(training.device))  # the seconds are those of the work, not of its launches
-        if done == warm + active:
-            seconds = time.perf_counter() - began
-        profiler.step()
-        if done == warm:  # behind the profiler's own start
-            began = time.perf_counter()
-
-    hook = register_optimizer_step_post_hook(after_step)
-    stdout = sys.stdout
+def profile_training(workload, count, warmup=8):
+    """(profiler, seconds) of `count` optimizer steps of train.py after `warmup` others, compiled on a GPU."""
+    schedule = torch.profiler.schedule(wait=warmup - 2, warmup=2, active=count)
+    steps = StepProfiler(torch.profiler.profile(schedule=schedule), workload.device, warmup, warmup + count)
+    hook = register_optimizer_step_post_hook(steps)
     try:
-        with chdir(training.folder), profiler, open(os.devnull, "w") as sys.stdout:
-            train.main([*training.flags(), f"--out_dir=out/{name}", "--log_interval=1000000", "--eval_iters=1",
-                        f"--max_iters={(warm + active + 1) * (1 if training.small else training.accumulation)}",
-                        "--warmup_iters=0", f"--compile={compiled}"])
+        with chdir(workload.folder), steps.profiler, open(os.devnull, "w") as null, redirect_stdout(null):
+            train.main([*workload.flags, "--log_interval=1000000", "--eval_iters=1", "--warmup_iters=0",
+                        f"--max_iters={(warmup + count + 1) * workload.accumulation}",
+                        f"--compile={workload.device.type == 'cuda' and workload.config != TINY}"])
     finally:
-        sys.stdout = stdout
         hook.remove()
-    return profiler, seconds
+    return steps.profiler, steps.seconds
 
 
-def most_expensive(name, device, profiler, seconds, count=10):
-    """Figures of a profile: its kernels that take longest (name → share of all their time), and the idle share.
+class StepProfiler:
+    """An optimizer hook that advances a profiler at each training step and times those after `first` up to `last`."""
 
-    A GPU is idle while no kernel runs; profiling itself adds to that. A CPU has operations for kernels, and no idle
-    share. Raises UserError where the profiler saw nothing of a GPU.
+    def __init__(self, profiler, device, first, last):
+        self.profiler, self.device, self.first, self.last = profiler, device, first, last
+        self.step, self.started, self.seconds = 0, 0.0, 0.0
+
+    def __call__(self, optimizer, args, kwargs):
+        if not isinstance(optimizer, torch.optim.AdamW):  # every training step has one AdamW step; Muon's comes after
+            return
+        self.step += 1
+        if self.step in (self.first, self.last):
+            synchronize(self.device)  # time the kernels, not only their launches
+        if self.step == self.last:
+            self.seconds = time.perf_counter() - self.started
+        self.profiler.step()
+        if self.step == self.first:  # now that the profiler has started, which takes time itself
+            self.started = time.perf_counter()
+
+
+def summarize_profile(name, device, profiler, seconds, count=10):
+    """The `count` most expensive kernels of a profile, kernel → share of all kernels' time, and the GPU's idle share.
+
+    The GPU is idle while no kernel runs, which profiling itself increases. On a CPU, operations stand for kernels, and
+    the idle share is None. Raises UserError if the profiler recorded nothing on a GPU.
     """
     kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA
                and not event.is_user_annotation]
-    times = collections.Counter()
+    if device.type == "cuda" and not kernels:
+        raise UserError("torch.profiler recorded no kernels: CUDA's profiling library (CUPTI) does not work here")
+    times = collections.Counter()  # microseconds
     for event in kernels:
         times[event.name] += event.time_range.elapsed_us()
-    if device.type == "cuda" and not kernels:
-        raise UserError("torch.profiler saw no kernels: CUDA's profiling library (CUPTI) does not work here")
     if not kernels:
         times.update({row.key: row.self_cpu_time_total for row in profiler.key_averages()
                       if not row.key.startswith("ProfilerStep")})
-    busy = end = 0.0
+    busy = end = 0.0  # microseconds; kernels may overlap
     for span in sorted((event.time_range for event in kernels), key=lambda span: span.start):
         busy += max(0.0, span.end - max(end, span.start))
         end = max(end, span.end)
-    whole = sum(times.values())
-    return {f"{name}: share of the kernels' time": {key: us / whole for key, us in times.most_common(count)},
+    return {f"{name}: share of the kernels' time": {kernel: us / times.total() for kernel, us in
+                                                    times.most_common(count)},
             f"{name}: milliseconds profiled": 1000 * seconds,
             f"{name}: idle": 1 - busy / 1e6 / seconds if kernels else None}
 

@@ -1,71 +1,93 @@
-"""The bench: it measures what it says, on a small model; no test looks at a time."""
+"""The benchmark measures what it says, on a small model. No test depends on a timing."""
 
 import json
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd.profiler_util import Interval
 
-import files
 import model
-import train
-from errors import UserError
-from model import GPT
-from tokenizer import Tokenizer
+from data.tokenizer import Tokenizer
+from layers import linear_cross_entropy
+from model import GPT, count_parameters
+from runtime import files
+from runtime.errors import UserError
 from tools import bench
 
 
 @pytest.fixture
 def small(monkeypatch, here):
-    """An empty folder; all that the bench's contenders change in it is put back after the test."""
-    for module, name in [(model, "Dropout"), (model, "attend"), (train, "head_loss"), (sys, "stdout"),
-                         (files, "append_line")]:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(GPT, "head_loss", staticmethod(GPT.head_loss))
+    """An empty folder; everything that the benchmark's variants patch is restored after the test."""
+    for owner, name in [(model, "Dropout"), (model, "causal_attention"), (sys, "stdout"), (files, "append_line")]:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(GPT, "loss_function", staticmethod(GPT.loss_function))
 
 
-def test_contenders_take_turns_after_a_warm_up():
+def fake_timings(seconds):
+    """A `time_variants` in which every variant takes this long."""
+    return lambda names, workload, rounds: (dict.fromkeys(names, [seconds]), dict.fromkeys(names, 1.0),
+                                            dict.fromkeys(names, 3.0))
+
+
+def test_variants_are_interleaved_after_a_warm_up():
     calls = []
-    seconds = bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.0}, rounds=3)
+    seconds = bench.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.0}, rounds=3)
     assert calls == ["a", "b"] * 4
     assert len(seconds["a"]) == 3 and seconds["b"] == [2.0] * 3
-    medians, spreads = bench.rates({"b": 10}, {"b": [1.0, 2.0, 5.0]})
+    medians, spreads = bench.median_rates({"b": 10}, {"b": [1.0, 2.0, 5.0]})
     assert medians == {"b": 5.0} and spreads == {"b": (2.0, 10.0)}
 
 
-class Parent:
-    """The end of the pipe that a contender talks to: says `go` three times."""
+class ParentPipe:
+    """The pipe to a parent process that asks for three rounds."""
 
     def __init__(self):
-        self.left, self.turns = 3, []
+        self.remaining, self.answers = 3, []
 
     def recv(self):
-        if not self.left:
+        if not self.remaining:
             raise EOFError
-        self.left -= 1
+        self.remaining -= 1
 
-    def send(self, turn):
-        self.turns.append(turn)
+    def send(self, answer):
+        self.answers.append(answer)
 
 
-@pytest.mark.parametrize("name, small_steps, updates_of_turns", [
-    ("plain", False, [0, 1, 2]), ("this project", False, [0, 1, 2]), ("… with all logits at once", False, [0, 1, 2]),
+@pytest.mark.parametrize("name, small_steps, rounds_of_steps", [
+    ("baseline", False, [0, 1, 2]), ("this project", False, [0, 1, 2]), ("unfused loss", False, [0, 1, 2]),
     ("eager", True, [0, 0, 1, 1, 2, 2])])
-def test_each_contender_trains_its_updates_in_each_turn(small, here, monkeypatch, name, small_steps, updates_of_turns):
-    bench.write_random_dataset(here / "data" / "bench", bench.TINY)
-    parent, updates, step = Parent(), [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: updates.append(len(parent.turns)) or
+def test_each_variant_does_its_optimizer_steps_in_each_round(small, here, monkeypatch, name, small_steps,
+                                                             rounds_of_steps):
+    workload = bench.make_workload(here, torch.device("cpu"), bench.TINY, small_steps)
+    pipe, steps, step = ParentPipe(), [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(len(pipe.answers)) or
                         step(self, *args))
     with pytest.raises(SystemExit):
-        bench.contend(parent, name, bench.Training(str(here), "cpu", bench.TINY, small_steps))
-    assert updates == updates_of_turns  # before each report
-    assert all(seconds > 0 and mb > 10 for seconds, mb in parent.turns)
+        bench.run_variant(pipe, name, workload)
+    assert steps == rounds_of_steps
+    assert all(seconds > 0 and mb > 10 for seconds, mb in pipe.answers)
 
 
-def test_the_data_of_the_bench_is_a_dataset_with_a_tokenizer(small, here):
+def test_a_variant_replaces_layers_by_torchs(small, here):
+    workload = bench.make_workload(here, torch.device("cpu"), bench.TINY)
+    with pytest.raises(SystemExit):
+        bench.run_variant(ParentPipe(), "baseline", workload)
+    assert model.Dropout is torch.nn.Dropout and GPT.loss_function is linear_cross_entropy
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    attention = model.causal_attention(q, k, v, torch.nn.Dropout(0.0))
+    torch.testing.assert_close(attention, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_a_variant_that_fails_is_named(small, here):
+    workload = bench.make_workload(here, torch.device("cpu"), bench.TINY)
+    with pytest.raises(UserError, match="the process of 'no such variant' failed"):
+        bench.time_variants(["no such variant"], workload, 1)
+
+
+def test_the_random_dataset_has_a_tokenizer(small, here):
     bench.write_random_dataset(here / "data" / "bench", bench.TINY)
     tokenizer = Tokenizer.load(here / "data" / "bench")
     assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode("a story")) == "a story"
@@ -87,9 +109,8 @@ def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
     assert len(set(losses.values())) == 3
 
 
-def test_prepare_and_train_keys_and_the_table(small, here, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "race", lambda names, training, rounds, peaks, starts: (
-        peaks.update(dict.fromkeys(names, 1.0)), dict.fromkeys(names, np.array([2.0])))[1])
+def test_prepare_and_train_keys_and_the_tables(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "time_variants", fake_timings(2.0))
     bench.main(["prepare", "--tiny", "--rounds", "1"])
     out = capsys.readouterr().out
     assert "mb_per_s" in out and "matmul_bf16_gflops" in out and "gflops_of_each" in out
@@ -97,55 +118,55 @@ def test_prepare_and_train_keys_and_the_table(small, here, monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out)["train"]
     assert result.keys() >= {"baseline_tokens_per_s", "baseline_bf16_compiled_tokens_per_s", "tokens_per_s", "mfu",
                              "baseline_peak_mb", "peak_mb"}
-    assert result["tokens_per_s"] == 32 * 16 / 2.0
-    flops = 6 * bench.TINY.num_parameters() + 12 * 2 * 16 * 32  # of a token
-    assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops / result["mfu_of_tflops"] / 1e12)
-    assert result["mfu_of_measured"] == result["mfu"]  # a CPU has no data sheet here
+    assert result["tokens_per_s"] == 32 * 16 / 2.0 and result["first_round_s_of_each"]["baseline"] == 3.0
+    flops_per_token = 6 * count_parameters(bench.TINY) + 12 * 2 * 16 * 32
+    assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops_per_token / result["mfu_of_tflops"] / 1e12)
+    assert result["mfu_of_measured"] == result["mfu"]  # there is no data sheet of a CPU
 
 
 @pytest.mark.parametrize("words", [["trian"], ["--rounds", "0"], ["--rounds", "x"], ["--device"]])
-def test_wrong_words_are_told(fails, words):
+def test_wrong_arguments_are_named(fails, words):
     assert words[0].strip("-") in fails(bench.main, words, code=2)
 
 
-def test_two_processes_exchange_gradients_by_both_ways(small, capsys):
+def test_two_ranks_all_reduce_gradients_in_both_ways(small, capsys):
     bench.main(["ranks", "--tiny", "--json", "--rounds=1"])
-    figures = json.loads(capsys.readouterr().out)["ranks"]
-    assert figures["processes"] == 2 and figures["exchanged_mb"] == 4 * bench.TINY.num_parameters() / 1e6
-    assert list(figures["seconds"]) == ["the exchange alone", "an update without exchange", "… with one exchange",
-                                        "… with DistributedDataParallel"]
-    assert all(seconds > 0 for seconds in figures["seconds"].values())
+    result = json.loads(capsys.readouterr().out)["ranks"]
+    assert result["processes"] == 2 and result["exchanged_mb"] == 4 * count_parameters(bench.TINY) / 1e6
+    assert list(result["seconds"]) == ["all-reduce", "forward and backward", "forward, backward, all-reduce",
+                                       "DistributedDataParallel"]
+    assert all(seconds > 0 for seconds in result["seconds"].values())
 
 
-def test_small_steps_are_the_fast_recipes(small, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "race", lambda names, training, rounds, peaks, starts: dict.fromkeys(names, [0.5]))
+def test_small_steps_are_those_of_the_fast_config(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "time_variants", fake_timings(0.5))
     bench.main(["small", "--tiny", "--json", "--rounds=1", "--device=cpu"])
-    figures = json.loads(capsys.readouterr().out)["small"]
-    assert figures["tokens_a_step"] == 8 * 16 and figures["tokens_per_s"] == 2 * 8 * 16 / 0.5
-    assert figures["ms_a_step"] == 250
+    result = json.loads(capsys.readouterr().out)["small"]
+    assert result["tokens_per_step"] == 8 * 16 and result["tokens_per_s"] == 2 * 8 * 16 / 0.5
+    assert result["ms_per_step"] == 250
 
 
-def test_a_profile_lists_the_operations_that_take_longest(small, capsys):
+def test_a_profile_lists_the_most_expensive_operations(small, capsys):
     bench.main(["profile", "--tiny", "--json", "--rounds=1", "--device=cpu"])
-    figures = json.loads(capsys.readouterr().out)["profile"]
+    result = json.loads(capsys.readouterr().out)["profile"]
     for work in ("published step", "small step", "one story"):
-        operations = figures[f"{work}: share of the kernels' time"]
+        operations = result[f"{work}: share of the kernels' time"]
         shares = list(operations.values())
         assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
         assert any(name.startswith("aten::") for name in operations)
-        assert figures[f"{work}: milliseconds profiled"] > 0 and figures[f"{work}: idle"] is None
+        assert result[f"{work}: milliseconds profiled"] > 0 and result[f"{work}: idle"] is None
 
 
-def test_idle_is_the_time_in_which_no_kernel_runs():
-    def event(name, start, end, kind=torch.autograd.DeviceType.CUDA, note=False):
-        return types.SimpleNamespace(name=name, device_type=kind, is_user_annotation=note,
+def test_idle_is_the_share_of_time_without_a_kernel():
+    def event(name, start, end, kind=torch.autograd.DeviceType.CUDA, annotation=False):
+        return types.SimpleNamespace(name=name, device_type=kind, is_user_annotation=annotation,
                                      time_range=Interval(start, end))
 
-    events = [event("a", 0, 300), event("b", 200, 400), event("a", 600, 700), event("step", 0, 1000, note=True),
+    events = [event("a", 0, 300), event("b", 200, 400), event("a", 600, 700), event("step", 0, 1000, annotation=True),
               event("launch", 0, 1000, torch.autograd.DeviceType.CPU)]
     gpu = torch.device("cuda")
-    figures = bench.most_expensive("x", gpu, types.SimpleNamespace(events=lambda: events), 1e-3)
-    assert figures["x: share of the kernels' time"] == pytest.approx({"a": 400 / 600, "b": 200 / 600})
-    assert figures["x: idle"] == pytest.approx(0.5)
-    with pytest.raises(UserError, match="saw no kernels"):
-        bench.most_expensive("x", gpu, types.SimpleNamespace(events=lambda: events[3:]), 1e-3)
+    result = bench.summarize_profile("x", gpu, types.SimpleNamespace(events=lambda: events), 1e-3)
+    assert result["x: share of the kernels' time"] == pytest.approx({"a": 400 / 600, "b": 200 / 600})
+    assert result["x: idle"] == pytest.approx(0.5)
+    with pytest.raises(UserError, match="recorded no kernels"):
+        bench.summarize_profile("x", gpu, types.SimpleNamespace(events=lambda: events[3:]), 1e-3)

@@ -1,4 +1,4 @@
-"""The table and the picture of runs beside each other."""
+"""tools/compare.py: the table and the plot."""
 
 import builtins
 import json
@@ -17,16 +17,16 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def rows(text):
-    """The runs of the printed table as dicts, and what is printed behind it."""
+    """The printed table as a dict per run, and the lines printed after it."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0] == "|"]
-    del lines[1]  # the rule under the heading
-    lines = list(zip(*lines)) if not lines[1][0].startswith("out/") else lines  # a column for each run
+    del lines[1]  # the line under the header
+    lines = list(zip(*lines)) if not lines[1][0].startswith("out/") else lines  # a column per run
     return [dict(zip(lines[0], line)) for line in lines[1:]], [x for x in text.splitlines() if x[0] != "|"]
 
 
 @pytest.fixture(scope="module")
 def two_runs(trained, tmp_path_factory):
-    """A folder with out/tiny and out/other, which differ in two settings."""
+    """A folder with the runs out/tiny and out/other, which differ in two settings."""
     folder = tmp_path_factory.mktemp("two_runs")
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -36,20 +36,20 @@ def two_runs(trained, tmp_path_factory):
 
 
 def pixels(path):
-    """A picture's pixels, (height, width, 4), from 0 to 1."""
+    """The pixels of a PNG file, (height, width, 4), from 0 to 1."""
     from matplotlib.image import imread
     return imread(path)
 
 
-def test_the_table_has_what_differs_and_what_came_of_it(two_runs, monkeypatch, capsys):
+def test_the_table_has_differing_settings_and_results(two_runs, monkeypatch, capsys):
     monkeypatch.chdir(two_runs)
-    compare.main(["out/tiny", "out/other/", "--picture", "out/a/both.png"])  # in a folder that is not there yet
+    compare.main(["out/tiny", "out/other/", "--picture", "out/a/both.png"])  # out/a does not exist yet
     (tiny, other), rest = rows(capsys.readouterr().out)
     assert list(tiny) == ["run", "optimizer", "learning_rate", "tokens", "seconds", "best validation loss",
                           "at tokens", "bits per byte"]
     assert (tiny["run"], tiny["optimizer"], tiny["learning_rate"]) == ("out/tiny", "adamw", "0.01")
     assert (other["run"], other["optimizer"], other["learning_rate"]) == ("out/other", "muon", "0.005")
-    assert tiny["tokens"] == other["tokens"] == "1,536" and rest == ["picture: out/a/both.png"]
+    assert tiny["tokens"] == other["tokens"] == "1,536" and rest == ["plot: out/a/both.png"]
     evals = [json.loads(line) for line in Path("out/other/log.jsonl").read_text().splitlines() if '"eval"' in line]
     best = min(evals, key=lambda record: record["val_loss"])
     assert other["best validation loss"] == f"{best['val_loss']:.4f}" and other["at tokens"] == f"{best['tokens']:,}"
@@ -58,7 +58,7 @@ def test_the_table_has_what_differs_and_what_came_of_it(two_runs, monkeypatch, c
     assert both.shape[0] > 300 and both.shape[1] > 2 * both.shape[0] and both.std() > 0.05
 
 
-def test_the_best_evaluation_counts_and_a_schedule_that_ends_with_the_run_is_not_listed(two_runs, here, capsys):
+def test_the_best_evaluation_is_shown_and_a_schedule_that_ends_with_the_run_is_not(two_runs, here, capsys):
     records = [json.loads(line) for line in (two_runs / "out/tiny/log.jsonl").read_text().splitlines()]
     evals = [record for record in records if record["kind"] == "eval"]
     evals[-1]["val_loss"], evals[1]["val_loss"], evals[1]["val_bpb"] = 9.9, 1.5, 0.75
@@ -74,7 +74,7 @@ def test_the_best_evaluation_counts_and_a_schedule_that_ends_with_the_run_is_not
     assert "lr_decay_iters" in capsys.readouterr().out
 
 
-def test_many_runs_have_a_line_each(two_runs, here, capsys):
+def test_many_runs_have_a_row_each(two_runs, here, capsys):
     names = [f"out/{i:02}-a-run-with-a-long-name" for i in range(8)]
     for name in names:
         shutil.copytree(two_runs / "out/tiny", name)
@@ -84,7 +84,7 @@ def test_many_runs_have_a_line_each(two_runs, here, capsys):
     assert [line.split()[1] for line in table[2:]] == names
 
 
-def test_one_run_alone_and_another_format(two_runs, monkeypatch, capsys):
+def test_a_single_run_and_another_format(two_runs, monkeypatch, capsys):
     monkeypatch.chdir(two_runs)
     compare.main(["out/tiny", "--picture", "out/one.svg"])
     (tiny,), _ = rows(capsys.readouterr().out)
@@ -94,13 +94,13 @@ def test_one_run_alone_and_another_format(two_runs, monkeypatch, capsys):
     assert Path("out/compare.png").read_bytes().startswith(PNG)
 
 
-def test_runs_that_are_still_going(two_runs, here, capsys):
-    """One cut in the middle of a line, one before its first evaluation."""
+def test_runs_that_are_still_training(two_runs, here, capsys):
+    """One log ends in the middle of a line, one before the first evaluation."""
     lines = (two_runs / "out/tiny/log.jsonl").read_bytes().splitlines(keepends=True)
     first_eval = next(i for i, line in enumerate(lines) if b'"eval"' in line)
     for name, text in {"a": b"".join(lines[:first_eval + 2]) + lines[-1][:20], "b": b"".join(lines[:2])}.items():
         Path("out", name).mkdir(parents=True)
-        Path("out", name, "log.jsonl").write_bytes(text)  # and no other file
+        Path("out", name, "log.jsonl").write_bytes(text)  # the only file
     compare.main(["out/a", "out/b"])
     (a, b), _ = rows(capsys.readouterr().out)
     assert (a["tokens"], a["at tokens"]) == ("768", "512") and a["best validation loss"] != "–"
@@ -108,7 +108,7 @@ def test_runs_that_are_still_going(two_runs, here, capsys):
     assert pixels("out/compare.png").std() > 0.05
 
 
-def test_a_log_from_before_a_setting_and_a_name_that_looks_like_a_formula(two_runs, here, capsys):
+def test_a_log_older_than_a_setting_and_a_name_that_looks_like_a_formula(two_runs, here, capsys):
     records = [json.loads(line) for line in (two_runs / "out/tiny/log.jsonl").read_text().splitlines()]
     for name in ("new", "$\\x$"):
         Path("out", name).mkdir(parents=True)
@@ -116,14 +116,14 @@ def test_a_log_from_before_a_setting_and_a_name_that_looks_like_a_formula(two_ru
         records[0]["config"].pop("optimizer", None)
     compare.main(["out/new", "out/$\\x$"])
     (run, _), _ = rows(capsys.readouterr().out)
-    assert list(run)[:2] == ["run", "tokens"]  # no setting differs: what is missing has its default
+    assert list(run)[:2] == ["run", "tokens"]  # no setting differs: a missing one has its default
     compare.main(["out/new"])
     Path("out/new/log.jsonl").write_text(json.dumps(records[0]) + "\n")
     compare.main(["out/new"])
-    assert "no picture yet" in capsys.readouterr().out
+    assert "no plot" in capsys.readouterr().out
 
 
-def test_other_data_and_other_windows_are_noted(two_runs, here, capsys):
+def test_different_data_and_different_windows_are_noted(two_runs, here, capsys):
     for name, split, eval_iters in (("a", None, 2), ("b", "validation", 2), ("c", "train", 3)):
         records = [json.loads(line) for line in (two_runs / "out/tiny/log.jsonl").read_text().splitlines()]
         records[0]["data_sha256"][split] = "another"
@@ -137,12 +137,12 @@ def test_other_data_and_other_windows_are_noted(two_runs, here, capsys):
     assert "note: the runs are evaluated on different windows" in out and "different validation data" not in out
 
 
-def test_what_cannot_be_compared_is_told_in_one_line(two_runs, monkeypatch, fails):
+def test_user_errors_print_one_line(two_runs, monkeypatch, fails):
     monkeypatch.chdir(two_runs)
     assert "no log in out/nothing" in fails(compare.main, ["out/tiny", "out/nothing"])
     assert "RUN" in fails(compare.main, [], code=2)
-    assert "cannot draw out/x.docx" in fails(compare.main, ["out/tiny", "--picture", "out/x.docx"])
-    assert "cannot draw out/tiny" in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
+    assert "cannot write the plot out/x.docx" in fails(compare.main, ["out/tiny", "--picture", "out/x.docx"])
+    assert "cannot write the plot out/tiny" in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
     shutil.copytree("out/tiny", "out/torn", dirs_exist_ok=True)
     Path("out/torn/log.jsonl").write_text("")
     assert "out/torn/log.jsonl is not a log" in fails(compare.main, ["out/torn"])
@@ -167,4 +167,4 @@ def test_without_matplotlib_the_table_is_still_printed(two_runs, monkeypatch, ca
         compare.main(["out/tiny"])
     out, error = capsys.readouterr()
     assert exit.value.code == 1 and "out/tiny |" in out
-    assert error == "error: the picture needs matplotlib: pip install -r requirements-extra.txt\n"
+    assert error == "error: the plot needs matplotlib: pip install -r requirements-extra.txt\n"

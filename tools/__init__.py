@@ -1,0 +1,1 @@
+"""Optional tools, one file each, run as `python -m tools.NAME`."""
