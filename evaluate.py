@@ -39,19 +39,20 @@ def sample_story(model, tokenizer):
     """Generate a story from a fixed prompt and seed, to follow the training progress by reading."""
     device = next(model.parameters()).device
     prompt = tokenizer.encode(SAMPLE_PROMPT)
+    was_training = model.training
     model.eval()
     tokens = [int(token) for token in model.generate(
         torch.tensor([[tokenizer.end_of_text, *prompt]], device=device), SAMPLE_TOKENS, temperature=0.8, top_k=200,
         generator=torch.Generator(device).manual_seed(SAMPLE_SEED), end_of_text=tokenizer.end_of_text)]
-    model.train()
+    model.train(was_training)
     return tokenizer.decode([*prompt, *(token for token in tokens if token != tokenizer.end_of_text)])
 
 
 def evaluate_checkpoint(settings, flags):
     """--eval_only: print the loss of a run's ckpt.pt on a whole validation split, as `key: value` lines.
 
-    `settings`: those of the config file; of these and of the flags, only the run folder, the dataset and what concerns
-    the hardware count. Raises UserError for other flags, and if the run or its data cannot be used.
+    `settings`: those of the config file, of which only out_dir counts; `flags` may be out_dir, dataset, device, dtype
+    and batch_size. Raises UserError for other flags, and if the run or its data cannot be used.
     """
     if wrong := flags.keys() - {"out_dir", "dataset", "device", "dtype", "batch_size"}:
         raise UserError(f"--eval_only uses the settings of the run: leave out --{min(wrong)}")
@@ -61,7 +62,8 @@ def evaluate_checkpoint(settings, flags):
         print(f"{out_dir} has no ckpt.pt yet: evaluating last.pt", file=sys.stderr)
     model, tokenizer, state = load_model(path)
     with reading_checkpoint(path):
-        cfg = Config(**state["config"] | flags | {"max_tokens": 0})  # another batch_size could contradict max_tokens
+        # Another batch_size could contradict these two settings, which evaluation does not use.
+        cfg = Config(**state["config"] | flags | {"max_tokens": 0, "device_batch_size": "auto"})
     data_dir = Path("data", cfg.dataset)
     split = Split(data_dir, "validation", cfg.block_size)
     if Tokenizer.load(data_dir) != tokenizer:

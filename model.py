@@ -172,8 +172,8 @@ class GPT(nn.Module):
 
         Raises RuntimeError if names or other dimensions differ.
         """
-        own = self.state_dict()
-        self.load_state_dict({name: w[:len(own[name])] if name in own else w for name, w in weights.items()})
+        T, own = self.config.block_size, self.state_dict()
+        self.load_state_dict({name: w[:T] if name in own and len(own[name]) == T else w for name, w in weights.items()})
 
     def to_int8(self):
         """Quantize all weight matrices to int8, and the rest to bfloat16, for inference on a CPU. Returns self.

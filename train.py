@@ -195,7 +195,7 @@ def wsd(t, cfg):
 SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": wsd}
 
 
-def progress(state):
+def schedule_progress(state):
     """How much of the learning-rate schedule is done, 0 to 1: of lr_decay_iters or, if that is not set, of max_minutes.
     """
     cfg = state.cfg
@@ -212,7 +212,7 @@ def learning_rate_multiplier(cfg, iteration, progress):
     if iteration < cfg.warmup_iters:
         return (iteration + 1) / (cfg.warmup_iters + 1)
     final = cfg.min_lr / cfg.learning_rate
-    if progress == 1:
+    if progress == 1:  # also if warmup has only just ended, which the last line could not divide
         return final
     warmup = progress * cfg.warmup_iters / max(1, iteration)  # the progress at the end of warmup
     return final + (1 - final) * SCHEDULES[cfg.lr_schedule]((progress - warmup) / (1 - warmup), cfg)
@@ -220,7 +220,7 @@ def learning_rate_multiplier(cfg, iteration, progress):
 
 def set_learning_rate(state):
     """Set the learning rates of the next step in all optimizers; returns AdamW's."""
-    multiplier = learning_rate_multiplier(state.cfg, state.iteration, progress(state))
+    multiplier = learning_rate_multiplier(state.cfg, state.iteration, schedule_progress(state))
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
@@ -292,7 +292,7 @@ def check_finite(state, loss, grad_norm):
 def not_finite(state, name, value):
     """The UserError for a loss or a gradient norm that is infinite or NaN."""
     cfg = state.cfg
-    lr = cfg.learning_rate * learning_rate_multiplier(cfg, state.iteration, progress(state))
+    lr = cfg.learning_rate * learning_rate_multiplier(cfg, state.iteration, schedule_progress(state))
     lower = "--muon_lr and --learning_rate" if cfg.optimizer == "muon" else "--learning_rate"
     return UserError(f"the {name} is {value} at iteration {state.iteration}: try a lower {lower} (now {lr:.3g}), more "
                      f"--warmup_iters or --dtype=float32; the checkpoints in {cfg.out_dir} are from before")

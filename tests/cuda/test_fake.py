@@ -1,7 +1,7 @@
-"""Training and decoding on "cuda" without a GPU: on fake tensors, which know their device and have no contents.
+"""Training and decoding on "cuda" without a GPU: with fake tensors, which have a device and a shape but no values.
 
-A tensor made on the wrong device fails here as it would on a GPU. Only a CUDA build of PyTorch can do it. The backward
-pass needs a real GPU; what of it is this project's own, the head's gradients, is made in the forward pass.
+A tensor created on the wrong device fails here as on a GPU. This needs a CUDA build of PyTorch. The backward pass needs
+a real GPU, but this project's own part of it, the gradients of the fused loss, is computed in the forward pass.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from config import Config
-from model import GPT, GPTConfig, KVCache, choose_token
+from model import GPT, GPTConfig, KVCache, sample_token
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
 CUDA = torch.device("cuda:0")
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda:0")
 
 @pytest.fixture
 def model():
-    """A model of fake tensors on CUDA."""
+    """A model with fake tensors on CUDA."""
     with FakeTensorMode(), CUDA:
         yield GPT(GPTConfig(300, block_size=16, n_layer=2, n_head=2, n_embd=16))
 
@@ -26,13 +26,13 @@ def model():
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_training_step_stays_on_the_device(model, dtype, monkeypatch):
     x = torch.empty(4, 16, dtype=torch.long, device=CUDA)
-    torch.set_autocast_enabled("cuda", dtype is not None)  # torch.autocast would not, without a GPU
+    torch.set_autocast_enabled("cuda", dtype is not None)  # torch.autocast refuses to without a GPU
     torch.set_autocast_dtype("cuda", dtype or torch.float16)
     try:
-        loss, each = model(x, x), model(x, x, reduction="none")
+        loss, losses = model(x, x), model(x, x, reduction="none")
     finally:
         torch.set_autocast_enabled("cuda", False)
-    assert loss.device == each.device == CUDA and loss.dtype == each.dtype == torch.float32
+    assert loss.device == losses.device == CUDA and loss.dtype == losses.dtype == torch.float32
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     optimizers = train.make_optimizers(model, Config(optimizer="muon"))
@@ -52,4 +52,4 @@ def test_cached_decoding_stays_on_the_device(model):
     logits = model(x[:, 5:6], cache=cache)
     assert logits.device == CUDA and logits.shape == (4, 1, 300)
     for settings in ((0, 0, 1.0), (0.8, 0, 1.0), (0.8, 5, 0.9)):
-        assert choose_token(logits[:, -1], *settings, None).device == CUDA
+        assert sample_token(logits[:, -1], *settings, None).device == CUDA

@@ -1,4 +1,4 @@
-"""Tests of `python -m tests.cuda` at toy size on the CPU: every part, a part that fails, the end of --minutes."""
+"""`python -m tests.cuda` at toy size on the CPU: every part, failing parts, the end of --minutes."""
 
 import json
 import os
@@ -13,13 +13,13 @@ import pytest
 
 import checkpoint
 from conftest import ROOT
-from errors import UserError
+from runtime.errors import UserError
 from tests.cuda import __main__ as cuda
 
 
-def start(data, *words):
-    """The command as a process, in the project's folder; its output is a pipe."""
-    return subprocess.Popen([sys.executable, "-m", "tests.cuda", "--device=cpu", "--tiny", "--data", data, *words],
+def start(data, *flags):
+    """Start the command in the project's folder; its output is a pipe."""
+    return subprocess.Popen([sys.executable, "-m", "tests.cuda", "--device=cpu", "--tiny", "--data", data, *flags],
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -28,7 +28,7 @@ def report(out):
 
 
 def test_every_part_at_toy_size(nursery_data, tmp_path):
-    """In two processes, for the time that it takes."""
+    """In two processes at once, to save time."""
     data = nursery_data / "data/nursery-bpe300"
     halves = {"one": "machine,tests,bench-train,bench-small,bench-generate",
               "two": "bench-profile,published,published-falling,fast, seeds"}
@@ -39,29 +39,29 @@ def test_every_part_at_toy_size(nursery_data, tmp_path):
     assert list(parts) == ["machine", "tests", "bench-train", "bench-small", "bench-generate", "bench-profile",
                            "published", "published-falling", "fast-3m", "fast-8m", "seeds", "fast-82m",
                            "fast-82m-dropout"]
-    figures = {name: part["figures"] for name, part in parts.items()}
-    assert figures["machine"]["matmul_bf16_gflops"] > 0 and figures["machine"]["torch"]
-    assert figures["tests"]["passed"] > 20 and set(figures["tests"]["skipped_because"]) == {"CUDA only"}
+    metrics = {name: part["figures"] for name, part in parts.items()}
+    assert metrics["machine"]["matmul_bf16_gflops"] > 0 and metrics["machine"]["torch"]
+    assert metrics["tests"]["passed"] > 20 and set(metrics["tests"]["skipped_because"]) == {"CUDA only"}
     for name in ("bench-train", "bench-small"):
-        assert figures[name]["tokens_per_s"] > 0 and figures[name]["mfu"] > 0
-    assert figures["bench-generate"]["tokens_per_s_32"] > 0
-    assert figures["published"]["tokens"] == 8 * 4 * 16 and 5 < figures["published"]["loss"] < 6
-    assert figures["published"]["story"].startswith("Once upon a time")
-    assert figures["fast-82m-dropout"]["command"].startswith("python train.py config/tinystories_fast.py")
-    assert "--dropout=0.1" in figures["fast-82m-dropout"]["command"] and figures["seeds"]["standard_deviation"] > 0
+        assert metrics[name]["tokens_per_s"] > 0 and metrics[name]["mfu"] > 0
+    assert metrics["bench-generate"]["tokens_per_s_32"] > 0
+    assert metrics["published"]["tokens"] == 8 * 4 * 16 and 5 < metrics["published"]["loss"] < 6
+    assert metrics["published"]["story"].startswith("Once upon a time")
+    assert metrics["fast-82m-dropout"]["command"].startswith("python train.py config/tinystories_fast.py")
+    assert "--dropout=0.1" in metrics["fast-82m-dropout"]["command"] and metrics["seeds"]["standard_deviation"] > 0
     text = (tmp_path / "one" / "report.md").read_text()
     assert "## bench-train: done" in text and "| `tokens_per_s` |" in text and "at toy size" in text
 
 
 @pytest.fixture
 def harness(nursery_data, tmp_path):
-    """A Harness at toy size with two minutes left, for calling the command's functions."""
+    """A Harness at toy size with two minutes left, to call the command's functions."""
     (tmp_path / "data").symlink_to(nursery_data / "data")
     return cuda.Harness("cpu", True, nursery_data / "data/nursery-bpe300", tmp_path, time.monotonic() + 120)
 
 
-def test_what_fails_is_reported_and_what_is_done_is_skipped(harness, capsys):
-    """A damaged checkpoint cannot be resumed; the next part is done all the same."""
+def test_failed_parts_are_reported_and_completed_parts_are_skipped(harness, capsys):
+    """A damaged checkpoint cannot be resumed; the next part still runs."""
     damaged = harness.out / "out/published/last.pt"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("no checkpoint")
@@ -73,11 +73,11 @@ def test_what_fails_is_reported_and_what_is_done_is_skipped(harness, capsys):
     again = cuda.read_report(harness)
     capsys.readouterr()
     assert all(cuda.run_part(name, harness, again) for name in ("machine", "published"))
-    assert "machine: done before\npublished: done after" in capsys.readouterr().out
+    assert "machine: already done\npublished: done after" in capsys.readouterr().out
     assert list(report(harness.out)) == ["machine", "published"] and "error" not in report(harness.out)["published"]
 
 
-def test_a_fault_of_the_harness_is_reported_with_its_traceback(harness, monkeypatch):
+def test_a_bug_in_the_harness_is_reported_with_its_traceback(harness, monkeypatch):
     monkeypatch.setitem(cuda.PARTS, "machine", lambda harness: 1 / 0)
     assert not cuda.run_part("machine", harness, cuda.read_report(harness))
     assert "Traceback" in report(harness.out)["machine"]["error"]
@@ -93,7 +93,7 @@ def test_without_cuda_no_part_is_done(harness):
     assert "no test was run: no CUDA here" in errors[1]
 
 
-def test_a_report_of_something_else_is_not_gone_on_with(harness):
+def test_a_report_of_another_device_or_a_damaged_one_is_refused(harness):
     cuda.write_report(harness, cuda.read_report(harness))
     harness.device = "cuda"
     with pytest.raises(UserError, match="is of another device, dataset or size"):
@@ -103,33 +103,33 @@ def test_a_report_of_something_else_is_not_gone_on_with(harness):
         cuda.read_report(harness)
 
 
-def test_a_run_that_the_minutes_cut_short_is_saved_and_resumed(harness, monkeypatch):
-    words = [*cuda.TINY_FLAGS, "--eval_interval=100000", "--lr_decay_iters=100000"]
-    monkeypatch.setattr(cuda, "TINY_FLAGS", [*words, "--max_iters=100000"])
-    harness.deadline = time.monotonic() + 10  # three of which it takes to start
+def test_a_run_interrupted_by_the_deadline_is_saved_and_resumed(harness, monkeypatch):
+    flags = [*cuda.TINY_FLAGS, "--eval_interval=100000", "--lr_decay_iters=100000"]
+    monkeypatch.setattr(cuda, "TINY_FLAGS", [*flags, "--max_iters=100000"])
+    harness.deadline = time.monotonic() + 10  # three of these pass until the first step
     parts = cuda.read_report(harness)
     assert not cuda.run_part("fast-3m", harness, parts) and parts["parts"]["fast-3m"]["status"] == "not finished"
-    assert not cuda.run_part("machine", harness, parts) and "machine" not in parts["parts"]  # no time for it
+    assert not cuda.run_part("machine", harness, parts) and "machine" not in parts["parts"]  # no time left
     log = (harness.out / "out/fast-3m/log.jsonl").read_text()
     harness.deadline = time.monotonic() + 120
     reached = checkpoint.load(harness.out / "out/fast-3m/last.pt")["iter"]
-    monkeypatch.setattr(cuda, "TINY_FLAGS", [*words, f"--max_iters={reached + 8}"])
+    monkeypatch.setattr(cuda, "TINY_FLAGS", [*flags, f"--max_iters={reached + 8}"])
     assert cuda.run_part("fast-3m", harness, parts)
     assert parts["parts"]["fast-3m"]["figures"]["resumed"] == 1
     assert (harness.out / "out/fast-3m/log.jsonl").read_text().startswith(log)
 
 
 def processes_in(folder):
-    """The processes whose current folder is this one, as far as Linux tells."""
+    """The processes whose current folder is this one; none on other systems than Linux."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cwd"):
-        with suppress(OSError):  # another user's, or gone
+        with suppress(OSError):  # another user's process, or it has ended
             found += [path] if Path(os.readlink(path)) == folder else []
     return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_part_too(nursery_data, tmp_path, number):
+def test_a_signal_ends_the_processes_of_the_part(nursery_data, tmp_path, number):
     process = start(nursery_data / "data/nursery-bpe300", f"--out={tmp_path}", "--only=bench-train")
     log = tmp_path / "logs" / "bench-train.log"
     while not log.exists():
@@ -144,11 +144,11 @@ def test_a_signal_ends_the_part_too(nursery_data, tmp_path, number):
 
 def test_wrong_flags_and_datasets_are_refused(nursery_data, tmp_path):
     data = nursery_data / "data/nursery-bpe300"
-    for words, code, complaint in [
-        (["--only=bench-trian"], 2, "no part 'bench-trian': the parts are machine, tests"),
+    for flags, code, complaint in [
+        (["--only=bench-trian"], 2, "unknown part 'bench-trian': the parts are machine, tests"),
         (["--minutes=0"], 2, "--minutes: 0 is not above 0"), (["--devise=cpu"], 2, "did you mean --device?"),
     ]:
-        process = start(data, f"--out={tmp_path}", *words)
+        process = start(data, f"--out={tmp_path}", *flags)
         assert complaint in process.communicate(timeout=60)[0] and process.returncode == code
     process = start(tmp_path / "none", f"--out={tmp_path}")
     assert "no dataset in" in process.communicate(timeout=60)[0] and process.returncode == 1

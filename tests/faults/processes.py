@@ -1,77 +1,118 @@
-"""Scripts in processes of their own, forked so that they start in no time, and what is to be said of their ends."""
+"""Run a script's main(argv) in forked processes, which need not import torch again, and check how they end."""
 
 import os
+import resource
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 
-import torch._inductor  # noqa: F401  takes two seconds, and every training imports it: once here, not in each process
+import torch._inductor  # noqa: F401  imported by every training run: here once, as it takes two seconds
 
-PATIENCE = 60  # seconds after which a process hangs
-
-
-class Lost(Exception):
-    """What no fault may bring about."""
+TIMEOUT = 60  # seconds, for what normally takes a few
 
 
-def run(main, argv, before=None, meanwhile=None):
-    """A script's main(argv) in a process of its own: its exit code (a signal's number negative), stdout and stderr.
+class Failure(Exception):
+    """A fault had an effect that no fault may have: lost data, a traceback, a hang."""
 
-    `before()` is called in it first; `meanwhile(pid)` in this one, while it runs.
-    """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        pid = os.fork()
-        if not pid:
-            code = 70
+
+class ForkedProcess:
+    """A process that runs a script's main(argv), forked from this one."""
+
+    def __init__(self, main, argv, setup=None):
+        """Start the process. It calls `setup()` first."""
+        self.name = f"{main.__module__} {argv}"
+        self.stdout, self.stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(main, argv, setup)
+
+    def _run(self, main, argv, setup):
+        """In the new process: run `main` and exit with its exit code, or 70 after an uncaught exception."""
+        code = 70
+        try:
+            os.dup2(self.stdout.fileno(), 1)
+            os.dup2(self.stderr.fileno(), 2)
+            sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+                                      for number in (1, 2))
+            if setup:
+                setup()
+            main(argv)
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
             try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-                                          for number in (1, 2))
-                if before:
-                    before()
-                main(argv)
-                code = 0
-            except SystemExit as error:
-                code = error.code or 0
-            except BaseException:
-                traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
             finally:
-                try:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                finally:
-                    os._exit(code)
-        if meanwhile:
-            meanwhile(pid)
-        until = time.monotonic() + PATIENCE
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > until:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise Lost(f"{main.__module__} hangs: {argv}")
+                os._exit(code)
+
+    def result(self):
+        """Wait until the process ends: its exit code (negative: a signal's number), stdout and stderr.
+
+        Raises Failure if it hangs.
+        """
+        deadline = time.monotonic() + TIMEOUT
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise Failure(f"{self.name} hangs")
             time.sleep(0.001)
         texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode("utf-8", errors="replace"))
+        for file in (self.stdout, self.stderr):
+            with file:
+                file.seek(0)
+                texts.append(file.read().decode("utf-8", errors="replace"))
         return os.waitstatus_to_exitcode(ended[1]), *texts
 
 
-def one_line(result, names=""):
-    """See that a process failed as it should: exit code 1 or 2, and one line of error that has `names` in it."""
+def run(main, argv, setup=None, while_running=None):
+    """Run a script's main(argv) in a ForkedProcess: its exit code (negative: a signal's number), stdout and stderr.
+
+    `setup()` is called in that process first, `while_running(pid)` in this one while it runs.
+    """
+    process = ForkedProcess(main, argv, setup)
+    if while_running:
+        while_running(process.pid)
+    return process.result()
+
+
+def check_success(result):
+    """Raise Failure unless a process succeeded; returns its stdout."""
+    code, out, err = result
+    if code:
+        raise Failure(f"exit code {code}:\n{out}{err}")
+    return out
+
+
+def check_one_line_error(result, expected=""):
+    """Raise Failure unless a process ended with exit code 1 or 2 and one line of error that contains `expected`.
+
+    Returns that line.
+    """
     code, out, err = result
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    if code not in (1, 2) or len(lines) != 1 or "Traceback" in err or names not in lines[0]:
-        raise Lost(f"exit code {code} and no line of error about {names or 'it'}:\n{out}{err}")
+    if code not in (1, 2) or len(lines) != 1 or "Traceback" in err or expected not in lines[0]:
+        raise Failure(f"exit code {code}, but not one line of error that contains {expected!r}:\n{out}{err}")
     return lines[0]
 
 
-def works(result):
-    """See that a process ended well; its stdout comes back."""
-    code, out, err = result
-    if code:
-        raise Lost(f"exit code {code}:\n{out}{err}")
-    return out
+def wait_for_steps(out_dir, count):
+    """Wait until a run without evaluations has logged `count` training steps; 0: until it has started its log."""
+    log, deadline = Path(out_dir, "log.jsonl"), time.monotonic() + TIMEOUT
+    while not log.exists() or len(log.read_bytes().splitlines()) <= count:  # the first line describes the run
+        if time.monotonic() > deadline:
+            raise Failure(f"{out_dir} has not logged {count} steps after {TIMEOUT} s")
+        time.sleep(0.01)
+
+
+def limit_file_size(size):
+    """Make this process's writes beyond a file size in bytes fail, as on a full disk; None: no limit."""
+    if size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

@@ -1,15 +1,15 @@
-"""Try to lose a run, or to get a traceback, again and again.
+"""Soak test: inject faults into runs of a tiny model, and check that nothing is lost and no traceback is printed.
 
-    python -m tests.faults.soak --kills 100          one subject
-    python -m tests.faults.soak                      all, about an hour
+    python -m tests.faults.soak --kills 100          one kind of fault
+    python -m tests.faults.soak                      all kinds, about an hour
 
-Everything runs in forked processes on a model of a few thousand parameters: they start in no time, and what kills them
-kills a real process. The figures at the end are `key: value` lines; the first thing that is lost ends it all.
+All runs are forked processes of a model with 12 thousand parameters: they start at once, and a kill ends a real
+process. The counts are printed as `key: value` lines; the first failure ends the test.
 """
 
+import itertools
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,36 +20,37 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import ROOT, TINY, use_gpt2_vocabulary  # noqa: E402  first: it sets what torch reads on being imported
+from conftest import ROOT, TINY, use_gpt2_vocabulary
 
-import torch  # noqa: E402
+import torch
 
-import checkpoint  # noqa: E402
-import prepare  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from errors import Parser  # noqa: E402
-from faults.processes import Lost, one_line, run, works  # noqa: E402
+import checkpoint
+import prepare
+import sample
+import train
+from faults.processes import Failure, check_one_line_error, check_success, limit_file_size, run
+from runtime.errors import Parser
 
-# With all that a run has to remember: two optimizers, dropout, accumulation, evaluations between its updates.
+# With all the state that a run can have: two optimizers, dropout, accumulation, evaluations between its steps.
 RUN = [*TINY, "--optimizer=muon", "--dropout=0.1", "--max_iters=120", "--log_interval=1", "--eval_interval=20",
        "--checkpoint_minutes=0"]
+OUTPUT_BYTES = 5_000  # a limit on file sizes leaves this much to stdout and stderr, which are files too
 
 
-def same_run(one, other):
-    """See that two run folders hold the same run, bit for bit: weights, optimizers, best weights, losses, stories."""
-    for name, has in (("last.pt", checkpoint.LAST_HAS), ("ckpt.pt", checkpoint.HAS)):
-        a, b = (checkpoint.load(Path(folder, name), has) for folder in (one, other))
+def check_same_run(expected, actual):
+    """Raise Failure unless two run folders are equal bit for bit: checkpoints, logged losses and samples."""
+    for name, required in (("last.pt", checkpoint.LAST_REQUIRED_KEYS), ("ckpt.pt", checkpoint.REQUIRED_KEYS)):
+        a, b = (checkpoint.load(Path(folder, name), required) for folder in (expected, actual))
         for key in ("model", "optimizers", "scaler", "iter", "figures", "best_val_loss"):
-            if key in has and not equal(a[key], b[key]):
-                raise Lost(f"{other}/{name} differs from {one}/{name} in {key}")
+            if key in required and not equal(a[key], b[key]):
+                raise Failure(f"{key} in {actual}/{name} differs from {expected}/{name}")
     for kind, keys in (("step", ("iter", "loss", "grad_norm", "lr")), ("eval", ("iter", "val_loss", "train_loss"))):
         a, b = ([[r[key] for key in keys] for r in checkpoint.read_log(Path(folder, "log.jsonl")) if r["kind"] == kind]
-                for folder in (one, other))
+                for folder in (expected, actual))
         if a != b:
-            raise Lost(f"the {kind} lines of {other} are not those of {one}")
-    if Path(one, "samples.md").read_text() != Path(other, "samples.md").read_text():
-        raise Lost(f"{other}/samples.md differs")
+            raise Failure(f"the {kind} lines in {actual}/log.jsonl differ from {expected}/log.jsonl")
+    if Path(expected, "samples.md").read_text() != Path(actual, "samples.md").read_text():
+        raise Failure(f"{actual}/samples.md differs from {expected}/samples.md")
 
 
 def equal(a, b):
@@ -63,32 +64,32 @@ def equal(a, b):
     return a == b
 
 
-def set_up():
-    """Prepare data/nursery-bpe300 in the current folder and train out/whole, the run that nothing happens to."""
-    words = ["nursery", "--tokenizer", "bpe:300", "--max_stories", "60", "--validation_fraction", "0.1"]
-    works(run(prepare.main, words))
-    started = time.monotonic()
-    works(run(train.main, [*RUN, "--out_dir=out/whole"]))
-    return time.monotonic() - started
+def prepare_and_train():
+    """Prepare data/nursery-bpe300 in the current folder and train out/whole, the run without faults."""
+    flags = ["nursery", "--tokenizer", "bpe:300", "--max_stories", "60", "--validation_fraction", "0.1"]
+    check_success(run(prepare.main, flags))
+    check_success(run(train.main, [*RUN, "--out_dir=out/whole"]))
 
 
-def die_at_operation(number, folder):
-    """Have this process killed at its number-th opening, renaming, removing or cutting of a file in a folder."""
-    count = 0
-
-    def hook(event, args):
-        nonlocal count
-        if event in ("open", "os.rename", "os.remove", "os.truncate") and folder in str(args[0]):
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
+# ---- kills ----
 
 
-def kill(rng, figures):
-    """Start the run, or go on with it, and kill it somewhere; True when it got to its end first."""
-    words = [*RUN, "--out_dir=out/killed", "--resume=auto"]
-    at = rng.randint(1, 150)
+def soak_kills(count, rng):
+    """Kill runs at random moments and file operations, and resume them: the result equals the run never killed."""
+    counts = Counter({"kills": 0})
+    while counts["kills"] < count:
+        shutil.rmtree("out/killed", ignore_errors=True)
+        while not run_and_kill(rng, counts):
+            pass
+        check_same_run("out/whole", "out/killed")
+        counts["runs completed in this way, each equal to the run never killed"] += 1
+    return counts
+
+
+def run_and_kill(rng, counts):
+    """Start or resume the run out/killed, and kill it somewhere; returns whether it was complete before."""
+    flags = [*RUN, "--out_dir=out/killed", "--resume=auto"]
+    operation = rng.randint(1, 150)
     signals = rng.choice([[signal.SIGKILL]] * 8 + [[signal.SIGTERM], [signal.SIGINT] * 2])
 
     def send_signals(pid):
@@ -97,95 +98,94 @@ def kill(rng, figures):
             os.kill(pid, number)
 
     if rng.random() < 0.5:
-        code, out, err = run(train.main, words, before=lambda: die_at_operation(at, "out/killed"))
+        code, out, err = run(train.main, flags, setup=lambda: kill_at_file_operation(operation, "out/killed"))
     else:
-        code, out, err = run(train.main, words, meanwhile=send_signals)
-    log, folder = Path("out/killed/log.jsonl"), Path("out/killed")
-    figures["of them in the middle of writing a checkpoint"] += (folder / "last.pt.tmp").exists() or (
-        folder / "ckpt.pt.tmp").exists()
-    figures["of them with last.prev.pt alone"] += (folder / "last.prev.pt").exists() and not (
-        folder / "last.pt").exists()
-    figures["of them in the middle of a log line"] += log.exists() and not log.read_bytes().endswith(b"\n") and (
-        log.stat().st_size > 0)
+        code, out, err = run(train.main, flags, while_running=send_signals)
     if "Traceback" in err or code not in (0, -signal.SIGKILL, -signal.SIGTERM, 130):
-        raise Lost(f"exit code {code}:\n{out}{err}")
-    ended = code == 0 and "stopped after" not in out
-    figures["kills"] += not ended
-    return ended
+        raise Failure(f"exit code {code}:\n{out}{err}")
+    folder, log = Path("out/killed"), Path("out/killed/log.jsonl")
+    counts["of these, while writing a checkpoint"] += any((folder / f"{name}.pt.tmp").exists()
+                                                          for name in ("last", "ckpt"))
+    counts["of these, between the two renames"] += (folder / "last.prev.pt").exists() and not (
+        folder / "last.pt").exists()
+    counts["of these, while writing a log line"] += log.exists() and log.stat().st_size > 0 and (
+        not log.read_bytes().endswith(b"\n"))
+    complete = code == 0 and "stopped after" not in out
+    counts["kills"] += not complete
+    return complete
 
 
-def kills(count, rng):
-    """Kill runs at random moments and at random file operations; what comes to its end must be the whole run."""
-    figures = Counter({"kills": 0})
-    while figures["kills"] < count:
-        shutil.rmtree("out/killed", ignore_errors=True)
-        while not kill(rng, figures):
-            pass
-        same_run("out/whole", "out/killed")
-        figures["runs that they were spread over, each equal to the one never killed"] += 1
-    return figures
+def kill_at_file_operation(number, folder):
+    """Kill this process at its number-th opening, renaming, removing or truncating of a file in a folder."""
+    operations = itertools.count(1)
+
+    def hook(event, args):
+        if event in ("open", "os.rename", "os.remove", "os.truncate") and folder in str(args[0]):
+            if next(operations) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
 
 
-def disks(count, rng):
-    """Let the disk be full somewhere in a run, and in preparing data; see that it can go on once there is room."""
-    figures = Counter({"full disks": 0, "full disks while preparing": 0})
-    folder = Path("out/full")
+# ---- full disks ----
+
+
+def soak_disks(count, rng):
+    """Fill the disk during runs and while preparing data: both can be repeated once there is space."""
+    counts = Counter({"full disks": 0, "full disks while preparing": 0})
     for _ in range(count):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with small_disk(folder, figures) as fill:
-            words = [*RUN, f"--out_dir={folder}", "--resume=auto"]
-            before = fill(rng.randint(0, 400_000))
-            result = run(train.main, words, before)
-            while result[0]:
-                line = one_line(result)
-                if "full" not in line:
-                    raise Lost(f"the error does not name the file: {line}")
-                figures["full disks"] += 1
-                if checkpoint.can_go_on(folder):
-                    checkpoint.load(folder / ("last.pt" if (folder / "last.pt").exists() else "last.prev.pt"),
-                                    checkpoint.LAST_HAS)
-                before = fill(None if rng.random() < 0.5 else rng.randint(0, 400_000))
-                result = run(train.main, words, before)
-            same_run("out/whole", folder)
+        train_on_full_disk(rng, counts)
+    flags = ["nursery", "--max_stories", "2000", "--name", "full"]
     for _ in range(count):
-        shutil.rmtree("data/nursery", ignore_errors=True)
-        words = ["nursery", "--max_stories", "2000", "--name", "full"]
-        line = one_line(run(prepare.main, words, lambda: limit_files(rng.randint(ROOM_FOR_WORDS, 600_000))), "full")
+        limit = rng.randint(OUTPUT_BYTES, 600_000)
+        line = check_one_line_error(run(prepare.main, flags, setup=lambda: limit_file_size(limit)), "data/full")
         if Path("data/full").exists():
-            raise Lost(f"data/full is there after: {line}")
-        figures["full disks while preparing"] += 1
-    works(run(prepare.main, words))
+            raise Failure(f"data/full exists after: {line}")
+        counts["full disks while preparing"] += 1
+    check_success(run(prepare.main, flags))
     shutil.rmtree("data/full")
-    return figures
+    return counts
 
 
-ROOM_FOR_WORDS = 5_000  # bytes that a limit on files leaves to what a process says
+def train_on_full_disk(rng, counts):
+    """Train a run on disks with little free space, resuming it until it is complete, and check that it is correct."""
+    folder = Path("out/full")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    flags = [*RUN, f"--out_dir={folder}", "--resume=auto"]
+    with SmallDisk(folder) as disk:
+        counts["runs on a small disk (the others had a limit on file sizes)"] += disk.mounted
+        result = run(train.main, flags, setup=disk.fill(rng.randint(0, 400_000)))
+        while result[0]:
+            check_one_line_error(result, str(folder))
+            counts["full disks"] += 1
+            if checkpoint.is_resumable(folder):
+                checkpoint.load(folder / ("last.pt" if (folder / "last.pt").exists() else "last.prev.pt"),
+                                checkpoint.LAST_REQUIRED_KEYS)
+            free = None if rng.random() < 0.5 else rng.randint(0, 400_000)
+            result = run(train.main, flags, setup=disk.fill(free))
+        check_same_run("out/whole", folder)
 
 
-class small_disk:
-    """A context with a disk of 1.2 MB mounted on a folder, where this user may mount; else with a limit on files.
+class SmallDisk:
+    """A context with a 1.2 MB disk mounted on a folder or, if this user may not mount, with a limit on file sizes."""
 
-    Gives `fill(left)`, which leaves so many bytes of room (None: all) and returns what the process must call first.
-    """
-
-    def __init__(self, folder, figures):
-        self.folder, self.figures = folder, figures
+    def __init__(self, folder):
+        self.folder, self.mounted = folder, False
 
     def __enter__(self):
         command = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", self.folder]
         self.mounted = bool(shutil.which("mount")) and not subprocess.run(command, capture_output=True).returncode
-        self.figures["of them a small disk, the rest a limit on the size of files"] += self.mounted
-        return self.fill
+        return self
 
-    def fill(self, left):
-        filler = self.folder / "filler"
+    def fill(self, free):
+        """Leave that many bytes free (None: all); returns the setup function of the process that is to be limited."""
         if not self.mounted:
-            return lambda: limit_files(left and max(left, ROOM_FOR_WORDS))
+            return lambda: limit_file_size(free and max(free, OUTPUT_BYTES))
+        filler = self.folder / "filler"
         filler.unlink(missing_ok=True)
-        if left is not None:
+        if free is not None:
             stat = os.statvfs(self.folder)
-            filler.write_bytes(bytes(max(0, stat.f_bavail * stat.f_frsize - left)))
+            filler.write_bytes(bytes(max(0, stat.f_bavail * stat.f_frsize - free)))
         return None
 
     def __exit__(self, *_):
@@ -193,137 +193,152 @@ class small_disk:
             subprocess.run(["umount", self.folder], check=True)
 
 
-def limit_files(size):
-    """Have every write of this process beyond that size of a file fail, as on a full disk."""
-    if size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+# ---- damaged files ----
 
 
-def damage(path, rng):
-    """Damage a file in one of the ways in which files are damaged; what was done, in words."""
-    data = bytearray(path.read_bytes())
-    kind = rng.choice(["flipped"] * 4 + ["shortened"] * 2 + ["empty", "foreign", "gone"])
-    if kind == "flipped":
-        bit = rng.randrange(8 * len(data))
-        data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
-        return f"bit {bit} flipped"
-    if kind == "gone":
-        path.unlink()
-    else:
-        foreign = [b"hello\n", b"{}", b"[1]\n", b"\x00" * 1000, rng.randbytes(2000), b"[" * 100_000,
-                   Path("data/nursery-bpe300/train.bin").read_bytes(), Path("out/whole/ckpt.pt").read_bytes()[:-1],
-                   Path("other.pt").read_bytes(), Path("other.zip").read_bytes()]
-        path.write_bytes({"shortened": data[:rng.randrange(len(data))], "empty": b"",
-                          "foreign": rng.choice(foreign)}[kind])
-    return kind
-
-
-def damages(count, rng):
-    """Damage one file of a run or dataset at a time: its readers work as if nothing were, or name it in one line."""
-    figures = Counter({"damaged files": 0, "of them named in one line": 0, "of them without effect on the model": 0})
+def soak_damages(count, rng):
+    """Damage files of a run or dataset: their readers work as before, or name the file in a one-line error."""
+    counts = Counter({"damaged files": 0, "of these, named in one line": 0, "of these, without effect on the model": 0})
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     shutil.make_archive("other", "zip", "data/nursery-bpe300")
-    works(run(train.main, [*RUN, "--out_dir=out/half", "--max_iters=110", "--lr_decay_iters=120"]))
+    check_success(run(train.main, [*RUN, "--out_dir=out/half", "--max_iters=110", "--lr_decay_iters=120"]))
+    data, damaged_run, intact_data = Path("data/nursery-bpe300"), Path("out/damaged"), Path("intact_data")
     commands = {
         "resume": (train.main, ["--resume", "--out_dir=out/damaged", "--max_iters=120"]),
         "eval_only": (train.main, ["--eval_only", "--out_dir=out/damaged"]),
         "sample": (sample.main, ["--out_dir=out/damaged", "--seed=1", "--max_new_tokens=20", "--dtype=float32"]),
     }
-    data, kept = Path("data/nursery-bpe300"), Path("kept")
-    shutil.copytree(data, kept)
-    shutil.copytree("out/half", "out/damaged")
-    before = {name: works(run(*command)) for name, command in reversed(commands.items())}
-    while figures["damaged files"] < count:
-        for folder, source in ((data, kept), (Path("out/damaged"), Path("out/half"))):
+    shutil.copytree(data, intact_data)
+    shutil.copytree("out/half", damaged_run)
+    expected = {name: check_success(run(*command)) for name, command in reversed(commands.items())}  # resume is last
+    while counts["damaged files"] < count:
+        for folder, intact in ((data, intact_data), (damaged_run, Path("out/half"))):
             shutil.rmtree(folder)
-            shutil.copytree(source, folder)
-        paths = [path for folder in (data, Path("out/damaged")) for path in sorted(folder.iterdir())
-                 if path.name != ".lock"]
-        path = rng.choice(paths)
-        done = damage(path, rng)
+            shutil.copytree(intact, folder)
+        path = rng.choice([path for folder in (data, damaged_run) for path in sorted(folder.iterdir())
+                           if path.name != ".lock"])
+        damage = damage_file(path, rng)
         name = rng.choice(list(commands))
-        figures["damaged files"] += 1
-        result = run(*commands[name])
-        if result[0]:
-            line = one_line(result)
-            # A file that is gone, or whose neighbour belongs to it, may be missed under the name of the other.
-            if path.name not in line and not (path.parent == data and str(data) in line):
-                raise Lost(f"{name} after {path} was {done}: the error does not name it: {line}")
-            figures["of them named in one line"] += 1
-        elif "Traceback" in result[2]:
-            raise Lost(f"{name} after {path} was {done}:\n{result[2]}")
-        else:
-            same = equal(*(checkpoint.load(Path(folder, "last.pt"))["model"] for folder in ("out/whole", "out/damaged"))
-                         ) if name == "resume" else result[1] == before[name]
-            if not same and not (name != "resume" and path.name == "ckpt.pt" and done == "gone"):  # then last.pt serves
-                raise Lost(f"{name} after {path} was {done}: works, but differently:\n{result[1]}{result[2]}")
-            figures["of them without effect on the model"] += 1
+        counts["damaged files"] += 1
+        has_error = check_reader(name, run(*commands[name]), expected[name], path, damage)
+        counts["of these, named in one line" if has_error else "of these, without effect on the model"] += 1
     shutil.rmtree(data)
-    kept.rename(data)
-    return figures
+    intact_data.rename(data)
+    return counts
 
 
-def rank_kills(count, rng):
-    """Kill single processes of a run on two, which torchrun starts again with --resume=auto."""
+def damage_file(path, rng):
+    """Damage a file in one of the ways in which files are damaged; returns which."""
+    content = bytearray(path.read_bytes())
+    kind = rng.choice(["bit flipped"] * 4 + ["truncated"] * 2 + ["emptied", "replaced", "removed"])
+    if kind == "bit flipped":
+        bit = rng.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        return f"bit {bit} flipped"
+    if kind == "removed":
+        path.unlink()
+    else:
+        other_files = [b"hello\n", b"{}", b"[1]\n", b"\x00" * 1000, rng.randbytes(2000), b"[" * 100_000,
+                       Path("data/nursery-bpe300/train.bin").read_bytes(), Path("out/whole/ckpt.pt").read_bytes()[:-1],
+                       Path("other.pt").read_bytes(), Path("other.zip").read_bytes()]
+        path.write_bytes({"truncated": content[:rng.randrange(len(content))], "emptied": b"",
+                          "replaced": rng.choice(other_files)}[kind])
+    return kind
+
+
+def check_reader(name, result, expected, path, damage):
+    """Check how a command ended that read a damaged file; returns whether with an error.
+
+    Raises Failure unless the error names the file or, without an error, the output or the resumed model is correct.
+    """
+    case = f"{name} after {path} was damaged ({damage})"
+    if result[0]:
+        line = check_one_line_error(result)
+        # If a file is missing or does not match another one next to it, the error may name that one.
+        if path.name not in line and not (path.parent.parent == Path("data") and str(path.parent) in line):
+            raise Failure(f"{case}: the error does not name it: {line}")
+        return True
+    if "Traceback" in result[2]:
+        raise Failure(f"{case}:\n{result[2]}")
+    if name == "resume":
+        models = (checkpoint.load(Path(folder, "last.pt"))["model"] for folder in ("out/whole", "out/damaged"))
+        correct = equal(*models)
+    else:  # without ckpt.pt they use last.pt
+        correct = result[1] == expected or path.name == "ckpt.pt" and damage == "removed"
+    if not correct:
+        raise Failure(f"{case}: works, but with another result:\n{result[1]}{result[2]}")
+    return False
+
+
+# ---- killed ranks ----
+
+
+def soak_rank_kills(count, rng):
+    """Kill single processes of a run on two, which torchrun restarts with --resume=auto: the result is the same."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [str(ROOT / "train.py"), *RUN, "--resume=auto", f"--max_iters={200 * (count + 1)}", "--eval_interval=100"]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run([*torchrun, *words, "--out_dir=out/ranks"], timeout=600, **quiet)
-    works((done.returncode, done.stdout, ""))
-    figures, log, reached = Counter({"killed ranks": 0}), Path("out/ranks_killed/log.jsonl"), 0
-    process = subprocess.Popen([*torchrun, "--max-restarts=1000", *words, "--out_dir=out/ranks_killed"], **quiet)
-    while figures["killed ranks"] < count:
-        reached += rng.randint(1, 100)  # updates: there it is killed next
-        while not log.exists() or max([r.get("update", 0) for r in checkpoint.read_log(log)], default=0) < reached:
+    flags = [str(ROOT / "train.py"), *RUN, "--resume=auto", f"--max_iters={200 * (count + 1)}", "--eval_interval=100"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*torchrun, *flags, "--out_dir=out/ranks"], timeout=600, **options)
+    check_success((done.returncode, done.stdout, ""))
+    counts, log, next_kill = Counter({"killed ranks": 0}), Path("out/ranks_killed/log.jsonl"), 0
+    process = subprocess.Popen([*torchrun, "--max-restarts=1000", *flags, "--out_dir=out/ranks_killed"], **options)
+    while counts["killed ranks"] < count:
+        next_kill += rng.randint(1, 100)  # steps
+        while not log.exists() or max([r.get("update", 0) for r in checkpoint.read_log(log)], default=0) < next_kill:
             time.sleep(0.05)
             if process.poll() is not None:
-                raise Lost(f"torchrun gave up:\n{process.communicate()[0]}")
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(rng.choice(workers)), signal.SIGKILL)
-        figures["killed ranks"] += 1
+                raise Failure(f"torchrun ended:\n{process.communicate()[0]}")
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(rng.choice(ranks)), signal.SIGKILL)
+        counts["killed ranks"] += 1
     out, _ = process.communicate(timeout=600)
-    works((process.returncode, out, ""))
-    same_run("out/ranks", "out/ranks_killed")
-    return figures
+    check_success((process.returncode, out, ""))
+    check_same_run("out/ranks", "out/ranks_killed")
+    return counts
 
 
-def fuzz_cases(count, rng):
-    """Flags, recipes, prompts and texts that nobody thought of."""
-    from faults.fuzz import fuzz
+# ---- unusual inputs, and the command ----
+
+
+def soak_cases(count, rng):
+    """Try unusual flags, config files, prompts and texts: each works or gives a one-line error."""
+    from faults.fuzz import fuzz  # needs hypothesis
     return fuzz(count, rng)
 
 
-SUBJECTS = {"kills": (kills, 100), "disks": (disks, 50), "damages": (damages, 1000), "rank_kills": (rank_kills, 10),
-            "cases": (fuzz_cases, 10_000)}
+FAULTS = {  # name → (function, default count)
+    "kills": (soak_kills, 100), "disks": (soak_disks, 50), "damages": (soak_damages, 1000),
+    "rank_kills": (soak_rank_kills, 10), "cases": (soak_cases, 10_000),
+}
 
 
 def main(argv=None):
-    """Run the soak; exits with code 1 and says what was lost, where something was."""
-    parser = Parser(prog="python -m tests.faults.soak", description="Try to lose a run.")
-    for name, (subject, usual) in SUBJECTS.items():
+    """Run the soak test; exits with code 1 and a message at the first failure."""
+    parser = Parser(prog="python -m tests.faults.soak", description="Inject faults and check that nothing is lost.")
+    for name, (function, default) in FAULTS.items():
         parser.add_argument(f"--{name}", type=int, metavar="N",
-                            help=f"{subject.__doc__.splitlines()[0]} (usual: {usual})")
-    parser.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
+                            help=f"{function.__doc__.splitlines()[0].rstrip('.')} (if no kind is given: {default})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
     args = parser.parse_args(argv)
-    wanted = {name: getattr(args, name) for name in SUBJECTS if getattr(args, name) is not None}
+    wanted = {name: getattr(args, name) for name in FAULTS if getattr(args, name) is not None}
     os.environ["PYTHONHASHSEED"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         use_gpt2_vocabulary(Path(folder, "tiktoken"))
         os.chdir(folder)
-        set_up()
-        for name, count in (wanted or {name: usual for name, (_, usual) in SUBJECTS.items()}).items():
+        prepare_and_train()
+        for name, count in (wanted or {name: default for name, (_, default) in FAULTS.items()}).items():
             started = time.monotonic()
             try:
-                figures = SUBJECTS[name][0](count, random.Random(args.seed))
-            except Lost as error:
-                print(f"LOST in {name}: {error}", file=sys.stderr)
+                counts = FAULTS[name][0](count, random.Random(args.seed))
+            except Failure as error:
+                print(f"FAILED in {name}: {error}", file=sys.stderr)
                 sys.exit(1)
             finally:
                 os.chdir(folder)
-            for key, value in figures.items():
+            for key, value in counts.items():
                 print(f"{key}: {value}")
-            print(f"{name}_seconds: {time.monotonic() - started:.0f}\nlost in {name}: 0", flush=True)
+            print(f"{name}_seconds: {time.monotonic() - started:.0f}\nfailures in {name}: 0", flush=True)
         os.chdir("/")
 
 

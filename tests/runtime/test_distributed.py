@@ -1,4 +1,4 @@
-"""ranks.py and train.py on several processes: what one process does, what each does alike, how all end together."""
+"""runtime/distributed.py, and train.py on several processes."""
 
 import os
 import signal
@@ -12,44 +12,43 @@ import torch
 import checkpoint
 import train
 from conftest import TINY
-from faults.processes import run
+from faults.processes import ForkedProcess, wait_for_steps
+from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, cleanup_distributed,
+                                 init_distributed, rank_0_first, sync_stop_and_time)
+from runtime.errors import UserError
 
-WORDS = [*TINY, "--dropout=0", "--log_interval=1", "--optimizer=muon"]
+FLAGS = [*TINY, "--dropout=0", "--log_interval=1", "--optimizer=muon"]
 
 
-def on_ranks(count, words, meanwhile=None, elsewhere="."):
-    """train.main on so many processes, as torchrun would start them: what `run` says of each.
+def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
+    """Run main(argv) on several processes, as torchrun would start them: (exit code, stdout, stderr) of each.
 
-    Each leaves its weights in weights0.pt, weights1.pt, …; `meanwhile(pids)` is called while they run. All but rank 0
-    are started in the folder `elsewhere`.
+    All but rank 0 start in `other_folder`. `while_running(pids)` is called while they run.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results, pids = [], []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
 
-    def start(rank):
-        def before():
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os.chdir(elsewhere if rank else ".")
+    def setup(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.chdir(other_folder if rank else ".")
 
-        def main(argv):
-            made, GPT = [], train.GPT
-            train.GPT = lambda config: made.append(GPT(config)) or made[-1]
-            train.main(argv)
-            if made:
-                torch.save(made[0].state_dict(), f"weights{rank}.pt")
+    processes = [ForkedProcess(main, argv, lambda rank=rank: setup(rank)) for rank in range(world_size)]
+    if while_running:
+        while_running([process.pid for process in processes])
+    return [process.result() for process in processes]
 
-        def then(pid):
-            pids.append(pid)
-            if rank + 1 < count:
-                start(rank + 1)
-            elif meanwhile:
-                meanwhile(pids)
-        results.insert(0, run(main, words, before, then))
-    start(0)
-    return results
+
+def train_on_ranks(world_size, flags, **options):
+    """`run_ranks` of train.main. Each rank saves its final weights in weights0.pt, weights1.pt, …"""
+    def main(argv):
+        models, GPT = [], train.GPT
+        train.GPT = lambda config: models.append(GPT(config)) or models[-1]
+        train.main(argv)
+        if models:
+            torch.save(models[0].state_dict(), f"weights{os.environ['RANK']}.pt")
+    return run_ranks(world_size, main, flags, **options)
 
 
 def losses(out_dir):
@@ -57,116 +56,172 @@ def losses(out_dir):
     return [r["loss"] for r in log if r["kind"] == "step"] + [r["val_loss"] for r in log if r["kind"] == "eval"]
 
 
-def wait_for_steps(out_dir, count):
-    log = Path(out_dir, "log.jsonl")
-    while not log.exists() or len(log.read_bytes().splitlines()) <= count:
-        time.sleep(0.01)
+def equal(a, b):
+    """Whether two state dicts are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert init_distributed() == (0, 1)
+    assert broadcast_object("x") == "x" and sync_stop_and_time(True, 2.5) == (True, 2.5)
+    assert all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
+    with rank_0_first():
+        pass
+    cleanup_distributed()
+
+
+def test_collectives(here):
+    """What each rank gets is written to a file for the assertions below."""
+    def main(argv):
+        rank, world_size = init_distributed()
+        weight = torch.zeros(2, 2)
+        weight.grad = torch.full((2, 2), rank + 1.0)
+        all_reduce_gradients([weight])
+        result = [world_size, broadcast_object(f"of rank {rank}"), all_reduce_sum(torch.tensor(rank + 1)).item(),
+                  weight.grad.tolist(), sync_stop_and_time(False, 5.0 + rank), sync_stop_and_time(rank == 1, 0.0)[0]]
+        torch.save(result, f"{rank}.pt")
+        cleanup_distributed()
+
+    results = run_ranks(2, main, [])
+    assert [code for code, _, _ in results] == [0, 0], results
+    expected = [2, "of rank 0", 3, [[3.0, 3.0], [3.0, 3.0]], (False, 5.0), True]
+    assert torch.load("0.pt") == torch.load("1.pt") == expected
+
+
+def test_rank_0_first(here):
+    def main(argv):
+        rank, _ = init_distributed()
+        with rank_0_first():
+            if rank == 0:
+                time.sleep(0.3)
+            Path(f"{rank} after {sorted(path.name for path in Path().iterdir())}").touch()
+        cleanup_distributed()
+
+    run_ranks(2, main, [])
+    assert sorted(os.listdir()) == ["0 after []", "1 after ['0 after []']"]
+
+
+def test_environments_that_torchrun_cannot_work_in_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="the other processes of the run cannot be reached"):
+        init_distributed()
+    for name, value in {"MAX_RESTARTS": "3", "USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        init_distributed()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_ranks_do_what_one_process_does_and_hold_the_same_weights(with_data, large_eps, optimizer):
-    words = [*WORDS, f"--optimizer={optimizer}"]
-    train.main([*words, "--out_dir=out/one"])
-    (code, out, err), other = on_ranks(2, [*words, "--out_dir=out/two"])
-    assert code == other[0] == 0 and "4 sequences at a time on each of 2 processes" in out, err
-    assert other[1] == ""  # rank 0 speaks for all
+def test_two_ranks_equal_one_process_and_have_equal_weights(with_data, large_eps, optimizer):
+    flags = [*FLAGS, f"--optimizer={optimizer}"]
+    train.main([*flags, "--out_dir=out/one"])
+    (code, out, err), other = train_on_ranks(2, [*flags, "--out_dir=out/two"])
+    assert code == other[0] == 0 and "in micro-batches of 4 sequences on 2 processes" in out, err
+    assert other[1] == ""  # only rank 0 prints
     assert losses("out/one") == pytest.approx(losses("out/two"), rel=1e-3)
-    if optimizer == "adamw":  # Muon orthogonalises in bfloat16, which turns rounding noise into other weights
+    if optimizer == "adamw":  # Muon orthogonalizes in bfloat16, which amplifies rounding differences
         a, b = (checkpoint.load(f"out/{name}/last.pt")["model"] for name in ("one", "two"))
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
-    a, b = torch.load("weights0.pt"), torch.load("weights1.pt")
-    assert all(torch.equal(a[name], b[name]) for name in a) and len(a) > 10
+    weights = torch.load("weights0.pt")
+    assert equal(weights, torch.load("weights1.pt")) and len(weights) > 10
 
 
-def test_a_run_goes_on_with_more_ranks_and_with_fewer(with_data, large_eps, capsys):
-    ends = ["--lr_decay_iters=24", "--max_iters=10"]
-    train.main([*WORDS, "--out_dir=out/one"])
-    train.main([*WORDS, *ends, "--out_dir=out/up"])
-    (code, out, _), _ = on_ranks(2, ["--resume", "--out_dir=out/up", "--max_iters=24"])
-    assert code == 0 and "changed: 2 processes share the run, were 1" in out
-    on_ranks(2, [*WORDS, *ends, "--out_dir=out/down"])
-    train.main(["--resume", "--out_dir=out/down", "--max_iters=24"])
-    assert "changed: 1 processes share the run, were 2" in capsys.readouterr().out
-    whole = losses("out/one")
-    for name in ("up", "down"):  # the evaluation at the end of the first part comes on top
+def test_a_run_can_be_resumed_with_another_world_size(with_data, large_eps, capsys):
+    shortened = ["--lr_decay_iters=24", "--max_iters=10"]
+    train.main([*FLAGS, "--out_dir=out/whole"])
+    train.main([*FLAGS, *shortened, "--out_dir=out/more"])
+    (code, out, _), _ = train_on_ranks(2, ["--resume", "--out_dir=out/more", "--max_iters=24"])
+    assert code == 0 and "changed: the world size is now 2, was 1" in out
+    train_on_ranks(2, [*FLAGS, *shortened, "--out_dir=out/fewer"])
+    train.main(["--resume", "--out_dir=out/fewer", "--max_iters=24"])
+    assert "changed: the world size is now 1, was 2" in capsys.readouterr().out
+    whole = losses("out/whole")
+    for name in ("more", "fewer"):  # they have one evaluation more, at iteration 10
         assert losses(f"out/{name}")[:12] == pytest.approx(whole[:12], rel=1e-3)
         assert losses(f"out/{name}")[-1] == pytest.approx(whole[-1], rel=1e-3)
 
 
-def test_two_ranks_stopped_and_resumed_are_two_ranks_never_stopped(with_data):
-    words = [*WORDS, "--dropout=0.2", "--lr_decay_iters=24"]
-    on_ranks(2, [*words, "--out_dir=out/whole"])
-    on_ranks(2, [*words, "--out_dir=out/parts", "--max_iters=10"])
-    on_ranks(2, ["--resume", "--out_dir=out/parts", "--max_iters=24"])
-    a, b = (checkpoint.load(f"out/{name}/last.pt")["model"] for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_resume_on_two_ranks_is_bit_exact(with_data):
+    flags = [*FLAGS, "--dropout=0.2", "--lr_decay_iters=24"]
+    train_on_ranks(2, [*flags, "--out_dir=out/whole"])
+    train_on_ranks(2, [*flags, "--out_dir=out/resumed", "--max_iters=10"])
+    train_on_ranks(2, ["--resume", "--out_dir=out/resumed", "--max_iters=24"])
+    assert equal(*(checkpoint.load(f"out/{name}/last.pt")["model"] for name in ("whole", "resumed")))
 
 
-def test_masks_differ_from_rank_to_rank_and_from_update_to_update():
-    seeds = {train.dropout_seed(1337, update, rank) for update in range(50) for rank in range(8)}
+def test_dropout_masks_differ_between_ranks_and_steps():
+    seeds = {train.dropout_seed(1337, step, rank) for step in range(50) for rank in range(8)}
     assert len(seeds) == 400 and train.dropout_seed(1337, 3, 1) == train.dropout_seed(1337, 3, 1) in seeds
 
 
-def test_a_number_of_ranks_that_does_not_divide_the_update_is_refused_once(with_data):
-    results = on_ranks(3, [*WORDS, "--out_dir=out/x"])
+def test_a_world_size_that_does_not_divide_the_step_is_refused_once(with_data):
+    results = train_on_ranks(3, [*FLAGS, "--out_dir=out/x"])
     assert [code for code, _, _ in results] == [1, 1, 1] and not Path("out").exists()
-    assert results[0][2] == ("error: 3 processes cannot share an update's 8 sequences evenly: start 1, 2, 4, 8 of "
+    assert results[0][2] == ("error: 3 processes cannot divide a step's 8 sequences evenly: start 1, 2, 4, 8 of "
                              "them\n")
-    assert not any("cannot share" in err or "Traceback" in err for _, _, err in results[1:])
+    assert not any("cannot divide" in err or "Traceback" in err for _, _, err in results[1:])
 
 
-def test_what_is_wrong_for_all_is_told_by_rank_0(with_data):
-    (code, _, err), other = on_ranks(2, [*WORDS, "--out_dir=out/x", "--dataset=none"])
-    assert code == other[0] == 1 and "no data in data/none" in err
-    assert "no data" not in other[2] and "Traceback" not in other[2]
+@pytest.mark.parametrize("flag, complaint", [("--dataset=none", "no data in data/none"),
+                                             ("--device=mps", "device = 'mps' is a single device")])
+def test_an_error_of_all_ranks_is_printed_once(with_data, flag, complaint):
+    (code, _, err), other = train_on_ranks(2, [*FLAGS, "--out_dir=out/x", flag])
+    assert code == other[0] == 1 and complaint in err
+    assert complaint not in other[2] and "Traceback" not in other[2]
+    assert "the other processes of the run cannot be reached (" in other[2]
 
 
-def test_the_run_folder_is_rank_0s_alone_and_the_data_must_be_the_same(with_data, nursery_data):
+def test_only_rank_0_uses_the_run_folder_and_all_ranks_need_the_same_data(with_data, nursery_data):
     import prepare
     Path("machine2").mkdir()
     Path("machine2/data").symlink_to(nursery_data / "data")
-    results = on_ranks(2, [*WORDS, "--out_dir=out/x", "--max_iters=8", "--lr_decay_iters=24"], elsewhere="machine2")
+    flags = [*FLAGS, "--out_dir=out/x", "--max_iters=8", "--lr_decay_iters=24"]
+    results = train_on_ranks(2, flags, other_folder="machine2")
     assert [code for code, _, _ in results] == [0, 0], results
-    results = on_ranks(2, ["--resume", "--out_dir=out/x", "--max_iters=16"], elsewhere="machine2")
+    results = train_on_ranks(2, ["--resume", "--out_dir=out/x", "--max_iters=16"], other_folder="machine2")
     assert [code for code, _, _ in results] == [0, 0] and not Path("machine2/out").exists()
     Path("machine3").mkdir()
     os.chdir("machine3")
     prepare.main(["nursery", "--tokenizer", "bpe:300", "--max_stories", "70", "--validation_fraction", "0.1"])
     os.chdir("..")
-    results = on_ranks(2, [*WORDS, "--out_dir=out/y"], elsewhere="machine3")
+    results = train_on_ranks(2, [*FLAGS, "--out_dir=out/y"], other_folder="machine3")
     assert "data/nursery-bpe300 is not the data that rank 0 has" in results[1][2] and results[0][0] == 1
 
 
-def test_only_rank_0_measures(trained, monkeypatch):
+def test_only_rank_0_runs_eval_only(trained, monkeypatch):
     monkeypatch.chdir(trained)
-    (code, out, _), other = on_ranks(2, ["--eval_only", "--out_dir=out/tiny"])
+    (code, out, _), other = train_on_ranks(2, ["--eval_only", "--out_dir=out/tiny"])
     assert code == 0 and "bits_per_byte" in out and other[0] == 0 and other[1] == ""
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_update(with_data):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(with_data):
     def stop(pids):
         wait_for_steps("out/x", 5)
         os.kill(pids[1], signal.SIGTERM)
 
-    words = [*WORDS, "--out_dir=out/x", "--max_iters=100000", "--eval_interval=100000"]
-    (code, out, err), other = on_ranks(2, words, stop)
-    assert code == other[0] == 0 and "stopped after update" in out and "Traceback" not in err
-    a, b = torch.load("weights0.pt"), torch.load("weights1.pt")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    flags = [*FLAGS, "--out_dir=out/x", "--max_iters=100000", "--eval_interval=100000"]
+    (code, out, err), other = train_on_ranks(2, flags, while_running=stop)
+    assert code == other[0] == 0 and "stopped after step" in out and "Traceback" not in err
+    assert equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
     assert checkpoint.load("out/x/last.pt")["update"] > 4
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_takes_the_others_down(with_data, rank):
+def test_a_killed_rank_ends_the_others(with_data, rank):
     def kill(pids):
         wait_for_steps("out/x", 5)
         os.kill(pids[rank], signal.SIGKILL)
 
-    results = on_ranks(2, [*WORDS, "--out_dir=out/x", "--max_iters=100000", "--eval_interval=100000"], kill)
+    flags = [*FLAGS, "--out_dir=out/x", "--max_iters=100000", "--eval_interval=100000"]
+    results = train_on_ranks(2, flags, while_running=kill)
     code, _, err = results[1 - rank]
     assert results[rank][0] == -signal.SIGKILL and code == 1
-    assert "the run's other processes cannot be reached ("  in err and "Traceback" not in err
+    assert "the other processes of the run cannot be reached (" in err and "Traceback" not in err
     assert ("(rank 1 on " in err) == (rank == 0)
-    on_ranks(2, ["--resume", "--out_dir=out/x", "--max_iters=40"])
+    train_on_ranks(2, ["--resume", "--out_dir=out/x", "--max_iters=40"])
     assert checkpoint.load("out/x/last.pt")["update"] == 20

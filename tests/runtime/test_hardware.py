@@ -1,106 +1,112 @@
-"""What the machine can do: the device, how much at a time, and the dtype of the weights that tell stories."""
+"""Decisions that depend on the machine, stop signals and locks."""
 
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT
-from errors import UserError
-from hardware import (pick_compile, pick_device, pick_device_batch_size, pick_dtype, pick_fused, pick_weights,
-                      pick_stories_at_once, refuse_what_cannot_fit, stop_signals, try_lock)
 from model import GPTConfig
+from runtime import hardware
+from runtime.errors import UserError
+from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, max_concurrent_samples,
+                              out_of_memory_advice, pick_compile, pick_device, pick_dtype, pick_fused,
+                              pick_inference_dtype, pick_micro_batch_size, stop_signals, to_device, try_lock)
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PUBLISHED = GPTConfig(50257)
 
 
-def test_as_many_sequences_as_the_memory_takes_and_the_update_divides_into():
-    assert pick_device_batch_size("auto", 1024, PUBLISHED, CPU) == 32
-    assert pick_device_batch_size("auto", 32, PUBLISHED, CPU) == 32
-    assert pick_device_batch_size("auto", 42, PUBLISHED, CPU) == 21
-    assert pick_device_batch_size("auto", 37, PUBLISHED, CPU) == 19  # a prime: 19 and 18
-    assert pick_device_batch_size("auto", 1024, GPTConfig(50257, block_size=1024, n_layer=12), CPU) == 1
-    assert pick_device_batch_size(7, 1024, PUBLISHED, CPU) == 7
+def sequence_bytes(config):
+    """Activations that a sequence leaves for the backward pass, in bytes."""
+    return config.activation_bytes_per_token * config.block_size
 
 
-def test_half_of_a_gpus_memory(monkeypatch):
-    class Card:
-        total_memory = 80 * 2**30
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    assert pick_device_batch_size("auto", 1024, PUBLISHED, torch.device("cuda")) == 1024
-    Card.total_memory = 16 * 2**30
-    assert pick_device_batch_size("auto", 1024, PUBLISHED, torch.device("cuda")) == 256
+def test_micro_batches_fill_the_memory_and_divide_the_step():
+    published = sequence_bytes(PUBLISHED)
+    assert pick_micro_batch_size("auto", 1024, published, CPU) == 32
+    assert pick_micro_batch_size("auto", 32, published, CPU) == 32
+    assert pick_micro_batch_size("auto", 42, published, CPU) == 21
+    assert pick_micro_batch_size("auto", 37, published, CPU) == 19  # a prime: 19 and 18
+    large = sequence_bytes(GPTConfig(50257, block_size=1024, n_layer=12))
+    assert pick_micro_batch_size("auto", 1024, large, CPU) == 1
+    assert pick_micro_batch_size(7, 1024, published, CPU) == 7
+    assert pick_micro_batch_size(7, 4, published, CPU) == 4
 
 
-def test_one_story_on_a_cpu_is_told_in_int8_and_many_are_not():
-    assert pick_weights("auto", CPU, 1) == "int8" == pick_weights("int8", CPU, 5)
-    assert pick_weights("auto", CPU, 2) in (torch.bfloat16, torch.float32)
-    assert pick_weights("auto", torch.device("mps"), 1) == torch.float32
-    assert pick_weights("float32", CPU, 1) == torch.float32
+def test_micro_batches_fill_half_of_a_gpu(monkeypatch):
+    gpu = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert pick_micro_batch_size("auto", 1024, sequence_bytes(PUBLISHED), CUDA) == 1024
+    gpu.total_memory = 16 * 2**30
+    assert pick_micro_batch_size("auto", 1024, sequence_bytes(PUBLISHED), CUDA) == 256
+
+
+def test_int8_is_picked_for_one_story_on_a_cpu():
+    assert pick_inference_dtype("auto", CPU, 1) == "int8" == pick_inference_dtype("int8", CPU, 5)
+    assert pick_inference_dtype("auto", CPU, 2) in (torch.bfloat16, torch.float32)
+    assert pick_inference_dtype("auto", torch.device("mps"), 1) == torch.float32
+    assert pick_inference_dtype("float32", CPU, 1) == torch.float32
     with pytest.raises(UserError, match="int8"):
-        pick_weights("int8", torch.device("cuda"), 1)
+        pick_inference_dtype("int8", CUDA, 1)
 
 
-def test_a_cpu_compiles_only_when_told():
-    assert pick_compile("auto", CPU, 1e20) == (False, "it brings nothing on cpu")
+def test_a_cpu_compiles_only_on_request():
+    assert pick_compile("auto", CPU, 1e20) == (False, "it is no faster on cpu")
     assert pick_compile(True, CPU, 1)[0]
 
 
 @pytest.mark.parametrize("name, on_mac, device", [("auto", False, "cpu"), ("cpu", True, "cpu"), ("auto", True, "cpu")])
-def test_several_processes_share_no_device(monkeypatch, name, on_mac, device):
+def test_several_processes_do_not_share_a_single_device(monkeypatch, name, on_mac, device):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: on_mac)
     assert pick_device(name) == torch.device(device)
-    for one in ("mps", "cuda:1"):
-        with pytest.raises(UserError, match=f"device = '{one}' is one device, and the run has 2 processes"):
-            pick_device(one)
+    for single in ("mps", "cuda:1"):
+        with pytest.raises(UserError, match=f"device = '{single}' is a single device, and the run has 2 processes"):
+            pick_device(single)
 
 
-def test_what_is_beyond_all_memory_is_refused_before_it_is_made():
-    refuse_what_cannot_fit(GPTConfig(50257), 1024, CPU)
-    with pytest.raises(UserError, match="lower n_layer, n_embd, block_size or batch_size"):
-        refuse_what_cannot_fit(GPTConfig(50257, n_embd=384_000), 1024, CPU)
-    with pytest.raises(UserError, match="updates of 12,800,000,000,000 tokens"):
-        refuse_what_cannot_fit(GPTConfig(50257), 100_000_000_000, CPU)
+def test_models_and_steps_larger_than_the_memory_are_refused():
+    check_memory(29_995_392, 1024 * 128, CPU)
+    with pytest.raises(UserError, match="10,000,000,000,000 parameters .* lower n_layer, n_embd, block_size or batch_"):
+        check_memory(10**13, 1024 * 128, CPU)
+    with pytest.raises(UserError, match="steps of 12,800,000,000,000 tokens"):
+        check_memory(29_995_392, 12_800_000_000_000, CPU)
 
 
-# Machines by what torch and Python say of them: system, processor, CUDA, bfloat16 on it, MPS, bfloat16 on the CPU. Then
-# the decisions: device, dtype, compiled, fused AdamW, weights of one story, signals that stop a run.
 STOP = ["SIGINT", "SIGTERM"]
+STOP_WINDOWS = [*STOP, "SIGBREAK"]
 MACHINES = {
-    "Linux, new GPU": ("Linux", "x86_64", True, True, False, True,
-                       "cuda", "bfloat16", True, True, "bfloat16", STOP),
-    "Linux, old GPU": ("Linux", "x86_64", True, False, False, False,
-                       "cuda", "float16", True, True, "float16", STOP),
-    "Linux, new CPU": ("Linux", "x86_64", False, False, False, True,
-                       "cpu", "bfloat16", False, True, "int8", STOP),
-    "Linux, old CPU": ("Linux", "x86_64", False, False, False, False,
-                       "cpu", "float32", False, True, "int8", STOP),
-    "Linux, ARM": ("Linux", "aarch64", False, False, False, False,
-                   "cpu", "float32", False, True, "float32", STOP),
-    "Mac, Apple's": ("Darwin", "arm64", False, False, True, False,
-                     "mps", "float32", False, False, "float32", STOP),
-    "Mac, Intel": ("Darwin", "x86_64", False, False, False, False,
-                   "cpu", "float32", False, True, "int8", STOP),
-    "Windows, GPU": ("Windows", "AMD64", True, True, False, False,
-                     "cuda", "bfloat16", False, True, "bfloat16", [*STOP, "SIGBREAK"]),
-    "Windows, CPU": ("Windows", "AMD64", False, False, False, False,
-                     "cpu", "float32", False, True, "int8", [*STOP, "SIGBREAK"]),
+    # What torch and Python report: system, processor, CUDA and its bfloat16, MPS, bfloat16 of the CPU. Then what is
+    # picked: device, dtype, compile, fused AdamW, dtype of the weights for one story, stop signals.
+    "Linux, new GPU": ("Linux", "x86_64", True, True, False, True, "cuda", "bfloat16", True, True, "bfloat16", STOP),
+    "Linux, old GPU": ("Linux", "x86_64", True, False, False, False, "cuda", "float16", True, True, "float16", STOP),
+    "Linux, new CPU": ("Linux", "x86_64", False, False, False, True, "cpu", "bfloat16", False, True, "int8", STOP),
+    "Linux, old CPU": ("Linux", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8", STOP),
+    "Linux, ARM": ("Linux", "aarch64", False, False, False, False, "cpu", "float32", False, True, "float32", STOP),
+    "Mac, Apple": ("Darwin", "arm64", False, False, True, False, "mps", "float32", False, False, "float32", STOP),
+    "Mac, Intel": ("Darwin", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8", STOP),
+    "Windows, GPU": ("Windows", "AMD64", True, True, False, False, "cuda", "bfloat16", False, True, "bfloat16",
+                     STOP_WINDOWS),
+    "Windows, CPU": ("Windows", "AMD64", False, False, False, False, "cpu", "float32", False, True, "int8",
+                     STOP_WINDOWS),
 }
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_what_is_decided_on_each_kind_of_machine(monkeypatch, name):
+def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
     system, processor, cuda, cuda_bf16, mps, cpu_bf16, device, dtype, compiled, fused, weights, signals = MACHINES[name]
 
-    def compiler(function):
+    def compile(function):
         if system == "Windows":
             raise RuntimeError("Cannot find a working triton installation")
         return function
@@ -113,9 +119,9 @@ def test_what_is_decided_on_each_kind_of_machine(monkeypatch, name):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch, "compile", compiler)
-    for allocates in ("empty", "ones"):
-        monkeypatch.setattr(torch, allocates, lambda n, device: n)
+    monkeypatch.setattr(torch, "compile", compile)
+    for factory in ("empty", "ones"):
+        monkeypatch.setattr(torch, factory, lambda n, device: n)
     if system == "Windows":
         monkeypatch.setattr(signal, "SIGBREAK", 21, raising=False)
 
@@ -124,17 +130,102 @@ def test_what_is_decided_on_each_kind_of_machine(monkeypatch, name):
     assert pick_dtype("auto", picked) == getattr(torch, dtype)
     assert pick_compile("auto", picked, 1e20)[0] == compiled
     assert pick_fused(picked) == fused
-    assert pick_stories_at_once(picked) == (2 if device == "cpu" else 1)
-    assert pick_weights("auto", picked, 1) == (weights if weights == "int8" else getattr(torch, weights))
+    assert max_concurrent_samples(picked) == (2 if device == "cpu" else 1)
+    assert pick_inference_dtype("auto", picked, 1) == (weights if weights == "int8" else getattr(torch, weights))
     assert stop_signals() == [getattr(signal, name) for name in signals]
 
 
-def test_float16_is_not_for_mps():
-    with pytest.raises(UserError, match="'float16' is not for mps"):
+def test_float16_is_refused_on_mps():
+    with pytest.raises(UserError, match="'float16' is not supported on mps"):
         pick_dtype("float16", torch.device("mps"))
 
 
-def test_a_lock_is_taken_in_the_systems_own_way(monkeypatch, tmp_path):
+def test_autocast_computes_matrix_products_in_the_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with autocast(CPU, dtype):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+            assert torch.is_autocast_enabled("cpu") == (dtype != torch.float32)
+
+
+def test_to_device_keeps_values_and_dtype():
+    view = np.arange(12).reshape(3, 4)[:, 1:]  # not contiguous, as the inputs and targets of windows are
+    tensor = to_device(view, CPU)
+    assert tensor.is_contiguous() and tensor.dtype == torch.int64 and tensor.tolist() == view.tolist()
+
+
+@pytest.mark.parametrize("size, advice", [(32, 16), (5, 2), (1, 1)])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")])
+def test_out_of_memory_advises_half_the_micro_batch_size(error, size, advice):
+    with pytest.raises(UserError, match=rf"out of memory on cpu: try --device_batch_size={advice} \(now {size}\)"):
+        with out_of_memory_advice(CPU, size):
+            raise error
+
+
+def test_other_errors_get_no_advice():
+    with pytest.raises(RuntimeError, match="^shapes differ$"), out_of_memory_advice(CPU, 32):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_device_is_described_by_the_gpu_or_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert [describe_device(device) for device in (CPU, CUDA)] == ["cpu x86_64", "NVIDIA H100"]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_git_commit_is_that_of_the_program(monkeypatch, tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@localhost", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    program = tmp_path / "hardware.py"
+    program.write_text("one\n")
+    monkeypatch.setattr(hardware, "__file__", str(program))
+    assert git_commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "--no-gpg-sign", "-m", "one")
+    git("tag", "v1")
+    commit = git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    program.write_text("two\n")
+    assert git_commit() == commit + "+"
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
+
+
+@pytest.mark.parametrize("number, other", [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other):
+    number, other = getattr(signal, number), getattr(signal, other)
+    before = [signal.getsignal(s) for s in (number, other)]
+    with StopSignals(rank=0) as signals:
+        assert not signals.received
+        signal.raise_signal(number)
+        assert signals.received
+        assert capfd.readouterr().err == "\nstopping after this step or evaluation; press Ctrl-C again to abort\n"
+        signal.raise_signal(other)  # torchrun sends SIGTERM after the terminal's Ctrl-C
+        for repeated in (number, other):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(repeated)
+    assert [signal.getsignal(s) for s in (number, other)] == before
+
+
+def test_stop_signals_restore_the_handlers_after_an_error():
+    before = [signal.getsignal(number) for number in stop_signals()]
+    with pytest.raises(KeyboardInterrupt), StopSignals(rank=0):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in stop_signals()] == before
+
+
+def test_only_rank_0_prints_that_a_signal_was_received(capfd):
+    with StopSignals(rank=1) as signals:
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.received and capfd.readouterr() == ("", "")
+
+
+def test_locking_uses_the_function_of_the_operating_system(monkeypatch, tmp_path):
     calls = []
 
     def windows_locking(descriptor, mode, size):
@@ -152,6 +243,6 @@ def test_a_lock_is_taken_in_the_systems_own_way(monkeypatch, tmp_path):
         assert calls[0] == (2, 1, 0)
 
 
-def test_prepare_does_without_torch():
+def test_prepare_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", "import prepare, sys; sys.exit('torch' in sys.modules)"], cwd=ROOT)
     assert done.returncode == 0

@@ -287,8 +287,8 @@ def test_export_of_tokenizers_with_other_patterns(here, pattern):
     tokenizer = Tokenizer(tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
     hf.to_hf_tokenizer(tokenizer, 64).save_pretrained("model")
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained("model")
-    text = (ROOT / "train.py").read_text()
-    for text in [*TEXTS, text, text.upper(), text.replace("\n", "\r\n"), "ÀÉ '\"" + text[:100] + " 'S 'lL\r\n \r\n"]:
+    code = (ROOT / "train.py").read_text()
+    for text in [*TEXTS, code, code.upper(), code.replace("\n", "\r\n"), "ÀÉ '\"" + code[:100] + " 'S 'lL\r\n \r\n"]:
         assert hf_tokenizer.encode(text) == tokenizer.encode(text)
     assert hf_tokenizer.eos_token_id == 5002 and hf_tokenizer.encode("<|fim_prefix|>") == [5004]
 

@@ -52,11 +52,11 @@ def url(runs):
     process.communicate()
 
 
-def send(url, content, headers={}, method="POST", path="/generate"):
+def send(url, content, headers=None, method="POST", path="/generate"):
     """Send an HTTP request; returns the status and the text of the response. `content`: bytes, None or JSON."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     body = content if isinstance(content, bytes | None) else json.dumps(content)
-    connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
+    connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}))
     response = connection.getresponse()
     return response.status, response.read().decode()
 
