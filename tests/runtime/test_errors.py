@@ -27,6 +27,7 @@ def script_that_raises(error):
     (OSError("unknown"), 1, "error: unknown"),
     (KeyboardInterrupt(), 130, "stopped"),
     (MemoryError("10 GiB"), 1, "error: out of memory: 10 GiB"),
+    (MemoryError(), 1, "error: out of memory: use smaller sizes"),
     (torch.OutOfMemoryError("10 GiB"), 1,
      "error: out of memory on the GPU: use smaller sizes, or --device=cpu (10 GiB)"),
 ])
