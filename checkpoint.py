@@ -204,7 +204,7 @@ def _init_from(settings):
         wanted = getattr(cfg, name)
         if wanted != value and not (name == "block_size" and wanted < value):
             raise UserError(f"{name} = {wanted!r} differs from that of init_from = {cfg.init_from!r}, {value!r}: leave "
-                            f"it out, or set --{name}={value}")
+                            f"it out, or set --{name}={value}" + " or less" * (name == "block_size"))
     if source.resolve() == Path(cfg.out_dir).resolve():
         raise UserError(f"init_from = {cfg.init_from!r} is also the folder of the new run: choose another --out_dir")
     if Tokenizer.load(Path("data", cfg.dataset)) != tokenizer:
@@ -303,12 +303,12 @@ def load(path, required=REQUIRED_KEYS):
 
 @contextmanager
 def reading_checkpoint(path):
-    """Raise UserError with the checkpoint's name if its content turns out to be wrong when it is used."""
+    """Raise UserError with the checkpoint's name if its content does not fit the program."""
     try:
         yield
     except (TypeError, AttributeError, RuntimeError, KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a checkpoint of this program, or of another version of it: "
-                        f"{recovery_hint(Path(path))}") from error
+        raise UserError(f"{path} does not fit this version of the program: use the version that saved it, or another "
+                        f"run ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def recovery_hint(path):

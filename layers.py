@@ -94,7 +94,9 @@ def causal_attention(q, k, v, dropout):
 def linear_cross_entropy(x, weight, targets):
     """Plain version of `fused_linear_cross_entropy`: the place to try another loss (z-loss, softcap, label smoothing).
 
-    x (N, C), weight (V, C), targets (N) -> the mean loss, and the loss of each token (N) without a gradient.
+    x (N, C), weight (V, C), targets (N) -> the mean loss, and the loss of each token (N) without a gradient. Training
+    uses the mean, so additional terms belong there; evaluation uses the losses. All logits (N, V) are in memory several
+    times over: lower device_batch_size.
     """
     losses = F.cross_entropy(F.linear(x, weight), targets, reduction="none")  # (N, V) -> (N)
     return losses.mean(), losses.detach()

@@ -18,7 +18,10 @@ from layers import Dropout, Int8Linear, Linear, causal_attention, fused_linear_c
 
 @dataclass
 class GPTConfig:
-    """Architecture of a model."""
+    """Architecture of a model. All fields but vocab_size are settings, with the same defaults as in `config.Config`.
+
+    A checkpoint that was saved before a field was added gets the field's default.
+    """
 
     vocab_size: int
     block_size: int = 128
@@ -53,7 +56,8 @@ class KVCache:
         self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, 2, B, block_size, H, D)
         self.length = torch.zeros((), dtype=torch.long, device=device)  # number of tokens in the cache
         self.slots = torch.arange(config.block_size, device=device)
-        self.positions = self.mask = None  # of the new tokens: (T), and (T, kv_length) to add to attention scores
+        self.positions = None  # of the new tokens, counted from the start of the context window: (T)
+        self.mask = None  # added to their attention scores: (T, kv_length)
         self.kv_length = config.block_size  # number of slots that attention reads
         self.fixed_shapes = self.kv.is_cuda
 
@@ -168,12 +172,13 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def load_pretrained(self, weights):
-        """Load the state dict of a model that differs from this one at most in a longer block, truncated to this one's.
+        """Load the state dict of a model whose block may be longer: its extra position embeddings are dropped.
 
         Raises RuntimeError if names or other dimensions differ.
         """
-        T, own = self.config.block_size, self.state_dict()
-        self.load_state_dict({name: w[:T] if name in own and len(own[name]) == T else w for name, w in weights.items()})
+        position_embeddings = "transformer.wpe.weight"
+        self.load_state_dict({name: w[:self.config.block_size] if name == position_embeddings else w
+                              for name, w in weights.items()})
 
     def to_int8(self):
         """Quantize all weight matrices to int8, and the rest to bfloat16, for inference on a CPU. Returns self.
@@ -188,10 +193,10 @@ class GPT(nn.Module):
         return self.bfloat16()
 
     def forward(self, idx, targets=None, cache=None, reduction="mean"):
-        """Token ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats/token instead.
+        """Token ids (B, T) -> logits (B, T, V); with targets (B, T), the mean loss in nats/token instead.
 
-        `reduction="none"` returns the loss of each token, (B, T), without a gradient. With a KVCache, the tokens
-        follow the cached ones, and only the logits of the last token are returned, (B, 1, V).
+        `reduction="none"` returns the loss of each token, (B, T), without a gradient, for evaluation. With a KVCache,
+        the tokens follow the cached ones, and only the logits of the last token are returned, (B, 1, V).
         """
         B, T = idx.shape
         if cache is not None:

@@ -106,7 +106,7 @@ def main(argv=None):
     # ---- the loop ----
     train_model = model
     if use_compile:
-        model.loss_function = torch.compiler.disable(model.loss_function)  # large products: nothing to fuse
+        model.loss_function = torch.compiler.disable(model.loss_function)  # the fused loss has nothing left to fuse
         train_model = torch.compile(model)  # only for training: evaluation takes little time
     state.start_clock()
     bar = tqdm(total=total_steps(state), initial=state.step, unit=" steps", dynamic_ncols=True,
@@ -161,15 +161,19 @@ def make_optimizers(model, cfg):
     AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) updates everything, or all but the matrices of the blocks, which
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) updates with orthogonalized momentum.
     """
-    hidden, matrices, vectors = [], [], []
+    decayed, not_decayed, muon = [], [], []  # the first two for AdamW
     for name, p in model.named_parameters():
-        is_hidden = cfg.optimizer == "muon" and name.startswith("transformer.h.")
-        (vectors if p.dim() < 2 else hidden if is_hidden else matrices).append(p)
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        if p.dim() < 2:
+            not_decayed.append(p)  # biases and norms
+        elif cfg.optimizer == "muon" and name.startswith("transformer.h."):
+            muon.append(p)
+        else:
+            decayed.append(p)
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                    fused=pick_fused(matrices[0].device))]
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+                                    fused=pick_fused(decayed[0].device))]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # what the schedule multiplies, under torch's name
@@ -196,8 +200,7 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": wsd}
 
 
 def schedule_progress(state):
-    """How much of the learning-rate schedule is done, 0 to 1: of lr_decay_iters or, if that is not set, of max_minutes.
-    """
+    """The part of the schedule that is done, warmup included, 0 to 1: of lr_decay_iters, else of max_minutes."""
     cfg = state.cfg
     if cfg.lr_decay_iters:
         return min(1, state.iteration / cfg.lr_decay_iters)
@@ -212,10 +215,11 @@ def learning_rate_multiplier(cfg, iteration, progress):
     if iteration < cfg.warmup_iters:
         return (iteration + 1) / (cfg.warmup_iters + 1)
     final = cfg.min_lr / cfg.learning_rate
-    if progress == 1:  # also if warmup has only just ended, which the last line could not divide
+    if progress == 1:  # warmup may have ended only now: the division below would fail
         return final
-    warmup = progress * cfg.warmup_iters / max(1, iteration)  # the progress at the end of warmup
-    return final + (1 - final) * SCHEDULES[cfg.lr_schedule]((progress - warmup) / (1 - warmup), cfg)
+    warmup = progress * cfg.warmup_iters / max(1, iteration)  # the progress when warmup ended, at constant speed
+    t = max(0.0, (progress - warmup) / (1 - warmup))  # rounding could make it negative
+    return final + (1 - final) * SCHEDULES[cfg.lr_schedule](t, cfg)
 
 
 def set_learning_rate(state):

@@ -26,7 +26,7 @@ BUDGETS = ("max_iters", "max_tokens", "max_minutes")  # the length of a run, in 
 def setting(default, meaning, low=-math.inf, high=math.inf, resume=False):
     """A field of `Config`: default, one-line meaning, allowed range, and whether it may change when a run is resumed.
 
-    Only settings that do not change what an optimizer step computes, except for rounding, may change.
+    `resume=True` only if a setting changes nothing that an optimizer step computes, apart from rounding.
     """
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "resume": resume})
 
@@ -138,7 +138,7 @@ def read_command_line(argv, actions):
     group = parser.add_argument_group("settings, which override the config file")
     for f in fields(Config):
         group.add_argument(f"--{f.name}", metavar="VALUE", default=argparse.SUPPRESS,
-                           help=f"{f.metadata['meaning']} ({_allowed(f)}; default: {f.default})")
+                           help=f"{f.metadata['meaning']} ({allowed_values(f)}; default: {f.default})")
     args = parser.parse_args(argv)
 
     flags = {f.name: _from_text(f, getattr(args, f.name)) for f in fields(Config) if hasattr(args, f.name)}
@@ -204,7 +204,7 @@ def _from_text(f, text):
         return text
 
 
-def _allowed(f):
+def allowed_values(f):
     """The values that a setting allows, in words."""
     choices, value_type = _choices_and_type(f)
     low, high = f.metadata["low"], f.metadata["high"]
@@ -231,4 +231,4 @@ def _check_each(values):
             largest = 2**63 if value_type is int else 1e300  # larger values, such as infinity, break the arithmetic
             allowed |= f.metadata["low"] <= value <= f.metadata["high"] and abs(value) <= largest
         if not allowed:
-            raise UserError(f"{name} = {value!r} is not allowed: it takes {_allowed(f)}")
+            raise UserError(f"{name} = {value!r} is not allowed: it takes {allowed_values(f)}")

@@ -9,6 +9,7 @@ import pytest
 from config import Config, apply_overrides, read_command_line, read_config_file
 from conftest import ROOT
 from data.dataset import prepare_command
+from model import GPTConfig
 from runtime.errors import UserError
 
 
@@ -141,6 +142,12 @@ def test_the_length_of_a_run_has_one_unit_and_a_flag_replaces_that_of_the_config
     path.write_text("max_tokens = 10_000_000\nmax_minutes = 5")
     with pytest.raises(UserError, match="x.py: max_tokens and max_minutes are both set"):
         read_config_file(path)
+
+
+def test_model_settings_have_the_same_defaults_in_config_and_gptconfig():
+    """A checkpoint from before a setting gets GPTConfig's default when it is used, and Config's when it is resumed."""
+    shared = [f for f in fields(GPTConfig) if f.name != "vocab_size"]
+    assert {f.name: f.default for f in shared} == {f.name: getattr(Config(), f.name) for f in shared}
 
 
 def test_help_lists_every_setting_with_its_default_and_bounds(capsys):

@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from conftest import ROOT  # first: it puts the project on sys.path
-from config import Config
+from config import Config, allowed_values
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path: path.read_text(encoding="utf-8") for path in (
@@ -20,9 +20,10 @@ PLACEHOLDER = re.compile(r"@@|TODO|XXX")
 
 def settings_table():
     """The Markdown table of all settings."""
-    rows = ["| setting | default | resume | meaning |", "|---|---|---|---|"]
+    rows = ["| setting | default | values | resume | meaning |", "|---|---|---|---|---|"]
     for f in fields(Config):
-        rows.append(f"| `{f.name}` | {f.default} | {'yes' if f.metadata['resume'] else ''} | {f.metadata['meaning']} |")
+        resume = "yes" if f.metadata["resume"] else ""
+        rows.append(f"| `{f.name}` | {f.default} | {allowed_values(f)} | {resume} | {f.metadata['meaning']} |")
     return "\n".join(rows) + "\n"
 
 
