@@ -1,8 +1,8 @@
 """A run folder, out/<run>/: opening it (new, resumed, or from other weights), its checkpoints and its logs.
 
     ckpt.pt        the weights with the best validation loss so far, and what is needed to use them
-    last.pt        the same of the latest save, with the optimizers and all else that resuming needs
-    last.prev.pt   the last.pt before it, in case that one gets damaged
+    last.pt        the latest weights, the optimizers and everything else needed to resume
+    last.prev.pt   the previous last.pt, used if last.pt is damaged
     log.jsonl      one JSON object per line: the run, its training steps, its evaluations
     samples.md     a story from each evaluation
     tokenizer.tiktoken, meta.json   copied from the dataset, so that the folder is self-contained
@@ -37,7 +37,7 @@ REQUIRED_KEYS = {"model": dict, "model_config": dict, "config": dict, "data_sha2
                  "figures": dict}
 LAST_REQUIRED_KEYS = REQUIRED_KEYS | {"iter": int, "update": int, "optimizers": list, "scaler": dict, "skipped": int,
                                       "best_val_loss": float, "seconds": float, "ranks": int, "sizes": dict}
-MAY_CHANGE = {f.name for f in fields(Config) if f.metadata["resume"]}  # settings, when a run is resumed
+CHANGEABLE_ON_RESUME = {f.name for f in fields(Config) if f.metadata["resume"]}  # settings, when a run is resumed
 
 
 # ---- the state of a run ----
@@ -59,17 +59,18 @@ class TrainState:
     world_size: int = 1
 
     step: int = 0  # optimizer steps done
-    skipped: int = 0  # of these, skipped because float16 gradients overflowed
+    skipped: int = 0  # steps skipped because float16 gradients overflowed
     best_val_loss: float = math.inf
     metrics: dict = field(default_factory=lambda: {"iter": 0})  # of the latest evaluation
-    seconds: float = 0.0  # spent on the run, by rank 0's clock at the latest `synchronize`
-    stop: bool = False  # whether any rank had been asked to stop by then
+    seconds: float = 0.0  # spent on the run, by rank 0's clock at the latest `sync_ranks`
+    stop: bool = False  # whether any rank was asked to stop, at the latest `sync_ranks`
 
-    started: float = 0.0  # what `time.perf_counter()` was `seconds` ago
-    logged_step: int = 0  # of the latest log line
-    logged_at: float = 0.0  # its `time.perf_counter()`, plus the time of evaluations and saves since
-    saved_step: int = 0  # of the latest save of last.pt
-    saved_seconds: float = 0.0
+    started: float = 0.0  # `time.perf_counter()` at which `elapsed()` is 0
+    logged_step: int = 0  # `step` at the latest log line
+    logged_at: float = 0.0  # `time.perf_counter()` at the latest log line
+    excluded_seconds: float = 0.0  # spent on evaluations and saves since: the logged speed is that of training alone
+    saved_step: int = 0  # `step` at the latest save of last.pt
+    saved_seconds: float = 0.0  # `seconds` at the latest save of last.pt
 
     @property
     def out_dir(self):
@@ -96,22 +97,22 @@ class TrainState:
         """Seconds spent on the run up to now, by this rank's clock, evaluations included."""
         return time.perf_counter() - self.started
 
-    def synchronize(self, stop):
+    def sync_ranks(self, stop):
         """Give all ranks the same `seconds` and `stop`, so that they take the same decisions."""
         self.stop, self.seconds = sync_stop_and_time(stop, self.elapsed())
 
-    def model_checkpoint(self):
+    def model_dict(self):
         """The content of ckpt.pt."""
         return {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
                 "config": asdict(self.cfg), "data_sha256": self.data.sha256, "iter": self.iteration,
                 "update": self.step, "tokens": self.tokens, "figures": self.metrics}
 
-    def resume_checkpoint(self):
+    def resume_dict(self):
         """The content of last.pt."""
-        return self.model_checkpoint() | {
+        return self.model_dict() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "skipped": self.skipped, "best_val_loss": self.best_val_loss,
-            "seconds": self.elapsed(), "ranks": self.world_size, "sizes": log_sizes(self.out_dir)}
+            "seconds": self.elapsed(), "ranks": self.world_size, "sizes": flush_logs(self.out_dir)}
 
     def restore(self, checkpoint):
         """Load the content of a last.pt. Raises UserError if it does not fit the model or the optimizers."""
@@ -124,7 +125,8 @@ class TrainState:
                 optimizer.load_state_dict(stored)
             if checkpoint["scaler"]:  # empty if the run was not in float16 before
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            self.metrics = checkpoint["figures"] | {"iter": checkpoint["figures"]["iter"]}
+            self.metrics = checkpoint["figures"]
+            self.metrics["iter"]  # KeyError if the checkpoint is not one of a run
         self.step, self.skipped, self.seconds = checkpoint["update"], checkpoint["skipped"], checkpoint["seconds"]
         self.best_val_loss = checkpoint["best_val_loss"]
 
@@ -133,15 +135,16 @@ class TrainState:
 
 
 def open_run(settings, flags, args, world_size):
-    """Decide what a command line asks for: (Config, checkpoint to resume, checkpoint to take weights from).
+    """Resolve a command line to (Config, checkpoint to resume from, checkpoint to initialize from).
 
-    Either checkpoint is a dict or None: a run is resumed (--resume), starts from the weights of another run (init_from)
-    or is new. `settings`: those of the config file. Writes nothing. Raises UserError if the run cannot be opened.
+    Each checkpoint is a dict or None: a run is resumed (--resume), starts from the weights of another run (init_from)
+    or is new. `settings`: those of the config file. Locks a run to resume and replaces its last.pt if that is damaged;
+    changes nothing else. Raises UserError if the run cannot be opened.
     """
     wanted = apply_overrides(settings, flags)
     out_dir = wanted.get("out_dir") or (newest_run() if args.resume else Config.out_dir)
     resume_checkpoint = init_checkpoint = None
-    if args.resume or vars(args)["resume=auto"] and is_resumable(out_dir):
+    if args.resume or (vars(args)["resume=auto"] and is_resumable(out_dir)):
         cfg, resume_checkpoint = _resume(out_dir, settings, flags, world_size)
     elif wanted.get("init_from", "scratch") != "scratch":
         cfg, init_checkpoint = _init_from(wanted)
@@ -151,8 +154,8 @@ def open_run(settings, flags, args, world_size):
         check_no_run(cfg.out_dir)
     if cfg.sequences_per_step % world_size:
         divisors = [n for n in range(1, cfg.sequences_per_step + 1) if cfg.sequences_per_step % n == 0]
-        raise UserError(f"{world_size} processes cannot divide a step's {cfg.sequences_per_step} sequences evenly: "
-                        f"start {', '.join(map(str, divisors))} of them")
+        raise UserError(f"{world_size} processes cannot divide a step's {cfg.sequences_per_step} sequences evenly: use "
+                        f"{', '.join(map(str, divisors))}")
     return cfg, resume_checkpoint, init_checkpoint
 
 
@@ -172,20 +175,21 @@ def _resume(out_dir, settings, flags, world_size):
     return cfg, checkpoint
 
 
-def check_resume_settings(stored, now, settings):
+def check_resume_settings(stored, current, settings):
     """Print which settings differ from the stored ones of a resumed run; raise UserError for those that may not."""
-    if bool(stored["max_minutes"]) != bool(now["max_minutes"]):
-        raise UserError("the length of a run in minutes can be changed by --max_minutes only, any other by --max_iters "
-                        "or --max_tokens: use that flag, or start a new run with another --out_dir")
-    if now["min_lr"] == 0 and max(stored["max_iters"], now["lr_decay_iters"]) < now["max_iters"]:
-        raise UserError(f"the learning rate is 0 from iteration {now['lr_decay_iters']} on, so more iterations would "
-                        "not train the model: start a new run of that length with another --out_dir")
-    for name in now:
-        if now[name] != stored[name] and name not in MAY_CHANGE:
-            raise UserError(f"{name} = {now[name]!r} cannot change when a run is resumed (it is {stored[name]!r}): "
+    if bool(stored["max_minutes"]) != bool(current["max_minutes"]):
+        raise UserError("a run limited by --max_minutes can be changed by --max_minutes only, any other run by "
+                        "--max_iters or --max_tokens: use that flag, or start a new run with another --out_dir")
+    # A longer run, whose schedule has already ended at a learning rate of 0.
+    if current["min_lr"] == 0 and max(stored["max_iters"], current["lr_decay_iters"]) < current["max_iters"]:
+        raise UserError(f"the learning rate is 0 from iteration {current['lr_decay_iters']} on, so more iterations "
+                        "would not train the model: start a new run of that length with another --out_dir")
+    for name in current:
+        if current[name] != stored[name] and name not in CHANGEABLE_ON_RESUME:
+            raise UserError(f"{name} = {current[name]!r} cannot change when a run is resumed (it is {stored[name]!r}): "
                             "leave it out, or start a new run with another --out_dir")
-        if now[name] != stored[name]:
-            print(f"changed: {name} is now {now[name]!r}, was {stored[name]!r}")
+        if current[name] != stored[name]:
+            print(f"changed: {name} is now {current[name]!r}, was {stored[name]!r}")
         elif settings.get(name, stored[name]) != stored[name]:
             print(f"note: the run keeps {name} = {stored[name]!r}; the config file has {settings[name]!r}")
 
@@ -193,7 +197,7 @@ def check_resume_settings(stored, now, settings):
 def _init_from(settings):
     """The Config of a new run with the architecture of the run that init_from names, and that run's checkpoint.
 
-    block_size may be smaller than that run's, and dropout is free. Raises UserError for another difference.
+    block_size may be smaller than that run's, and dropout may differ. Raises UserError for any other difference.
     """
     source = Path(settings["init_from"])
     model, tokenizer, checkpoint = load_model(best_checkpoint(source))
@@ -208,8 +212,8 @@ def _init_from(settings):
     if source.resolve() == Path(cfg.out_dir).resolve():
         raise UserError(f"init_from = {cfg.init_from!r} is also the folder of the new run: choose another --out_dir")
     if Tokenizer.load(Path("data", cfg.dataset)) != tokenizer:
-        raise UserError(f"data/{cfg.dataset} has another tokenizer than init_from = {cfg.init_from!r}: prepare it with "
-                        "that one, or start from scratch")
+        raise UserError(f"data/{cfg.dataset} has a different tokenizer from init_from = {cfg.init_from!r}: prepare it "
+                        "with that one, or start from scratch")
     return cfg, checkpoint
 
 
@@ -236,7 +240,8 @@ def create_run_folder(out_dir, data_dir, overwrite):
 def reopen_run_folder(state, sizes):
     """Make the files of a resumed run match its last.pt: truncate the logs to `sizes`, and check ckpt.pt.
 
-    If ckpt.pt cannot be used, the next evaluation writes a new one. Raises UserError if it belongs to another run.
+    If ckpt.pt cannot be used, the best loss is forgotten, so that the next evaluation writes a new one. Raises
+    UserError if it belongs to another run.
     """
     truncate_logs(state.out_dir, sizes)
     path = state.out_dir / "ckpt.pt"
@@ -249,9 +254,9 @@ def reopen_run_folder(state, sizes):
         state.best_val_loss = math.inf
         return
     cfg = asdict(state.cfg)
-    if differing := [name for name in cfg.keys() - MAY_CHANGE if stored.get(name, cfg[name]) != cfg[name]]:
-        raise UserError(f"{path} and last.pt next to it belong to different runs, as their {min(differing)} differs: "
-                        "remove the one that does not belong there")
+    if differing := [name for name in cfg.keys() - CHANGEABLE_ON_RESUME if stored.get(name, cfg[name]) != cfg[name]]:
+        raise UserError(f"{path} and last.pt next to it belong to different runs, because their {min(differing)} "
+                        "differs: remove the one that does not belong there")
 
 
 # ---- checkpoints ----
@@ -262,18 +267,18 @@ def save_last(state):
     started = time.perf_counter()
     state.saved_step, state.saved_seconds = state.step, state.seconds
     if state.rank == 0:
-        save(state.out_dir / "last.pt", state.resume_checkpoint())
-    state.logged_at += time.perf_counter() - started
+        save(state.out_dir / "last.pt", state.resume_dict())
+    state.excluded_seconds += time.perf_counter() - started
 
 
-def save(path, state):
-    """Write a checkpoint atomically; the last.pt before is kept as last.prev.pt.
+def save(path, checkpoint):
+    """Write a checkpoint atomically; the previous last.pt is kept as last.prev.pt.
 
     Raises UserError if it cannot be written, as on a full disk.
     """
     path = Path(path)
     previous = path.with_name("last.prev.pt") if path.name == "last.pt" else None
-    files.atomic_write(path, lambda file: torch.save(state, file), previous)
+    files.atomic_write(path, lambda file: torch.save(checkpoint, file), previous)
 
 
 def load(path, required=REQUIRED_KEYS):
@@ -287,7 +292,7 @@ def load(path, required=REQUIRED_KEYS):
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train a model first, or name its folder with --out_dir") from error
     except (PermissionError, IsADirectoryError):
@@ -295,10 +300,11 @@ def load(path, required=REQUIRED_KEYS):
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError,
             OverflowError, ImportError, struct.error, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {recovery_hint(path)}") from error
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in required.items()):
-        raise UserError(f"{path} is not a checkpoint of this program, or of an older version of it: "
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), kind) for key, kind in required.items()):
+        raise UserError(f"{path} is not a checkpoint, or was saved by an incompatible version of the program: "
                         f"{recovery_hint(path)}")
-    return state
+    return checkpoint
 
 
 @contextmanager
@@ -332,25 +338,25 @@ def load_resume_checkpoint(out_dir):
         if not previous.exists():
             raise
         print(f"note: {error}\nnote: resuming from {previous}, the checkpoint before it", file=sys.stderr)
-    state = load(previous, LAST_REQUIRED_KEYS)
-    previous.replace(last)  # or the next save would replace it by the damaged one
-    return state
+    checkpoint = load(previous, LAST_REQUIRED_KEYS)
+    previous.replace(last)  # or the next save would replace it with the damaged one
+    return checkpoint
 
 
 def load_model(path):
-    """Load a checkpoint for use: the model (eval mode, float32, CPU), its tokenizer and the checkpoint's dict.
+    """Load a checkpoint for inference: the model (eval mode, float32, CPU), its tokenizer and the checkpoint's dict.
 
     Raises UserError if the checkpoint or the tokenizer next to it is missing, damaged or does not match.
     """
     path = Path(path)
-    state = load(path)
+    checkpoint = load(path)
     with reading_checkpoint(path):
-        model = GPT(GPTConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-    if data_sha256(read_meta(path.parent)) != state["data_sha256"]:
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    if data_sha256(read_meta(path.parent)) != checkpoint["data_sha256"]:
         raise UserError(f"{path.parent / 'meta.json'} does not belong to the data that {path} was trained on: copy it "
                         "and tokenizer.tiktoken from there")
-    return model.eval(), Tokenizer.load(path.parent), state
+    return model.eval(), Tokenizer.load(path.parent), checkpoint
 
 
 # ---- finding runs ----
@@ -385,9 +391,9 @@ def newest_run(root="out"):
 
 
 def best_checkpoint(out_dir):
-    """The path of a run's best checkpoint: ckpt.pt, or last.pt before the first evaluation.
+    """The path of a run's best checkpoint: ckpt.pt or, before the first evaluation, last.pt or last.prev.pt.
 
-    Raises UserError if there is neither.
+    Raises UserError if there is none.
     """
     for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
         if Path(out_dir, name).exists():
@@ -417,8 +423,8 @@ def read_log(path, size=None):
     return records
 
 
-def log_sizes(out_dir):
-    """The sizes of log.jsonl and samples.md in bytes, name → size, after flushing both to the disk."""
+def flush_logs(out_dir):
+    """Flush log.jsonl and samples.md to the disk; returns their sizes in bytes, name → size."""
     sizes = {"log.jsonl": 0, "samples.md": 0}
     for name in sizes:
         if Path(out_dir, name).exists():
@@ -441,5 +447,5 @@ def truncate_logs(out_dir, sizes):
             raise UserError(f"{path} is shorter than at the last checkpoint: restore it, or move it away to resume "
                             "without it")
         if name == "log.jsonl":
-            read_log(path, size)
+            read_log(path, size)  # raises UserError if the log is damaged
         os.truncate(path, size)

@@ -10,6 +10,7 @@ from checkpoint import best_checkpoint, load_model, newest_run, reading_checkpoi
 from config import Config
 from data.dataset import Split, evaluation_windows
 from data.tokenizer import Tokenizer
+from runtime.distributed import all_reduce_sum
 from runtime.errors import UserError
 from runtime.hardware import autocast, pick_device, pick_dtype, to_device
 
@@ -17,7 +18,7 @@ SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250  # of 
 
 
 @torch.no_grad()
-def evaluate(model, split, starts, batch_size):
+def window_losses(model, split, starts, batch_size):
     """The mean loss, in nats/token, of each window of a `Split` that starts at `starts` (N,): (N,), on the CPU."""
     device = next(model.parameters()).device
     was_training = model.training
@@ -28,6 +29,19 @@ def evaluate(model, split, starts, batch_size):
         losses.append(model(x, y, reduction="none").float().mean(1))  # (B,)
     model.train(was_training)
     return torch.cat(losses).cpu() if losses else torch.empty(0)  # empty if there are more ranks than windows
+
+
+def evaluate_splits(state):
+    """The mean losses over the evaluation windows of both splits: (training, validation), in nats/token.
+
+    The windows are divided among the ranks of the `TrainState`.
+    """
+    losses = []
+    with autocast(state.device, state.dtype):
+        for split, starts in state.data.eval_windows.items():
+            local = window_losses(state.model, split, starts[state.rank::state.world_size], state.micro_batch_size)
+            losses.append(all_reduce_sum(local.double().sum()).item() / len(starts))
+    return losses
 
 
 def bits_per_byte(loss, split):
@@ -58,8 +72,8 @@ def evaluate_checkpoint(settings, flags):
         raise UserError(f"--eval_only uses the settings of the run: leave out --{min(wrong)}")
     out_dir = (settings | flags).get("out_dir") or newest_run()
     path = best_checkpoint(out_dir)
-    if path.name == "last.pt":
-        print(f"{out_dir} has no ckpt.pt yet: evaluating last.pt", file=sys.stderr)
+    if path.name != "ckpt.pt":
+        print(f"{out_dir} has no ckpt.pt yet: evaluating {path.name}", file=sys.stderr)
     model, tokenizer, state = load_model(path)
     with reading_checkpoint(path):
         # Another batch_size could contradict these two settings, which evaluation does not use.
@@ -67,17 +81,17 @@ def evaluate_checkpoint(settings, flags):
     data_dir = Path("data", cfg.dataset)
     split = Split(data_dir, "validation", cfg.block_size)
     if Tokenizer.load(data_dir) != tokenizer:
-        raise UserError(f"{data_dir} has another tokenizer than {out_dir}: prepare it with the one of the run")
+        raise UserError(f"{data_dir} has a different tokenizer from {out_dir}: prepare it with that one")
 
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     model.to(device)
     with autocast(device, dtype):
-        losses = evaluate(model, split, evaluation_windows(split), cfg.batch_size)  # (windows,)
+        losses = window_losses(model, split, evaluation_windows(split), cfg.batch_size)  # (windows,)
         loss, tokens = losses.mean().item(), losses.numel() * cfg.block_size
         remaining = len(split.tokens) - 1 - tokens  # after the last whole window
         if remaining:
-            last_loss = evaluate(model, Split(data_dir, "validation", remaining), [tokens], 1).item()
+            last_loss = window_losses(model, Split(data_dir, "validation", remaining), [tokens], 1).item()
             loss, tokens = (loss * tokens + last_loss * remaining) / (tokens + remaining), tokens + remaining
     print(f"checkpoint: {path}\ndataset: {data_dir}\ntokens: {tokens}\nloss: {loss:.4f}\n"
           f"perplexity: {math.exp(loss):.3f}\nbits_per_byte: {bits_per_byte(loss, split):.4f}")

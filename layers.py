@@ -110,7 +110,8 @@ def fused_linear_cross_entropy(x, weight, targets):
     time, in autocast's dtype. The forward pass also computes the gradients of the mean, which the backward pass only
     scales (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
 
-    Target probabilities are clamped to the dtype's smallest positive number: in float16 no loss is above 16.6.
+    Target probabilities are clamped: to 2^-24 in float16, so that no loss is above 16.6, else to the smallest normal
+    number.
     """
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype

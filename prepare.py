@@ -245,10 +245,10 @@ def encode_in_order(pool, batches, dtype):
     for split, stories in batches:
         pending.append((split, pool.submit(encode_batch, stories, dtype)))
         if len(pending) > 2 * os.cpu_count():  # enough to keep every core busy; more would only use memory
-            split, result = pending.popleft()
-            yield split, *result.result()
-    for split, result in pending:
-        yield split, *result.result()
+            oldest, result = pending.popleft()
+            yield oldest, *result.result()
+    for oldest, result in pending:
+        yield oldest, *result.result()
 
 
 def copy_tokenizer(tokenizer):

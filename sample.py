@@ -24,13 +24,13 @@ from runtime.hardware import DTYPES, pick_device, pick_inference_dtype
 
 @exit_with_one_line
 def main(argv=None):
-    """Generate and print stories; `argv` as on the command line. User errors print one line."""
+    """Generate and print stories; `argv` as on the command line. User errors are reported in one line."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # not the system's encoding: prepare.py reads UTF-8
     args = parse_args(argv)
     prompt = read_prompt(args.start)
     path = checkpoint.best_checkpoint(args.out_dir or checkpoint.newest_run())
-    if path.name == "last.pt":
-        print(f"{path.parent} has no ckpt.pt yet: using last.pt", file=sys.stderr)
+    if path.name != "ckpt.pt":
+        print(f"{path.parent} has no ckpt.pt yet: using {path.name}", file=sys.stderr)
     device = pick_device(args.device)
     model, tokenizer, state = checkpoint.load_model(path)
     dtype = pick_inference_dtype(args.dtype, device, args.num_samples)
@@ -44,7 +44,10 @@ def main(argv=None):
         print(f"the prompt has {len(tokens)} tokens, more than the context window of {model.config.block_size}: the "
               f"model reads the last {len(tokens) - start}", file=sys.stderr)
     generator = torch.Generator(device)
-    generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+    if args.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(args.seed)
     steps = model.generate(torch.tensor([tokens] * args.num_samples, device=device), args.max_new_tokens,
                            args.temperature, args.top_k, args.top_p, generator, tokenizer.end_of_text)
 
@@ -55,7 +58,7 @@ def main(argv=None):
         bar = tqdm(steps, "generating", args.max_new_tokens, unit=" tokens each", leave=False, disable=None)
         lengths = print_stories(prompt, tokenizer, [step.tolist() for step in bar])
     seconds = time.perf_counter() - started
-    # All but the stories that max_new_tokens cut short have an end of text in addition.
+    # Stories that max_new_tokens did not cut short also have an end-of-text token.
     generated = sum(min(length + 1, args.max_new_tokens) for length in lengths)
     print(f"{generated} tokens in {seconds:.1f} s, {generated / seconds:.0f} tokens/s", file=sys.stderr)
 

@@ -21,33 +21,33 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import TrainState, best_checkpoint, create_run_folder, open_run, reopen_run_folder, save, save_last
-from config import read_command_line
+from config import BUDGETS, read_command_line
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
-from evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate, evaluate_checkpoint, sample_story
+from evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
 from model import GPT, GPTConfig, count_parameters
 from runtime import files
 from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, cleanup_distributed,
                                  init_distributed, rank_0_first)
 from runtime.errors import UserError, exit_with_one_line
-from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, out_of_memory_advice,
+from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, out_of_memory_errors,
                               pick_compile, pick_device, pick_dtype, pick_fused, pick_micro_batch_size, to_device)
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
     "resume=auto": "resume the run in out_dir if there is one, else start it",
-    "overwrite": "replace the run in out_dir by a new one",
+    "overwrite": "replace the run in out_dir with a new one",
     "eval_only": "only evaluate the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
 }
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Train, or evaluate with --eval_only; `argv` as on the command line. User errors print one line."""
+    """Train, or evaluate with --eval_only; `argv` as on the command line. User errors are reported in one line."""
     # ---- settings ----
     settings, flags, args = read_command_line(argv, ACTIONS)
     if sum(vars(args)[action] for action in ACTIONS) > 1:
-        raise UserError("--resume, --overwrite and --eval_only exclude each other: choose one")
+        raise UserError("--resume, --overwrite and --eval_only are mutually exclusive: choose one")
     rank, world_size = init_distributed()  # 0 and 1 without torchrun
     if args.eval_only:
         if rank == 0:
@@ -67,7 +67,7 @@ def main(argv=None):
         sequences_per_rank = cfg.sequences_per_step // world_size
         check_memory(count_parameters(model_config), sequences_per_rank * cfg.block_size, device)
     if broadcast_object(data.sha256) != data.sha256:
-        raise UserError(f"{data.folder} is not the data that rank 0 has: copy it from there")
+        raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
     micro_batch_size = pick_micro_batch_size(cfg.device_batch_size, sequences_per_rank,
                                              model_config.activation_bytes_per_token * cfg.block_size, device)
 
@@ -78,7 +78,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     model = GPT(model_config).to(device)
     optimizers = make_optimizers(model, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients would vanish
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients underflow
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
     if resume_checkpoint:
         state.restore(resume_checkpoint)
@@ -87,10 +87,9 @@ def main(argv=None):
 
     # ---- the plan, and the run folder ----
     use_compile, reason = pick_compile(cfg.compile, device, training_flops(state))
-    print_plan(state, "compiled (the first step waits for that)" if use_compile else f"not compiled: {reason}")
+    print_plan(state, "compiled (during the first step)" if use_compile else f"not compiled: {reason}")
     if is_finished(state):
-        budget = next(name for name in ("max_minutes", "max_tokens", "max_iters") if getattr(cfg, name))
-        print(f"{cfg.out_dir} is finished already: to train it further, increase --{budget}")
+        print(f"{cfg.out_dir} is finished already: {extension_hint(cfg)}")
         return cleanup_distributed()
     if resume_checkpoint:
         print(f"resuming after step {state.step:,} of {total_steps(state):,}")
@@ -106,22 +105,22 @@ def main(argv=None):
     # ---- the loop ----
     train_model = model
     if use_compile:
-        model.loss_function = torch.compiler.disable(model.loss_function)  # the fused loss has nothing left to fuse
+        model.loss_function = torch.compiler.disable(model.loss_function)  # it is fused by hand already
         train_model = torch.compile(model)  # only for training: evaluation takes little time
     state.start_clock()
     bar = tqdm(total=total_steps(state), initial=state.step, unit=" steps", dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
-    with StopSignals(rank) as signals, out_of_memory_advice(device, micro_batch_size), bar:
+    with StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size), bar:
         if not resumed:
             save_last(state)  # from now on the run can be resumed
         log_run(state, resumed, use_compile)
         x, y = get_batch(state)  # (B, T) each
-        state.synchronize(signals.received)
+        state.sync_ranks(signals.received)
         while True:
-            # Evaluation comes first, so that a run stopped right before one does it when resumed.
+            # Evaluate first: a run that was stopped just before an evaluation then performs it on resume.
             if evaluation_is_due(state):
                 evaluate_and_log(state, tokenizer)
-                state.synchronize(signals.received)
+                state.sync_ranks(signals.received)  # evaluation takes time, and a signal may have arrived
                 save_last(state)
             if state.stop or state.step == total_steps(state):
                 break
@@ -131,14 +130,15 @@ def main(argv=None):
             all_reduce_gradients(model.parameters())
             grad_norm = optimizer_step(state)
             state.step += 1
-            x, y = get_batch(state)  # of the next step, while a GPU is still computing this one
-            state.synchronize(signals.received)
+            x, y = get_batch(state)  # of the next step, while a GPU computes this one
+            state.sync_ranks(signals.received)
             bar.total = total_steps(state)
             bar.update()
 
             log_due = state.step in (1, bar.total) or is_due(state, cfg.log_interval)
             save_due = state.seconds - state.saved_seconds >= 60 * cfg.checkpoint_minutes
             if log_due or save_due or state.stop or is_due(state, cfg.eval_interval):
+                loss = all_reduce_sum(loss)  # the mean over the sequences of all ranks
                 check_finite(state, loss, grad_norm)  # waits for the device, so not after every step
             if log_due:
                 log_step(state, loss, lr, grad_norm, bar)
@@ -156,10 +156,10 @@ def main(argv=None):
 
 
 def make_optimizers(model, cfg):
-    """The optimizers of a run, as a list. Each parameter is in one of them; only matrices and embeddings decay.
+    """The optimizers of a run, as a list. Each parameter is in one of them; only matrices and embeddings are decayed.
 
-    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) updates everything, or all but the matrices of the blocks, which
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) updates with orthogonalized momentum.
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) updates all parameters. With optimizer = "muon", Muon (Jordan et
+    al. 2024, kellerjordan.github.io/posts/muon) updates the matrices of the blocks, and AdamW the rest.
     """
     decayed, not_decayed, muon = [], [], []  # the first two for AdamW
     for name, p in model.named_parameters():
@@ -176,27 +176,29 @@ def make_optimizers(model, cfg):
         optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]  # what the schedule multiplies, under torch's name
+            group["initial_lr"] = group["lr"]  # the one at the end of warmup; torch's schedulers use this key
     return optimizers
 
 
-def cosine(t, cfg):
-    """A half cosine."""
+# A schedule goes from 1 to 0 while t goes from 0 (the end of warmup) to 1 (the end of the schedule).
+
+
+def cosine_schedule(t, cfg):
+    """Half a period of a cosine."""
     return 0.5 * (1 + math.cos(math.pi * t))
 
 
-def linear(t, cfg):
-    """A straight line."""
+def linear_schedule(t, cfg):
+    """Linear decay."""
     return 1 - t
 
 
-def wsd(t, cfg):
+def wsd_schedule(t, cfg):
     """Warmup, stable, decay: constant, then linear over the last decay_fraction (Hu et al. 2024, arXiv 2404.06395)."""
     return min(1, (1 - t) / cfg.decay_fraction)
 
 
-# Each goes from 1 to 0 while t goes from 0 (the end of warmup) to 1 (the end of the schedule).
-SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": wsd}
+SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule, "wsd": wsd_schedule}
 
 
 def schedule_progress(state):
@@ -215,10 +217,10 @@ def learning_rate_multiplier(cfg, iteration, progress):
     if iteration < cfg.warmup_iters:
         return (iteration + 1) / (cfg.warmup_iters + 1)
     final = cfg.min_lr / cfg.learning_rate
-    if progress == 1:  # warmup may have ended only now: the division below would fail
+    if progress == 1:  # also avoids dividing by zero below
         return final
-    warmup = progress * cfg.warmup_iters / max(1, iteration)  # the progress when warmup ended, at constant speed
-    t = max(0.0, (progress - warmup) / (1 - warmup))  # rounding could make it negative
+    warmup_progress = progress * cfg.warmup_iters / max(1, iteration)  # at the end of warmup, at constant speed
+    t = max(0.0, (progress - warmup_progress) / (1 - warmup_progress))  # rounding could make it negative
     return final + (1 - final) * SCHEDULES[cfg.lr_schedule](t, cfg)
 
 
@@ -242,33 +244,34 @@ def get_batch(state):
 
 
 def dropout_seed(seed, step, rank):
-    """The seed of the dropout masks of a step: a function of these three, so that resuming needs no random state."""
+    """The seed of the dropout masks of a step: a function of these three, so that no RNG state has to be saved."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def forward_backward(state, model, x, y):
     """Accumulate the gradients of sequences x, targets y (B, T each), in micro-batches.
 
-    Returns this rank's part of the step's mean loss: a scalar on the device, for which nothing waits.
+    `model` is the one of the state, or that one compiled. Returns this rank's part of the step's mean loss as a scalar
+    tensor, without waiting for the device.
     """
     loss = torch.zeros((), device=state.device)
     for i in range(0, len(x), state.micro_batch_size):
         inputs, targets = x[i:i + state.micro_batch_size], y[i:i + state.micro_batch_size]  # (b, T)
         with autocast(state.device, state.dtype):
-            part = model(inputs, targets) * (len(inputs) / state.cfg.sequences_per_step)
-        state.scaler.scale(part).backward()
-        loss += part.detach()
+            micro_loss = model(inputs, targets) * (len(inputs) / state.cfg.sequences_per_step)
+        state.scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
     return loss
 
 
 def optimizer_step(state):
     """Clip the gradient, update the weights and clear the gradient; returns the gradient's norm, a scalar tensor.
 
-    If a float16 gradient has overflowed, all optimizers skip the step.
+    If a float16 gradient has overflowed, all optimizers skip the step: the scaler would skip only those affected.
     """
     parameters, scaler = state.model.parameters(), state.scaler
     for optimizer in state.optimizers:
-        scaler.unscale_(optimizer)  # before clipping, which needs the true norm
+        scaler.unscale_(optimizer)  # clipping needs unscaled gradients
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, state.cfg.grad_clip or math.inf)
     if not scaler.is_enabled() or math.isfinite(grad_norm):
         for optimizer in state.optimizers:
@@ -281,25 +284,26 @@ def optimizer_step(state):
 
 
 def check_finite(state, loss, grad_norm):
-    """Raise UserError if a step's loss, or its gradient norm, is not finite. Waits for the device.
+    """Raise UserError if a step's loss or gradient norm (scalar tensors) is not finite. Waits for the device.
 
-    A float16 gradient may overflow: the step is then skipped. In other dtypes, it has destroyed the weights.
+    A float16 gradient may overflow: the step was skipped then. In other dtypes the weights are not finite any more.
     """
-    values = {"loss": all_reduce_sum(loss).item()}
+    values = {"loss": loss.item()}
     if not state.scaler.is_enabled():
         values["gradient norm"] = grad_norm.item()
     for name, value in values.items():
         if not math.isfinite(value):
-            raise not_finite(state, name, value)
+            raise non_finite_error(state, name, value)
 
 
-def not_finite(state, name, value):
+def non_finite_error(state, name, value):
     """The UserError for a loss or a gradient norm that is infinite or NaN."""
     cfg = state.cfg
-    lr = cfg.learning_rate * learning_rate_multiplier(cfg, state.iteration, schedule_progress(state))
-    lower = "--muon_lr and --learning_rate" if cfg.optimizer == "muon" else "--learning_rate"
-    return UserError(f"the {name} is {value} at iteration {state.iteration}: try a lower {lower} (now {lr:.3g}), more "
-                     f"--warmup_iters or --dtype=float32; the checkpoints in {cfg.out_dir} are from before")
+    rates = f"--learning_rate (now {cfg.learning_rate:g})"
+    if cfg.optimizer == "muon":
+        rates = f"--muon_lr (now {cfg.muon_lr:g}) and {rates}"
+    return UserError(f"the {name} is {value} at iteration {state.iteration}: try a lower {rates}, more --warmup_iters "
+                     f"or --dtype=float32; the checkpoints in {cfg.out_dir} were saved before and are intact")
 
 
 # ---- when things are due ----
@@ -311,11 +315,13 @@ def total_steps(state):
     if not cfg.max_minutes:
         return math.ceil(cfg.max_iters / cfg.gradient_accumulation_steps)
     used = state.seconds / (60 * cfg.max_minutes)  # part of the time
-    return state.step if used >= 1 else max(state.step + 1, int(state.step / used) if used else 0)
+    if used >= 1:
+        return state.step
+    return max(state.step + 1, int(state.step / used) if used else 0)
 
 
 def is_due(state, interval):
-    """Whether the latest step was the first one to reach a multiple of `interval` iterations."""
+    """Whether the latest step reached or passed a multiple of `interval` iterations."""
     previous = state.iteration - state.cfg.gradient_accumulation_steps
     return state.iteration // interval > previous // interval
 
@@ -324,13 +330,14 @@ def evaluation_is_due(state):
     """Whether to evaluate now: at the end, and at each eval_interval unless the run was asked to stop."""
     if state.metrics["iter"] == state.iteration:  # done, or at the very start
         return False
-    return state.step == total_steps(state) or not state.stop and is_due(state, state.cfg.eval_interval)
+    return state.step == total_steps(state) or (not state.stop and is_due(state, state.cfg.eval_interval))
 
 
 def is_finished(state):
     """Whether a resumed run has done all its steps and its last evaluation."""
-    evaluated = state.metrics["iter"] == state.iteration
-    return state.step > total_steps(state) or state.step == total_steps(state) and evaluated
+    if state.step > total_steps(state):  # the run has been shortened
+        return True
+    return state.step == total_steps(state) and state.metrics["iter"] == state.iteration
 
 
 # ---- evaluation and logs ----
@@ -339,14 +346,9 @@ def is_finished(state):
 def evaluate_and_log(state, tokenizer):
     """Evaluate on fixed windows of both splits, log the losses and a sample, and save the best weights in ckpt.pt."""
     started = time.perf_counter()
-    losses = []
-    with autocast(state.device, state.dtype):
-        for split, starts in state.data.eval_windows.items():
-            own = evaluate(state.model, split, starts[state.rank::state.world_size], state.micro_batch_size)
-            losses.append(all_reduce_sum(own.double().sum()).item() / len(starts))
-    train_loss, val_loss = losses
+    train_loss, val_loss = evaluate_splits(state)
     if not math.isfinite(val_loss):
-        raise not_finite(state, "validation loss", val_loss)
+        raise non_finite_error(state, "validation loss", val_loss)
     val_bpb = bits_per_byte(val_loss, state.data.validation)
     state.metrics = {"iter": state.iteration, "tokens": state.tokens, "train_loss": train_loss, "val_loss": val_loss,
                      "val_bpb": val_bpb}
@@ -359,12 +361,12 @@ def evaluate_and_log(state, tokenizer):
     if val_loss < state.best_val_loss:
         state.best_val_loss = val_loss
         if state.rank == 0:
-            save(state.out_dir / "ckpt.pt", state.model_checkpoint())
-    state.logged_at += time.perf_counter() - started  # the logged speed is that of training alone
+            save(state.out_dir / "ckpt.pt", state.model_dict())
+    state.excluded_seconds += time.perf_counter() - started
 
 
 def log_run(state, resumed, use_compile):
-    """Log what the run is: settings, data, machine and versions."""
+    """Log the settings, data, machine and versions of the run."""
     if state.rank == 0:
         files.append_line(state.out_dir / "log.jsonl", {
             "kind": "run", "config": asdict(state.cfg), "resumed_at": state.iteration if resumed else None,
@@ -379,8 +381,9 @@ def log_run(state, resumed, use_compile):
 def log_step(state, loss, lr, grad_norm, bar):
     """Log a training step, and show it on the progress bar or, without a terminal, as a line."""
     now = time.perf_counter()
-    tokens_per_s = (state.step - state.logged_step) * state.cfg.tokens_per_step / (now - state.logged_at)
-    state.logged_step, state.logged_at = state.step, now
+    training_seconds = now - state.logged_at - state.excluded_seconds
+    tokens_per_s = (state.step - state.logged_step) * state.cfg.tokens_per_step / training_seconds
+    state.logged_step, state.logged_at, state.excluded_seconds = state.step, now, 0.0
     if state.rank == 0:
         files.append_line(state.out_dir / "log.jsonl", {
             "kind": "step", "iter": state.iteration, "update": state.step, "tokens": state.tokens,
@@ -390,24 +393,28 @@ def log_step(state, loss, lr, grad_norm, bar):
     summary = f"loss {loss.item():.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s"
     bar.set_postfix_str(summary)
     if bar.disable:
-        remaining = (bar.total - state.step) * state.cfg.tokens_per_step / tokens_per_s  # seconds
-        print(f"iteration {state.iteration:,}: {summary}"  # the first step may include compiling
-              + (f", {tqdm.format_interval(remaining)} left" if state.step > 1 else ""), flush=True)
+        if state.step > 1:  # the first step may include compiling
+            seconds_left = (bar.total - state.step) * state.cfg.tokens_per_step / tokens_per_s
+            summary += f", {tqdm.format_interval(seconds_left)} left"
+        print(f"iteration {state.iteration:,}: {summary}", flush=True)
 
 
 # ---- what is printed at the start and at the end ----
 
 
 def training_flops(state):
-    """Floating-point operations of the whole run, roughly: 6 per parameter and token."""
+    """Floating-point operations of the whole run, roughly: 6 per parameter and token.
+
+    With max_minutes they are unknown: infinite for ten minutes or more, so that compiling pays off, else 0.
+    """
     cfg = state.cfg
-    if cfg.max_minutes:  # the number of steps is unknown; compiling takes about a minute
+    if cfg.max_minutes:
         return math.inf if cfg.max_minutes >= 10 else 0
     return 6 * state.model.num_parameters() * cfg.tokens_per_step * total_steps(state)
 
 
 def print_plan(state, compiled):
-    """Print what will be trained on what, and warn about a learning-rate schedule that looks like a mistake."""
+    """Print the model, the data and the budget, and warn about a learning-rate schedule that looks like a mistake."""
     cfg, data, steps = state.cfg, state.data, total_steps(state)
     tokens = steps * cfg.tokens_per_step
     print(f"{cfg.out_dir}: {state.model.num_parameters():,} parameters; {cfg.n_layer} layers, {cfg.n_head} heads, "
@@ -422,8 +429,16 @@ def print_plan(state, compiled):
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup, the "
               "learning rate rises until the end and never decays")
     if cfg.lr_decay_iters > cfg.max_iters and not cfg.max_minutes:  # as in a resumed run that was shortened
-        print(f"note: the learning rate reaches min_lr at iteration {cfg.lr_decay_iters:,}, but the run ends before, "
-              f"at {cfg.max_iters:,}")
+        print(f"note: the learning rate reaches min_lr at iteration {cfg.lr_decay_iters:,}, but the run ends at "
+              f"iteration {cfg.max_iters:,}")
+
+
+def extension_hint(cfg):
+    """How to train a finished run further, as a phrase."""
+    if cfg.min_lr == 0 and not cfg.max_minutes:
+        return "its learning rate is 0 now, so start a longer run with another --out_dir"
+    budget = next(name for name in reversed(BUDGETS) if getattr(cfg, name))  # max_iters is always set
+    return f"to train it further, increase --{budget}"
 
 
 def print_summary(state):

@@ -1,8 +1,8 @@
 """All settings, and how config files and command-line flags set them.
 
-A config file is a Python file of plain assignments (`learning_rate = 3e-4`), which may compute. Every name in it must
-be a setting, except names that start with an underscore, imported modules, functions and classes. Flags override the
-config file: `python train.py config/x.py --learning_rate=3e-4 --compile=False`.
+A config file is a Python file of assignments such as `learning_rate = 3e-4`; the values may be any expression. Every
+name in it must be a setting, except names that start with an underscore, imported modules, functions and classes.
+Flags override the config file: `python train.py config/x.py --learning_rate=3e-4 --compile=False`.
 """
 
 import argparse
@@ -26,7 +26,8 @@ BUDGETS = ("max_iters", "max_tokens", "max_minutes")  # the length of a run, in 
 def setting(default, meaning, low=-math.inf, high=math.inf, resume=False):
     """A field of `Config`: default, one-line meaning, allowed range, and whether it may change when a run is resumed.
 
-    `resume=True` only if a setting changes nothing that an optimizer step computes, apart from rounding.
+    `resume=True` is only for settings that change nothing that an optimizer step computes, apart from rounding, and for
+    the length of the run.
     """
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "resume": resume})
 
@@ -46,8 +47,8 @@ class Config:
 
     n_layer: int = setting(6, "number of blocks", low=1, high=1000)
     n_head: int = setting(6, "attention heads per block", low=1)
-    n_embd: int = setting(384, "width of the model, a multiple of n_head", low=1, high=2**20)
-    block_size: int = setting(128, "tokens per sequence", low=2)
+    n_embd: int = setting(384, "embedding dimension, a multiple of n_head", low=1, high=2**20)
+    block_size: int = setting(128, "length of a sequence (and of the context window) in tokens", low=2)
     dropout: float = setting(0.1, "probability of dropping an activation in training", low=0, high=0.99)
     bias: bool = setting(True, "biases in linear layers and layer norms")
 
@@ -59,9 +60,9 @@ class Config:
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "adamw for all parameters, or muon for the matrices of the blocks and adamw for the rest")
     learning_rate: float = setting(1e-4, "AdamW's learning rate at the end of warmup", low=1e-9)
-    muon_lr: float = setting(0.02, "Muon's learning rate at the end of warmup; the same schedule multiplies it", low=0)
+    muon_lr: float = setting(0.02, "Muon's learning rate at the end of warmup; scaled by the same schedule", low=0)
     lr_schedule: Literal["cosine", "linear", "wsd"] = setting(
-        "cosine", "how the learning rate goes to min_lr; wsd: constant, then linear over the last decay_fraction")
+        "cosine", "shape of the decay to min_lr; wsd: constant, then linear over the last decay_fraction")
     min_lr: float = setting(5e-4, "AdamW's learning rate at the end of the schedule", low=0)
     warmup_iters: int = setting(1_000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = setting(0, "iteration at which the schedule ends; 0: the end of the run", low=0)
@@ -72,7 +73,7 @@ class Config:
     grad_clip: float = setting(0.5, "maximum norm of the gradient; 0: no clipping", low=0)
 
     eval_interval: int = setting(500, "iterations between evaluations", low=1, resume=True)
-    eval_iters: int = setting(40, "batches of batch_size windows per split and evaluation", low=1)
+    eval_iters: int = setting(40, "batches per split in an evaluation, of batch_size windows each", low=1)
     log_interval: int = setting(10, "iterations between log lines", low=1, resume=True)
 
     checkpoint_minutes: float = setting(
@@ -84,7 +85,7 @@ class Config:
     compile: Literal["auto"] | bool = setting(
         "auto", "use torch.compile; auto: on CUDA, if the run is long enough", resume=True)
     device_batch_size: Literal["auto"] | int = setting(
-        "auto", "micro-batch size in sequences, a divisor of a step's; auto: by memory", low=1, resume=True)
+        "auto", "micro-batch size; must divide the sequences per step; auto: as memory allows", low=1, resume=True)
 
     def __post_init__(self):
         _check_each(asdict(self))
@@ -125,7 +126,7 @@ def apply_overrides(settings, flags):
 
 
 def read_command_line(argv, actions):
-    """Parse the command line: (settings of the config file, settings of the flags, both dicts, and all arguments).
+    """Parse the command line; returns the config file's settings, the flags' settings (dicts) and the namespace.
 
     `actions`: flags that are not settings, name → meaning (`{"resume": "resume the run"}`). Unless it sets `out_dir`
     itself, a config file's run folder is out/<name of the file>.
@@ -147,7 +148,9 @@ def read_command_line(argv, actions):
         _budgets_in(flags)
     except UserError as error:
         parser.error(str(error))
-    settings = {"out_dir": f"out/{Path(args.config).stem}"} | read_config_file(args.config) if args.config else {}
+    settings = {}
+    if args.config:
+        settings = {"out_dir": f"out/{Path(args.config).stem}"} | read_config_file(args.config)
     return settings, flags, args
 
 
@@ -185,7 +188,7 @@ def _budgets_in(values):
 
 
 def _choices_and_type(f):
-    """The words that a setting allows ("auto"), and the type of its other values (None: only the words)."""
+    """The literal choices of a setting ("auto"), and the type of its other values (None if there are none)."""
     parts = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Union else (f.type,)
     choices = [choice for part in parts for choice in typing.get_args(part)]
     return choices, next((part for part in parts if isinstance(part, type)), None)

@@ -13,7 +13,7 @@ block_size = 128
 dropout = 0.1
 bias = True
 
-# An iteration is a micro-batch: 20,000 of them are 625 optimizer steps of 32 * 32 sequences = 131,072 tokens.
+# An iteration is one batch of 32 sequences: 20,000 are 625 optimizer steps of 32 * 32 sequences = 131,072 tokens.
 batch_size = 32
 gradient_accumulation_steps = 32
 max_iters = 20_000

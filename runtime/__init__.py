@@ -1,1 +1,1 @@
-"""Everything about machines, processes and files. Nothing here knows what a GPT is."""
+"""Machine, process and file utilities; they import nothing else of the project."""

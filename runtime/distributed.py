@@ -1,7 +1,7 @@
 """Training on several GPUs or machines, in processes started by torchrun.
 
 Each process is a rank. All ranks do the same optimizer steps on the same weights, each with its part of the sequences;
-rank 0 alone writes files and prints. Without torchrun there is one rank and every function here returns at once.
+rank 0 alone writes files and prints. Without torchrun there is one rank, and the functions here do nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from runtime.errors import UserError
 
-TIMEOUT = timedelta(minutes=10)  # for a rank that is alive but late: compiling, or writing to a slow disk
+TIMEOUT = timedelta(minutes=10)  # for a slow rank: compiling, or writing to a slow disk
 
 
 def init_distributed():
@@ -28,7 +28,7 @@ def init_distributed():
     if int(os.environ["RANK"]):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 prints
     # torchrun's store survives a restart together with the addresses of the dead processes, so each start needs its
-    # own key prefix. The restart count serves, but across machines the counts can differ.
+    # own key prefix: the restart count. On several machines the counts can differ.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restarts and shared_store and int(os.environ["GROUP_WORLD_SIZE"]) > 1:

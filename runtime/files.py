@@ -31,7 +31,7 @@ def atomic_write(path, write, previous=None):
         temporary.replace(path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a failed write
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,7 +55,7 @@ def append(path, text):
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
 
 
 def append_line(path, record):
@@ -63,7 +63,7 @@ def append_line(path, record):
     append(path, json.dumps(record) + "\n")
 
 
-def cannot_write(path, error):
+def write_error(path, error):
     """The UserError for a file that could not be written."""
     reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))  # torch hides the system's reason
     reason = next(filter(None, reasons), "is the disk full?")

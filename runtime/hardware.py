@@ -77,7 +77,7 @@ def pick_inference_dtype(name, device, num_samples):
 
     auto is the fastest. A single story is limited by reading the weights from memory, where int8 is the smallest;
     many stories are limited by arithmetic, which is slower in int8 here. int8 was measured on x86 only, so auto does
-    not use it on other processors. Raises UserError as `pick_dtype` does, and for int8 on other devices than the CPU.
+    not use it on other processors. Raises UserError as `pick_dtype` does, and for int8 on devices other than the CPU.
     """
     if name == "auto" and device.type == "cpu" and num_samples == 1 and platform.machine() in ("x86_64", "AMD64"):
         return "int8"
@@ -109,7 +109,7 @@ def pick_compile(setting, device, flops):
     import torch
 
     if setting != "auto":
-        return setting, "compile = False"
+        return setting, "" if setting else "compile = False"
     if device.type != "cuda":
         return False, f"it is no faster on {device.type}"
     if flops < MIN_FLOPS_TO_COMPILE:
@@ -137,7 +137,9 @@ def pick_micro_batch_size(setting, sequences, sequence_bytes, device):
     memory = device_memory(device) // 2 if device.type == "cuda" else 768 * 2**20
     limit = max(1, memory // sequence_bytes)
     divisor = max(n for n in range(1, min(limit, sequences) + 1) if sequences % n == 0)
-    return divisor if 2 * divisor > limit else math.ceil(sequences / math.ceil(sequences / limit))
+    if 2 * divisor > limit:
+        return divisor
+    return math.ceil(sequences / math.ceil(sequences / limit))  # nearly equal parts, the last one smaller
 
 
 def check_memory(parameters, tokens, device):
@@ -160,7 +162,7 @@ def device_memory(device):
 
 
 @contextmanager
-def out_of_memory_advice(device, micro_batch_size):
+def out_of_memory_errors(device, micro_batch_size):
     """Turn an out-of-memory error into a UserError that names a smaller device_batch_size."""
     import torch
 

@@ -12,7 +12,7 @@ import checkpoint
 import train
 from conftest import TINY
 from data.dataset import Split, evaluation_windows
-from evaluate import bits_per_byte, evaluate, sample_story
+from evaluate import bits_per_byte, sample_story, window_losses
 from model import GPT, GPTConfig
 
 
@@ -21,12 +21,12 @@ def test_evaluation_has_no_dropout_and_does_not_depend_on_the_batch_size(with_da
     model = GPT(GPTConfig(300, 16, 2, 2, 16, 0.5)).train()
     split = Split("data/nursery-bpe300", "validation", 16)
     starts = evaluation_windows(split, 12)
-    losses = evaluate(model, split, starts, batch_size=5)
+    losses = window_losses(model, split, starts, batch_size=5)
     assert model.training and losses.shape == (12,)
-    assert torch.allclose(losses, evaluate(model, split, starts, batch_size=12), atol=1e-5)
+    assert torch.allclose(losses, window_losses(model, split, starts, batch_size=12), atol=1e-5)
     x, y = map(torch.from_numpy, split.windows(starts[3:4]))
     assert losses[3].item() == pytest.approx(model.eval()(x, y).item(), rel=1e-5)
-    assert evaluate(model, split, [], batch_size=5).shape == (0,) and not model.training
+    assert window_losses(model, split, [], batch_size=5).shape == (0,) and not model.training
 
 
 def test_bits_per_byte(with_data):
@@ -85,7 +85,7 @@ def test_eval_only_on_another_dataset_needs_the_same_tokenizer(with_data, capsys
     import prepare
     train.main([*TINY, "--max_iters=2", "--out_dir=out/x"])
     prepare.main(["nursery", "--tokenizer", "bpe:310", "--max_stories", "60"])
-    assert "has another tokenizer than out/x" in fails(train.main, ["--eval_only", "--dataset=nursery-bpe310"])
+    assert "has a different tokenizer from out/x" in fails(train.main, ["--eval_only", "--dataset=nursery-bpe310"])
     (with_data / "data/copy").symlink_to(with_data / "data/nursery-bpe300")
     assert eval_only(capsys, "--dataset=copy")[0]["dataset"] == "data/copy"
 

@@ -259,7 +259,7 @@ def test_a_learning_rate_that_rises_is_warned_about(with_data, capsys):
 
 def test_a_run_that_ends_before_its_schedule_is_noted(with_data, capsys):
     train.main([*TINY, "--out_dir=out/x", "--max_iters=4", "--lr_decay_iters=8"])
-    assert "reaches min_lr at iteration 8, but the run ends before, at 4" in capsys.readouterr().out
+    assert "reaches min_lr at iteration 8, but the run ends at iteration 4" in capsys.readouterr().out
     train.main([*TINY, "--out_dir=out/y", "--max_iters=4"])
     assert "reaches min_lr" not in capsys.readouterr().out
 
@@ -353,6 +353,13 @@ def test_max_minutes_ends_the_run_in_time_with_the_learning_rate_decayed(with_da
     train.main(["--resume", "--out_dir=out/x", "--max_minutes=0.06"])
     assert "changed: max_minutes is now 0.06, was 0.05" in capsys.readouterr().out
     assert load_last("out/x")["seconds"] >= 3.6
+
+
+def test_a_finished_run_says_how_it_can_be_trained_further():
+    """A run whose learning rate has decayed to 0 cannot, unless it is limited by minutes."""
+    assert train.extension_hint(Config(min_lr=1e-5, max_tokens=10**7)) == "to train it further, increase --max_tokens"
+    assert train.extension_hint(Config(min_lr=0.0, max_minutes=5.0)) == "to train it further, increase --max_minutes"
+    assert "its learning rate is 0 now, so start a longer run" in train.extension_hint(Config(min_lr=0.0))
 
 
 def test_a_run_that_ends_during_warmup_prints_a_warning(with_data, clock, capsys):
@@ -642,7 +649,7 @@ def test_resuming_refuses_the_ckpt_of_another_run(with_data, fails):
     for name in ("last.pt", "log.jsonl", "samples.md"):  # the logs too: last.pt contains their sizes
         Path("out/y", name).replace(Path("out/x", name))
     line = fails(train.main, ["--out_dir=out/x", "--resume", "--max_iters=16"])
-    assert "out/x/ckpt.pt and last.pt next to it belong to different runs, as their seed differs" in line
+    assert "out/x/ckpt.pt and last.pt next to it belong to different runs, because their seed differs" in line
 
 
 def test_a_run_without_fused_adamw_can_be_resumed_with_it(with_data):
@@ -663,7 +670,7 @@ def test_a_run_without_fused_adamw_can_be_resumed_with_it(with_data):
 
 def test_actions_exclude_each_other(here, fails):
     for actions in (["--resume", "--overwrite"], ["--resume=auto", "--eval_only"]):
-        assert "exclude each other: choose one" in fails(train.main, actions)
+        assert "mutually exclusive: choose one" in fails(train.main, actions)
 
 
 def test_missing_data_is_reported_with_the_command_that_prepares_it(here, fails):
@@ -712,7 +719,7 @@ def test_a_gradient_norm_may_be_infinite_only_in_float16():
     good, bad = torch.tensor(1.0), torch.tensor(math.inf)
     state = state_at(Config(optimizer="muon"), 3, scaler=torch.amp.GradScaler("cpu", enabled=False))
     train.check_finite(state, good, good)
-    with pytest.raises(UserError, match="the gradient norm is inf at iteration 96: try a lower --muon_lr and --learn"):
+    with pytest.raises(UserError, match="gradient norm is inf at iteration 96: try a lower --muon_lr .now 0.02. and --l"):
         train.check_finite(state, good, bad)
     state.scaler = torch.amp.GradScaler("cpu")
     train.check_finite(state, good, bad)  # the step has been skipped

@@ -162,8 +162,7 @@ def test_dropout_masks_differ_between_ranks_and_steps():
 def test_a_world_size_that_does_not_divide_the_step_is_refused_once(with_data):
     results = train_on_ranks(3, [*FLAGS, "--out_dir=out/x"])
     assert [code for code, _, _ in results] == [1, 1, 1] and not Path("out").exists()
-    assert results[0][2] == ("error: 3 processes cannot divide a step's 8 sequences evenly: start 1, 2, 4, 8 of "
-                             "them\n")
+    assert results[0][2] == ("error: 3 processes cannot divide a step's 8 sequences evenly: use 1, 2, 4, 8\n")
     assert not any("cannot divide" in err or "Traceback" in err for _, _, err in results[1:])
 
 
@@ -190,7 +189,7 @@ def test_only_rank_0_uses_the_run_folder_and_all_ranks_need_the_same_data(with_d
     prepare.main(["nursery", "--tokenizer", "bpe:300", "--max_stories", "70", "--validation_fraction", "0.1"])
     os.chdir("..")
     results = train_on_ranks(2, [*FLAGS, "--out_dir=out/y"], other_folder="machine3")
-    assert "data/nursery-bpe300 is not the data that rank 0 has" in results[1][2] and results[0][0] == 1
+    assert "data/nursery-bpe300 differs from rank 0's copy" in results[1][2] and results[0][0] == 1
 
 
 def test_only_rank_0_runs_eval_only(trained, monkeypatch):

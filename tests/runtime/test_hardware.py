@@ -18,7 +18,7 @@ from model import GPTConfig
 from runtime import hardware
 from runtime.errors import UserError
 from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, max_concurrent_samples,
-                              out_of_memory_advice, pick_compile, pick_device, pick_dtype, pick_fused,
+                              out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
                               pick_inference_dtype, pick_micro_batch_size, stop_signals, to_device, try_lock)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -158,12 +158,12 @@ def test_to_device_keeps_values_and_dtype():
                                    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")])
 def test_out_of_memory_advises_half_the_micro_batch_size(error, size, advice):
     with pytest.raises(UserError, match=rf"out of memory on cpu: try --device_batch_size={advice} \(now {size}\)"):
-        with out_of_memory_advice(CPU, size):
+        with out_of_memory_errors(CPU, size):
             raise error
 
 
 def test_other_errors_get_no_advice():
-    with pytest.raises(RuntimeError, match="^shapes differ$"), out_of_memory_advice(CPU, 32):
+    with pytest.raises(RuntimeError, match="^shapes differ$"), out_of_memory_errors(CPU, 32):
         raise RuntimeError("shapes differ")
 
 
