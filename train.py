@@ -82,10 +82,12 @@ def main(argv=None):
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
     if resume_checkpoint:
         state.restore(resume_checkpoint)
+        if rank == 0:
+            reopen_run_folder(state, resume_checkpoint["sizes"])
     elif init_checkpoint:
         model.load_pretrained(init_checkpoint["model"])
 
-    # ---- the plan, and the run folder ----
+    # ---- what will be done ----
     use_compile, reason = pick_compile(cfg.compile, device, training_flops(state))
     print_plan(state, "compiled (during the first step)" if use_compile else f"not compiled: {reason}")
     if is_finished(state):
@@ -95,11 +97,9 @@ def main(argv=None):
         print(f"resuming after step {state.step:,} of {total_steps(state):,}")
     elif init_checkpoint:
         print(f"starting from the weights of {cfg.init_from}, trained on {init_checkpoint['tokens']:,} tokens")
-    if rank == 0 and resume_checkpoint:
-        reopen_run_folder(state, resume_checkpoint["sizes"])
-    elif rank == 0:
-        create_run_folder(state.out_dir, data.folder, args.overwrite)
     resumed = resume_checkpoint is not None
+    if rank == 0 and not resumed:
+        create_run_folder(state.out_dir, data.folder, args.overwrite)
     del opened, resume_checkpoint, init_checkpoint  # frees memory: the weights are in the model now
 
     # ---- the loop ----
@@ -316,7 +316,7 @@ def total_steps(state):
         return math.ceil(cfg.max_iters / cfg.gradient_accumulation_steps)
     used = state.seconds / (60 * cfg.max_minutes)  # part of the time
     if used >= 1:
-        return state.step
+        return max(1, state.step)
     return max(state.step + 1, int(state.step / used) if used else 0)
 
 
@@ -435,7 +435,7 @@ def print_plan(state, compiled):
 
 def extension_hint(cfg):
     """How to train a finished run further, as a phrase."""
-    if cfg.min_lr == 0 and not cfg.max_minutes:
+    if cfg.min_lr == 0 and cfg.lr_decay_iters <= cfg.max_iters and not cfg.max_minutes:
         return "its learning rate is 0 now, so start a longer run with another --out_dir"
     budget = next(name for name in reversed(BUDGETS) if getattr(cfg, name))  # max_iters is always set
     return f"to train it further, increase --{budget}"

@@ -360,6 +360,13 @@ def test_a_finished_run_says_how_it_can_be_trained_further():
     assert train.extension_hint(Config(min_lr=1e-5, max_tokens=10**7)) == "to train it further, increase --max_tokens"
     assert train.extension_hint(Config(min_lr=0.0, max_minutes=5.0)) == "to train it further, increase --max_minutes"
     assert "its learning rate is 0 now, so start a longer run" in train.extension_hint(Config(min_lr=0.0))
+    assert "increase --max_iters" in train.extension_hint(Config(min_lr=0.0, lr_decay_iters=30_000))
+
+
+def test_a_run_of_no_time_at_all_is_one_step(with_data):
+    """As with the start taking longer than max_minutes."""
+    train.main([*MINUTES, "--max_minutes=0.00001"])
+    assert checkpoint.load("out/x/ckpt.pt")["update"] == checkpoint.load("out/x/last.pt")["update"] == 1
 
 
 def test_a_run_that_ends_during_warmup_prints_a_warning(with_data, clock, capsys):

@@ -98,7 +98,7 @@ def test_rank_0_first(here):
             Path(f"{rank} after {sorted(path.name for path in Path().iterdir())}").touch()
         cleanup_distributed()
 
-    run_ranks(2, main, [])
+    assert [code for code, _, _ in run_ranks(2, main, [])] == [0, 0]
     assert sorted(os.listdir()) == ["0 after []", "1 after ['0 after []']"]
 
 
