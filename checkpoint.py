@@ -126,7 +126,7 @@ class TrainState:
             if checkpoint["scaler"]:  # empty if the run was not in float16 before
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.metrics = checkpoint["figures"]
-            self.metrics["iter"]  # KeyError if the checkpoint is not one of a run
+            self.metrics["iter"]  # raises KeyError if train.py did not write the checkpoint
         self.step, self.skipped, self.seconds = checkpoint["update"], checkpoint["skipped"], checkpoint["seconds"]
         self.best_val_loss = checkpoint["best_val_loss"]
 
@@ -165,7 +165,7 @@ def _resume(out_dir, settings, flags, world_size):
     with reading_checkpoint(Path(out_dir, "last.pt")):
         stored = asdict(Config(**checkpoint["config"]))
     cfg = Config(**apply_overrides(stored, flags) | {"out_dir": str(out_dir)})
-    check_resume_settings(stored, asdict(cfg), settings)
+    check_resume_settings(stored, asdict(cfg), apply_overrides(settings, flags))
     if checkpoint["ranks"] != world_size:
         print(f"changed: the world size is now {world_size}, was {checkpoint['ranks']}")
     data_dir = Path("data", cfg.dataset)
@@ -178,8 +178,8 @@ def _resume(out_dir, settings, flags, world_size):
 def check_resume_settings(stored, current, settings):
     """Print which settings differ from the stored ones of a resumed run; raise UserError for those that may not."""
     if bool(stored["max_minutes"]) != bool(current["max_minutes"]):
-        raise UserError("a run limited by --max_minutes can be changed by --max_minutes only, any other run by "
-                        "--max_iters or --max_tokens: use that flag, or start a new run with another --out_dir")
+        raise UserError("the length of a run with max_minutes can be changed by --max_minutes only, that of any other "
+                        "run by --max_iters or --max_tokens: use that flag, or start a new run with another --out_dir")
     # A longer run, whose schedule has already ended at a learning rate of 0.
     if current["min_lr"] == 0 and max(stored["max_iters"], current["lr_decay_iters"]) < current["max_iters"]:
         raise UserError(f"the learning rate is 0 from iteration {current['lr_decay_iters']} on, so more iterations "
@@ -243,20 +243,18 @@ def reopen_run_folder(state, sizes):
     If ckpt.pt cannot be used, the best loss is forgotten, so that the next evaluation writes a new one. Raises
     UserError if it belongs to another run.
     """
+    path, cfg = state.out_dir / "ckpt.pt", asdict(state.cfg)
+    if math.isfinite(state.best_val_loss):
+        try:
+            stored = load(path)["config"]
+        except UserError as error:
+            print(f"note: {error}\nnote: if the run is trained further, its next evaluation writes a new {path}")
+            state.best_val_loss, stored = math.inf, {}
+        differing = [name for name in cfg.keys() - CHANGEABLE_ON_RESUME if stored.get(name, cfg[name]) != cfg[name]]
+        if differing:
+            raise UserError(f"{path} and the last.pt next to it belong to different runs (their {min(differing)} "
+                            "differs): move the wrong file away")
     truncate_logs(state.out_dir, sizes)
-    path = state.out_dir / "ckpt.pt"
-    if not math.isfinite(state.best_val_loss):
-        return
-    try:
-        stored = load(path)["config"]
-    except UserError as error:
-        print(f"note: {error}\nnote: the next evaluation writes a new {path}")
-        state.best_val_loss = math.inf
-        return
-    cfg = asdict(state.cfg)
-    if differing := [name for name in cfg.keys() - CHANGEABLE_ON_RESUME if stored.get(name, cfg[name]) != cfg[name]]:
-        raise UserError(f"{path} and last.pt next to it belong to different runs, because their {min(differing)} "
-                        "differs: remove the one that does not belong there")
 
 
 # ---- checkpoints ----

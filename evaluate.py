@@ -19,7 +19,7 @@ SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250  # of 
 
 @torch.no_grad()
 def window_losses(model, split, starts, batch_size):
-    """The mean loss, in nats/token, of each window of a `Split` that starts at `starts` (N,): (N,), on the CPU."""
+    """The mean loss of each window of a `Split`, in nats/token: (N,), on the CPU. `starts` (N,): their first tokens."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # no dropout
@@ -74,10 +74,10 @@ def evaluate_checkpoint(settings, flags):
     path = best_checkpoint(out_dir)
     if path.name != "ckpt.pt":
         print(f"{out_dir} has no ckpt.pt yet: evaluating {path.name}", file=sys.stderr)
-    model, tokenizer, state = load_model(path)
+    model, tokenizer, checkpoint = load_model(path)
     with reading_checkpoint(path):
         # Another batch_size could contradict these two settings, which evaluation does not use.
-        cfg = Config(**state["config"] | flags | {"max_tokens": 0, "device_batch_size": "auto"})
+        cfg = Config(**checkpoint["config"] | flags | {"max_tokens": 0, "device_batch_size": "auto"})
     data_dir = Path("data", cfg.dataset)
     split = Split(data_dir, "validation", cfg.block_size)
     if Tokenizer.load(data_dir) != tokenizer:

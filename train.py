@@ -217,9 +217,9 @@ def learning_rate_multiplier(cfg, iteration, progress):
     if iteration < cfg.warmup_iters:
         return (iteration + 1) / (cfg.warmup_iters + 1)
     final = cfg.min_lr / cfg.learning_rate
-    if progress == 1:  # also avoids dividing by zero below
+    if progress == 1:  # first, because 1 - warmup_progress can be 0
         return final
-    warmup_progress = progress * cfg.warmup_iters / max(1, iteration)  # at the end of warmup, at constant speed
+    warmup_progress = progress * cfg.warmup_iters / max(1, iteration)  # at the end of warmup, if the speed was constant
     t = max(0.0, (progress - warmup_progress) / (1 - warmup_progress))  # rounding could make it negative
     return final + (1 - final) * SCHEDULES[cfg.lr_schedule](t, cfg)
 
@@ -251,7 +251,7 @@ def dropout_seed(seed, step, rank):
 def forward_backward(state, model, x, y):
     """Accumulate the gradients of sequences x, targets y (B, T each), in micro-batches.
 
-    `model` is the one of the state, or that one compiled. Returns this rank's part of the step's mean loss as a scalar
+    `model` is `state.model` or its compiled version. Returns this rank's part of the step's mean loss as a scalar
     tensor, without waiting for the device.
     """
     loss = torch.zeros((), device=state.device)
@@ -286,7 +286,7 @@ def optimizer_step(state):
 def check_finite(state, loss, grad_norm):
     """Raise UserError if a step's loss or gradient norm (scalar tensors) is not finite. Waits for the device.
 
-    A float16 gradient may overflow: the step was skipped then. In other dtypes the weights are not finite any more.
+    In float16 the gradient norm may be infinite: the step was skipped then. In other dtypes it damages the weights.
     """
     values = {"loss": loss.item()}
     if not state.scaler.is_enabled():
@@ -302,8 +302,8 @@ def non_finite_error(state, name, value):
     rates = f"--learning_rate (now {cfg.learning_rate:g})"
     if cfg.optimizer == "muon":
         rates = f"--muon_lr (now {cfg.muon_lr:g}) and {rates}"
-    return UserError(f"the {name} is {value} at iteration {state.iteration}: try a lower {rates}, more --warmup_iters "
-                     f"or --dtype=float32; the checkpoints in {cfg.out_dir} were saved before and are intact")
+    return UserError(f"the {name} is {value} at iteration {state.iteration}: resume with --dtype=float32, or start a "
+                     f"new run with a lower {rates} or more --warmup_iters; {cfg.out_dir} has earlier checkpoints")
 
 
 # ---- when things are due ----
@@ -405,7 +405,7 @@ def log_step(state, loss, lr, grad_norm, bar):
 def training_flops(state):
     """Floating-point operations of the whole run, roughly: 6 per parameter and token.
 
-    With max_minutes they are unknown: infinite for ten minutes or more, so that compiling pays off, else 0.
+    With max_minutes the number is unknown: infinity from ten minutes on, so that `pick_compile` compiles, else 0.
     """
     cfg = state.cfg
     if cfg.max_minutes:

@@ -26,8 +26,8 @@ BUDGETS = ("max_iters", "max_tokens", "max_minutes")  # the length of a run, in 
 def setting(default, meaning, low=-math.inf, high=math.inf, resume=False):
     """A field of `Config`: default, one-line meaning, allowed range, and whether it may change when a run is resumed.
 
-    `resume=True` is only for settings that change nothing that an optimizer step computes, apart from rounding, and for
-    the length of the run.
+    `resume=True` is only for settings that change what an optimizer step computes by no more than rounding and the
+    dropout masks, and for the length of the run.
     """
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "resume": resume})
 
@@ -66,7 +66,8 @@ class Config:
     min_lr: float = setting(5e-4, "AdamW's learning rate at the end of the schedule", low=0)
     warmup_iters: int = setting(1_000, "iterations of linear warmup", low=0)
     lr_decay_iters: int = setting(0, "iteration at which the schedule ends; 0: the end of the run", low=0)
-    decay_fraction: float = setting(0.5, "wsd: the part of the schedule after warmup that decays", low=1e-6, high=1)
+    decay_fraction: float = setting(
+        0.5, "wsd: length of the decay, as a fraction of the schedule after warmup", low=1e-6, high=1)
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings; biases and norms have none", low=0)
     beta1: float = setting(0.9, "AdamW's beta1", low=0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's beta2", low=0, high=0.99999)

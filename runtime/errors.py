@@ -38,9 +38,12 @@ def exit_with_one_line(main):
         except MemoryError as error:
             message, code = f"error: out of memory: {str(error) or 'use smaller sizes'}", 1
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's class; not every script imports torch
+            if "DefaultCPUAllocator" in str(error):  # torch on a CPU
+                message, code = f"error: out of memory: use smaller sizes ({error})", 1
+            elif type(error).__name__ == "OutOfMemoryError":  # torch's class; not every script imports torch
+                message, code = f"error: out of memory on the GPU: use smaller sizes, or --device=cpu ({error})", 1
+            else:
                 raise
-            message, code = f"error: out of memory on the GPU: use smaller sizes, or --device=cpu ({error})", 1
         if message and os.environ.get("RANK", "0") != "0":  # started by torchrun, perhaps on another machine
             message = f"{message} (rank {os.environ['RANK']} on {platform.node()})"
         if message:

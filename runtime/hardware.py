@@ -57,7 +57,7 @@ def pick_dtype(name, device):
     """The torch.dtype to compute in for the setting `dtype`: auto is bfloat16 if the hardware computes in it, else
     float16 on CUDA and float32 elsewhere.
 
-    Raises UserError for float16 on MPS: its gradients need a scaler, which exists for CUDA and, for tests, the CPU.
+    Raises UserError for float16 on MPS, where scaling its gradients was not tried.
     """
     import torch
 
@@ -95,7 +95,7 @@ def autocast(device, dtype):
 
 def max_concurrent_samples(device):
     """How many threads may generate at the same time. One on a GPU: another thread would break the capture of the CUDA
-    graph, and MPS does not support two (pytorch issue 197805). On a CPU, two threads each run at half speed.
+    graph, and MPS does not support two (pytorch issue 197805). Two on a CPU: neither waits, each runs at half speed.
     """
     return 2 if device.type == "cpu" else 1
 
@@ -111,7 +111,7 @@ def pick_compile(setting, device, flops):
     if setting != "auto":
         return setting, "" if setting else "compile = False"
     if device.type != "cuda":
-        return False, f"it is no faster on {device.type}"
+        return False, "auto compiles on CUDA only"
     if flops < MIN_FLOPS_TO_COMPILE:
         return False, "this run is too short for compiling to pay off"
     try:
@@ -129,7 +129,7 @@ def pick_fused(device):
 def pick_micro_batch_size(setting, sequences, sequence_bytes, device):
     """How many of a rank's `sequences` go through the model at once, if possible a divisor of them.
 
-    auto: as many as fit into half of a GPU's memory or, on a CPU, into 768 MiB, above which nothing gets faster.
+    auto: as many as fit into half of a CUDA GPU's memory or, elsewhere, into 768 MiB: on a CPU, more is no faster.
     `sequence_bytes`: activations that one sequence leaves for the backward pass.
     """
     if setting != "auto":
@@ -145,10 +145,12 @@ def pick_micro_batch_size(setting, sequences, sequence_bytes, device):
 def check_memory(parameters, tokens, device):
     """Raise UserError if a model of so many parameters, or a step of so many tokens, cannot fit into memory at all."""
     memory = device_memory(device)
-    # Per parameter: weight, gradient and AdamW's two moments in float32. Per token: index, input and target in int64.
+    # Per parameter, in float32: weight, gradient and AdamW's two moments. Per token, in int64: index, window, input,
+    # target.
     if 16 * parameters + 32 * tokens > memory:
-        raise UserError(f"{parameters:,} parameters and steps of {tokens:,} tokens need more than the "
-                        f"{memory / 2**30:.0f} GiB of {device}: lower n_layer, n_embd, block_size or batch_size")
+        raise UserError(f"{parameters:,} parameters and {tokens:,} tokens per step and process need more than the "
+                        f"{memory / 2**30:.0f} GiB of memory of {device}: lower n_layer, n_embd, block_size, "
+                        "batch_size or gradient_accumulation_steps")
 
 
 def device_memory(device):
@@ -169,7 +171,7 @@ def out_of_memory_errors(device, micro_batch_size):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):  # the CPU's error
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, micro_batch_size // 2)} (now "
                         f"{micro_batch_size})") from error

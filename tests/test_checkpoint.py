@@ -191,7 +191,7 @@ def test_resuming_refuses_another_unit_of_length_and_a_longer_run_at_learning_ra
     for stored, flags in [(minutes, {"max_iters": 9000}), (minutes, {"max_tokens": 10**9}),
                           (iterations, {"max_minutes": 1.0})]:
         now = asdict(Config(**apply_overrides(stored, flags)))
-        with pytest.raises(UserError, match="a run limited by --max_minutes can be changed by --max_minutes only"):
+        with pytest.raises(UserError, match="length of a run with max_minutes can be changed by --max_minutes only"):
             checkpoint.check_resume_settings(stored, now, {})
     for flags in ({"max_iters": 6000}, {"max_tokens": 10**9}):
         now = asdict(Config(**apply_overrides(iterations, flags)))

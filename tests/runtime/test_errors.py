@@ -37,6 +37,10 @@ def test_errors_that_a_user_can_fix_print_one_line(capsys, error, code, line):
     assert exit.value.code == code and capsys.readouterr() == ("", f"{line}\n")
 
 
+def test_a_cpu_out_of_memory_is_one_line(fails):
+    assert "out of memory: use smaller sizes" in fails(exit_with_one_line(lambda argv: torch.empty(2**50)), [])
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), SystemExit(2)])
 def test_other_exceptions_are_not_caught(error):
     with pytest.raises(type(error)) as raised:

@@ -60,7 +60,7 @@ def test_int8_is_picked_for_one_story_on_a_cpu():
 
 
 def test_a_cpu_compiles_only_on_request():
-    assert pick_compile("auto", CPU, 1e20) == (False, "it is no faster on cpu")
+    assert pick_compile("auto", CPU, 1e20) == (False, "auto compiles on CUDA only")
     assert pick_compile(True, CPU, 1)[0]
 
 
@@ -77,9 +77,9 @@ def test_several_processes_do_not_share_a_single_device(monkeypatch, name, on_ma
 
 def test_models_and_steps_larger_than_the_memory_are_refused():
     check_memory(29_995_392, 1024 * 128, CPU)
-    with pytest.raises(UserError, match="10,000,000,000,000 parameters .* lower n_layer, n_embd, block_size or batch_"):
+    with pytest.raises(UserError, match="10,000,000,000,000 parameters .* lower n_layer, n_embd, block_size, batch_s"):
         check_memory(10**13, 1024 * 128, CPU)
-    with pytest.raises(UserError, match="steps of 12,800,000,000,000 tokens"):
+    with pytest.raises(UserError, match="12,800,000,000,000 tokens per step and process"):
         check_memory(29_995_392, 12_800_000_000_000, CPU)
 
 
@@ -154,12 +154,13 @@ def test_to_device_keeps_values_and_dtype():
 
 
 @pytest.mark.parametrize("size, advice", [(32, 16), (5, 2), (1, 1)])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
-                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")])
-def test_out_of_memory_advises_half_the_micro_batch_size(error, size, advice):
+def test_out_of_memory_advises_half_the_micro_batch_size(size, advice):
     with pytest.raises(UserError, match=rf"out of memory on cpu: try --device_batch_size={advice} \(now {size}\)"):
         with out_of_memory_errors(CPU, size):
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(UserError, match=rf"try --device_batch_size={advice} \(now {size}\)"):
+        with out_of_memory_errors(CPU, size):
+            torch.empty(2**50)
 
 
 def test_other_errors_get_no_advice():
