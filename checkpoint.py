@@ -332,10 +332,10 @@ def load_resume_checkpoint(out_dir):
         files.acquire_lock(Path(out_dir, ".lock"), out_dir)
     try:
         return load(last, LAST_REQUIRED_KEYS)
-    except UserError as error:
+    except UserError:
         if not previous.exists():
             raise
-        print(f"note: {error}\nnote: resuming from {previous}, the checkpoint before it", file=sys.stderr)
+        print(f"note: {last} is missing or damaged: resuming from {previous}, the one before it", file=sys.stderr)
     checkpoint = load(previous, LAST_REQUIRED_KEYS)
     previous.replace(last)  # or the next save would replace it with the damaged one
     return checkpoint

@@ -91,7 +91,7 @@ def main(argv=None):
     use_compile, reason = pick_compile(cfg.compile, device, training_flops(state))
     print_plan(state, "compiled (during the first step)" if use_compile else f"not compiled: {reason}")
     if is_finished(state):
-        print(f"{cfg.out_dir} is finished already: {extension_hint(cfg)}")
+        print(f"{cfg.out_dir} is finished already: {extension_hint(state)}")
         return cleanup_distributed()
     if resume_checkpoint:
         print(f"resuming after step {state.step:,} of {total_steps(state):,}")
@@ -302,8 +302,9 @@ def non_finite_error(state, name, value):
     rates = f"--learning_rate (now {cfg.learning_rate:g})"
     if cfg.optimizer == "muon":
         rates = f"--muon_lr (now {cfg.muon_lr:g}) and {rates}"
-    return UserError(f"the {name} is {value} at iteration {state.iteration}: resume with --dtype=float32, or start a "
-                     f"new run with a lower {rates} or more --warmup_iters; {cfg.out_dir} has earlier checkpoints")
+    dtype_hint = "" if state.dtype == torch.float32 else "resume with --dtype=float32, or "
+    return UserError(f"the {name} is {value} at iteration {state.iteration}: {dtype_hint}start a new run with a lower "
+                     f"{rates} or more --warmup_iters; {cfg.out_dir} has earlier checkpoints")
 
 
 # ---- when things are due ----
@@ -433,9 +434,10 @@ def print_plan(state, compiled):
               f"iteration {cfg.max_iters:,}")
 
 
-def extension_hint(cfg):
+def extension_hint(state):
     """How to train a finished run further, as a phrase."""
-    if cfg.min_lr == 0 and cfg.lr_decay_iters <= cfg.max_iters and not cfg.max_minutes:
+    cfg = state.cfg
+    if cfg.min_lr == 0 and 0 < cfg.lr_decay_iters <= state.iteration:
         return "its learning rate is 0 now, so start a longer run with another --out_dir"
     budget = next(name for name in reversed(BUDGETS) if getattr(cfg, name))  # max_iters is always set
     return f"to train it further, increase --{budget}"

@@ -357,10 +357,13 @@ def test_max_minutes_ends_the_run_in_time_with_the_learning_rate_decayed(with_da
 
 def test_a_finished_run_says_how_it_can_be_trained_further():
     """A run whose learning rate has decayed to 0 cannot, unless it is limited by minutes."""
-    assert train.extension_hint(Config(min_lr=1e-5, max_tokens=10**7)) == "to train it further, increase --max_tokens"
-    assert train.extension_hint(Config(min_lr=0.0, max_minutes=5.0)) == "to train it further, increase --max_minutes"
-    assert "its learning rate is 0 now, so start a longer run" in train.extension_hint(Config(min_lr=0.0))
-    assert "increase --max_iters" in train.extension_hint(Config(min_lr=0.0, lr_decay_iters=30_000))
+    for settings, hint in [({"min_lr": 1e-5, "max_tokens": 10**7}, "increase --max_tokens"),
+                           ({"max_minutes": 5.0}, "increase --max_minutes"),
+                           ({"max_minutes": 5.0, "lr_decay_iters": 2000}, "its learning rate is 0 now, so start a"),
+                           ({}, "its learning rate is 0 now, so start a longer run with another --out_dir"),
+                           ({"lr_decay_iters": 30_000}, "increase --max_iters")]:
+        cfg = Config(**{"min_lr": 0.0} | settings)
+        assert hint in train.extension_hint(state_at(cfg, 625))
 
 
 def test_a_run_of_no_time_at_all_is_one_step(with_data):
@@ -735,7 +738,10 @@ def test_a_gradient_norm_may_be_infinite_only_in_float16():
     good, bad = torch.tensor(1.0), torch.tensor(math.inf)
     state = state_at(Config(optimizer="muon"), 3, scaler=torch.amp.GradScaler("cpu", enabled=False))
     train.check_finite(state, good, good)
-    with pytest.raises(UserError, match="norm is inf at iteration 96: resume .* a lower --muon_lr .now 0.02. and "):
+    with pytest.raises(UserError, match="norm is inf at iteration 96: start .* a lower --muon_lr .now 0.02. and "):
+        train.check_finite(state, good, bad)
+    state.dtype = torch.bfloat16
+    with pytest.raises(UserError, match="iteration 96: resume with --dtype=float32, or start a new run with a lower"):
         train.check_finite(state, good, bad)
     state.scaler = torch.amp.GradScaler("cpu")
     train.check_finite(state, good, bad)  # the step has been skipped
