@@ -29,7 +29,7 @@ from data.dataset import Dataset, data_sha256, read_meta
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from runtime import files
-from runtime.distributed import sync_stop_and_time
+from runtime.distributed import check_equal_weights, sync_stop_and_time
 from runtime.errors import UserError
 from runtime.hardware import pick_fused
 
@@ -261,8 +261,9 @@ def reopen_run_folder(state, sizes):
 
 
 def save_last(state):
-    """Save last.pt, so that the run can be resumed from here."""
+    """Save last.pt, so that the run can be resumed from here. Raises UserError if the ranks' weights differ."""
     started = time.perf_counter()
+    check_equal_weights(state.model.parameters())
     state.saved_step, state.saved_seconds = state.step, state.seconds
     if state.rank == 0:
         save(state.out_dir / "last.pt", state.resume_dict())

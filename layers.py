@@ -15,6 +15,7 @@ CHUNK_ROWS = {"cpu": 1024, "cuda": 16384}
 # For float16, with its maximum of 65,504: the gradient of the head is summed over these rows, and does not overflow as
 # long as hidden states are at most 31. Loss scaling cannot prevent it: the sum is computed before the loss is scaled.
 CHUNK_ROWS_FLOAT16 = 2048
+IGNORED_TARGET = -1  # as in nanoGPT: a target without a loss or a gradient
 # The columns of the logits are padded to a multiple of this: tensor cores are slow on odd sizes such as 50,257.
 VOCAB_MULTIPLE = {"cpu": 1, "cuda": 64}
 
@@ -94,12 +95,12 @@ def causal_attention(q, k, v, dropout):
 def linear_cross_entropy(x, weight, targets):
     """Plain version of `fused_linear_cross_entropy`: the place to try another loss (z-loss, softcap, label smoothing).
 
-    x (N, C), weight (V, C), targets (N) -> the mean loss, and the loss of each token (N) without a gradient. Training
-    uses the mean, so additional terms belong there; evaluation uses the losses. All logits (N, V) are in memory several
-    times over: lower device_batch_size.
+    x (N, C), weight (V, C), targets (N) -> the mean loss, and the loss of each token (N) without a gradient. Targets of
+    -1 are ignored. Training uses the mean, so additional terms belong there; evaluation uses the losses. All logits
+    (N, V) are in memory several times over: lower device_batch_size.
     """
-    losses = F.cross_entropy(F.linear(x, weight), targets, reduction="none")  # (N, V) -> (N)
-    return losses.mean(), losses.detach()
+    losses = F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORED_TARGET, reduction="none")  # (N)
+    return losses.sum() / (targets != IGNORED_TARGET).sum(), losses.detach()
 
 
 def fused_linear_cross_entropy(x, weight, targets):
@@ -110,6 +111,7 @@ def fused_linear_cross_entropy(x, weight, targets):
     time, in autocast's dtype. The forward pass also computes the gradients of the mean, which the backward pass only
     scales (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
 
+    Targets of -1 are ignored: their loss and gradient are 0, and the mean is that of the others (NaN without others).
     Target probabilities are clamped: to 2^-24 in float16, so that no loss is above 16.6, else to the smallest normal
     number.
     """
@@ -127,7 +129,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         """x (N, C), weight (V, C), targets (N) -> mean loss, losses (N). Keeps the gradients of the mean in ctx."""
         N, V = x.size(0), weight.size(0)
         ctx.x_dtype = x.dtype
-        x = x.to(dtype)
+        ignored = targets == IGNORED_TARGET  # (N)
+        x = x.to(dtype).masked_fill(ignored[:, None], 0)  # a row of zeros adds nothing to the gradient of the weight
         padding = -V % VOCAB_MULTIPLE.get(x.device.type, 1)
         # (C, V + padding): the layout in which both products below are fastest on a CPU
         weight = F.pad(weight.to(dtype), (0, 0, 0, padding)).T.contiguous()
@@ -144,7 +147,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             p = torch.mm(x_i, weight, out=buffer[:len(y)])  # (n, V + padding)
             p[:, V:] = -math.inf
             torch.softmax(p, -1, out=p)
-            target = torch.arange(len(y), device=x.device), y
+            target = torch.arange(len(y), device=x.device), y  # an ignored target indexes the last column here
             p_y = p[target].float()  # (n)
             p[target] = 0
             rest = p.sum(-1)  # (n), 1 - p_y without its rounding to zero when p_y is near 1
@@ -155,13 +158,16 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 grad_x[i:i + rows] = torch.mm(weight, p.T).T
                 # Accumulated in float32: there can be many chunks.
                 grad_weight += product_float32.copy_(torch.mm(p.T, x_i, out=product))
-        ctx.gradients = (grad_x, grad_weight[:V]) if with_gradient else None
+        losses.masked_fill_(ignored, 0)
+        count = (~ignored).sum()  # not a Python number: that would wait for the device
+        if with_gradient:
+            ctx.gradients = grad_x.masked_fill_(ignored[:, None], 0), grad_weight[:V], count
         ctx.mark_non_differentiable(losses)
-        return losses.mean(), losses
+        return losses.sum() / count, losses
 
     @staticmethod
     def backward(ctx, grad, _):
         """Gradient of the mean loss () -> those of x (N, C) and weight (V, C)."""
-        (grad_x, grad_weight), ctx.gradients = ctx.gradients, None
-        factor = grad / grad_x.size(0)
+        (grad_x, grad_weight, count), ctx.gradients = ctx.gradients, None
+        factor = grad / count
         return grad_x.to(ctx.x_dtype) * factor, grad_weight.mul_(factor), None, None, None

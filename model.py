@@ -196,9 +196,12 @@ class GPT(nn.Module):
         """Token ids (B, T) -> logits (B, T, V); with targets (B, T), the mean loss in nats/token instead.
 
         `reduction="none"` returns the loss of each token, (B, T), without a gradient, for evaluation. With a KVCache,
-        the tokens follow the cached ones, and only the logits of the last token are returned, (B, 1, V).
+        the tokens follow the cached ones, and only the logits of the last token are returned, (B, 1, V). Targets of -1
+        are ignored. Raises ValueError for more than `block_size` tokens.
         """
         B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size = {self.config.block_size}")
         if cache is not None:
             cache.advance(T)
         positions = cache.positions if cache is not None else torch.arange(T, device=idx.device)

@@ -27,8 +27,9 @@ from data.tokenizer import Tokenizer
 from evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
 from model import GPT, GPTConfig, count_parameters
 from runtime import files
-from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, cleanup_distributed,
-                                 init_distributed, rank_0_first)
+from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, broadcast_weights,
+                                 check_equal_weights, cleanup_distributed, init_distributed, is_first_on_machine,
+                                 rank_0_first)
 from runtime.errors import UserError, exit_with_one_line
 from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, out_of_memory_errors,
                               pick_compile, pick_device, pick_dtype, pick_fused, pick_micro_batch_size, to_device)
@@ -59,7 +60,7 @@ def main(argv=None):
 
     # ---- data and hardware ----
     with rank_0_first():
-        data = Dataset(cfg)
+        data = Dataset(cfg, verify=is_first_on_machine())
         tokenizer = Tokenizer.load(data.folder)
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
@@ -84,8 +85,10 @@ def main(argv=None):
         state.restore(resume_checkpoint)
         if rank == 0:
             reopen_run_folder(state, resume_checkpoint["sizes"])
+        state.best_val_loss = broadcast_object(state.best_val_loss)  # infinity if ckpt.pt cannot be used
     elif init_checkpoint:
         model.load_pretrained(init_checkpoint["model"])
+    broadcast_weights(model.parameters())
 
     # ---- what will be done ----
     use_compile, reason = pick_compile(cfg.compile, device, training_flops(state))
@@ -122,7 +125,7 @@ def main(argv=None):
                 evaluate_and_log(state, tokenizer)
                 state.sync_ranks(signals.received)  # evaluation takes time, and a signal may have arrived
                 save_last(state)
-            if state.stop or state.step == total_steps(state):
+            if state.stop or state.step == total_steps(state) or stops_early(state):
                 break
             lr = set_learning_rate(state)
             torch.manual_seed(dropout_seed(cfg.seed, state.step, rank))  # the same masks if the run is resumed here
@@ -334,9 +337,15 @@ def evaluation_is_due(state):
     return state.step == total_steps(state) or (not state.stop and is_due(state, state.cfg.eval_interval))
 
 
+def stops_early(state):
+    """Whether the run ends before its last step: the latest `patience` evaluations found no lower validation loss."""
+    return (state.step < total_steps(state)
+            and 0 < state.cfg.patience <= state.metrics.get("evals_since_best", 0))  # not in older checkpoints
+
+
 def is_finished(state):
-    """Whether a resumed run has done all its steps and its last evaluation."""
-    if state.step > total_steps(state):  # the run has been shortened
+    """Whether a resumed run has done all its steps and its last evaluation, or has stopped early."""
+    if state.step > total_steps(state) or stops_early(state):  # the former: the run has been shortened
         return True
     return state.step == total_steps(state) and state.metrics["iter"] == state.iteration
 
@@ -351,8 +360,9 @@ def evaluate_and_log(state, tokenizer):
     if not math.isfinite(val_loss):
         raise non_finite_error(state, "validation loss", val_loss)
     val_bpb = bits_per_byte(val_loss, state.data.validation)
+    evals_since_best = 0 if val_loss < state.best_val_loss else state.metrics.get("evals_since_best", 0) + 1
     state.metrics = {"iter": state.iteration, "tokens": state.tokens, "train_loss": train_loss, "val_loss": val_loss,
-                     "val_bpb": val_bpb}
+                     "val_bpb": val_bpb, "evals_since_best": evals_since_best}
     tqdm.write(f"iteration {state.iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
                f"{val_bpb:.4f} bits per byte")
     if state.rank == 0:
@@ -361,6 +371,7 @@ def evaluate_and_log(state, tokenizer):
                                                    f"{sample_story(state.model, tokenizer)}\n\n")
     if val_loss < state.best_val_loss:
         state.best_val_loss = val_loss
+        check_equal_weights(state.model.parameters())
         if state.rank == 0:
             save(state.out_dir / "ckpt.pt", state.model_dict())
     state.excluded_seconds += time.perf_counter() - started
@@ -425,6 +436,8 @@ def print_plan(state, compiled):
           f"{state.micro_batch_size} sequences" + (f" on {state.world_size} processes" if state.world_size > 1 else ""))
     print(f"the run: {cfg.max_minutes:g} minutes" if cfg.max_minutes else
           f"the run: {steps:,} steps = {tokens:,} tokens = {tokens / data.tokens_per_epoch:.2f} epochs")
+    if cfg.patience:
+        print(f"early stopping: after {cfg.patience} evaluations in a row without a lower validation loss")
     print(f"on {state.device}, in {str(state.dtype).removeprefix('torch.')}, {compiled}")
     if cfg.min_lr > cfg.learning_rate:
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup, the "
@@ -437,16 +450,25 @@ def print_plan(state, compiled):
 def extension_hint(state):
     """How to train a finished run further, as a phrase."""
     cfg = state.cfg
+    if stops_early(state):
+        return f"{early_stop_reason(state)}; to train it further, increase --patience (0: no early stopping)"
     if cfg.min_lr == 0 and 0 < cfg.lr_decay_iters <= state.iteration:
         return "its learning rate is 0 now, so start a longer run with another --out_dir"
     budget = next(name for name in reversed(BUDGETS) if getattr(cfg, name))  # max_iters is always set
     return f"to train it further, increase --{budget}"
 
 
+def early_stop_reason(state):
+    """Why a run has stopped early, as a phrase."""
+    return f"no lower validation loss in the last {state.metrics['evals_since_best']} evaluations"
+
+
 def print_summary(state):
     """Print the result as `key: value` lines, how to resume if the run was stopped, and how to sample."""
     cfg, steps = state.cfg, total_steps(state)
-    if state.step < steps:
+    if stops_early(state):
+        print(f"stopped early, after step {state.step:,} of {steps:,}: {early_stop_reason(state)}")
+    elif state.step < steps:
         script = "python train.py" if state.world_size == 1 else "torchrun … train.py"
         print(f"stopped after step {state.step:,} of {steps:,}; resume with  "
               f"{script} --out_dir={cfg.out_dir} --resume")

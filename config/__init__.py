@@ -75,6 +75,8 @@ class Config:
 
     eval_interval: int = setting(500, "iterations between evaluations", low=1, resume=True)
     eval_iters: int = setting(40, "batches per split in an evaluation, of batch_size windows each", low=1)
+    patience: int = setting(
+        0, "evaluations in a row without a lower validation loss after which the run stops; 0: off", low=0, resume=True)
     log_interval: int = setting(10, "iterations between log lines", low=1, resume=True)
 
     checkpoint_minutes: float = setting(

@@ -58,14 +58,20 @@ def data_sha256(meta):
     return {split: values["sha256"] for split, values in meta["splits"].items()}
 
 
+def file_sha256(path):
+    """The SHA-256 hash of a file, in hex; takes seconds for gigabytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Split:
     """The tokens of one split (train or validation) of a dataset, memory-mapped, read in windows of `block_size`.
 
     A window is `block_size` tokens and the next one: the inputs, and the targets shifted by one.
     """
 
-    def __init__(self, folder, split, block_size):
-        """Raises UserError if the file is missing or does not have the size and hash in meta.json."""
+    def __init__(self, folder, split, block_size, verify=True):
+        """Raises UserError if the file is missing or does not have the size and, if `verify`, the hash in meta.json."""
         meta = read_meta(folder)
         path = Path(folder, f"{split}.bin")
         hint = f"create it again with  {prepare_command(Path(folder).name)} --force"
@@ -77,9 +83,8 @@ class Split:
         if len(self.tokens) != meta["splits"][split]["tokens"]:
             raise UserError(f"{path} has {len(self.tokens)} tokens, but meta.json says "
                             f"{meta['splits'][split]['tokens']}: {hint}")
-        with open(path, "rb") as file:  # takes a second for two gigabytes
-            if hashlib.file_digest(file, "sha256").hexdigest() != meta["splits"][split]["sha256"]:
-                raise UserError(f"{path} is damaged, its checksum differs from the one in meta.json: {hint}")
+        if verify and file_sha256(path) != meta["splits"][split]["sha256"]:
+            raise UserError(f"{path} is damaged, its checksum differs from the one in meta.json: {hint}")
         self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         self.path = path
         self.bytes_per_token = meta["splits"][split]["bytes"] / len(self.tokens)
@@ -147,12 +152,16 @@ def evaluation_windows(split, count=None):
 class Dataset:
     """A prepared dataset as training reads it: both splits, the sampling order and the evaluation windows."""
 
-    def __init__(self, cfg):
-        """`cfg`: a `config.Config`. Raises UserError if a file is missing or damaged, or has too few tokens."""
+    def __init__(self, cfg, verify=True):
+        """`cfg`: a `config.Config`. `verify`: whether to hash the token files, which one process a machine has to do.
+
+        Raises UserError if a file is missing or damaged, or has too few tokens.
+        """
         self.folder = Path("data", cfg.dataset)
         meta = read_meta(self.folder)
         self.vocab_size, self.sha256 = meta["vocab_size"], data_sha256(meta)
-        self.train, self.validation = (Split(self.folder, name, cfg.block_size) for name in ("train", "validation"))
+        self.train, self.validation = (Split(self.folder, name, cfg.block_size, verify)
+                                       for name in ("train", "validation"))
         self.order = TrainingOrder(self.train, cfg.seed)
         self.eval_windows = {split: evaluation_windows(split, cfg.eval_iters * cfg.batch_size)
                              for split in (self.train, self.validation)}  # split → start positions (N,)

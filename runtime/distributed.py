@@ -62,6 +62,11 @@ def distributed_errors():
                         "failed first") from error
 
 
+def is_first_on_machine():
+    """Whether this is the first process of the run on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def broadcast_object(value):
     """Rank 0's value, on every rank; the others wait for it."""
     if not dist.is_initialized():
@@ -95,6 +100,32 @@ def all_reduce_gradients(parameters):
     if dist.is_initialized():
         gradients = [p.grad for p in parameters]
         vector_to_parameters(all_reduce_sum(parameters_to_vector(gradients)), gradients)
+
+
+def broadcast_weights(parameters):
+    """Copy rank 0's parameters to all ranks: equal seeds give equal weights only on equal machines."""
+    if dist.is_initialized():
+        with distributed_errors():
+            for p in parameters:
+                dist.broadcast(p.detach(), src=0)
+
+
+def check_equal_weights(parameters):
+    """Raise UserError on rank 0, and exit on the others, if the float32 parameters of a rank differ from rank 0's.
+
+    Compares a checksum of each parameter: the sum of its bits as integers.
+    """
+    if not dist.is_initialized():
+        return
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in parameters])  # (parameters)
+    differs = torch.zeros(dist.get_world_size(), device=sums.device)  # (world size)
+    differs[dist.get_rank()] = float(sums.tolist() != broadcast_object(sums.tolist()))
+    ranks = all_reduce_sum(differs).nonzero().flatten().tolist()
+    if ranks and dist.get_rank():
+        sys.exit(1)  # rank 0 reports it
+    if ranks:
+        raise UserError(f"the weights of rank {', '.join(map(str, ranks))} differ from those of rank 0: use the same "
+                        "processors and PyTorch build on all machines, then resume from the last checkpoint (--resume)")
 
 
 def sync_stop_and_time(stop, seconds):

@@ -22,8 +22,12 @@ def exit_with_one_line(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         """Run `main`; exit with one line if it fails."""
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         try:
-            return main(argv)
+            result = main(argv)
+            if not under_torchrun:
+                return result
+            message, code = None, 0
         except UserError as error:
             message, code = f"error: {error}", 1
         except BrokenPipeError:
@@ -48,6 +52,11 @@ def exit_with_one_line(main):
             message = f"{message} (rank {os.environ['RANK']} on {platform.node()})"
         if message:
             print(" ".join(message.split()), file=sys.stderr)
+        if under_torchrun:
+            # Python's own shutdown can abort while a thread of gloo frees a tensor (pytorch issue 190489).
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         sys.exit(code)
     return wrapped
 

@@ -39,6 +39,22 @@ def test_loss_and_gradients_equal_plain_cross_entropy(chunks):
             assert torch.equal(loss_function(x, weight, y)[1], losses)
 
 
+@pytest.mark.parametrize("loss_function", [fused_linear_cross_entropy, linear_cross_entropy])
+def test_targets_of_minus_one_are_ignored(chunks, loss_function):
+    """In the loss, the gradients and the mean, as by F.cross_entropy."""
+    x, weight = leaves((14, 16), (50, 16))
+    y = torch.arange(14) + 36  # with the last token of the vocabulary, which an index of -1 would select
+    y[[0, 5, 6, 12]] = -1
+    plain = F.cross_entropy(x @ weight.T, y, ignore_index=-1)
+    expected = plain, *torch.autograd.grad(3 * plain, (x, weight))
+    mean, losses = loss_function(x, weight, y)
+    for a, b in zip((mean, *torch.autograd.grad(3 * mean, (x, weight))), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert (losses == 0).tolist() == (y == -1).tolist()
+    mean, losses = loss_function(x, weight, torch.full((14,), -1))
+    assert mean.isnan() and losses.tolist() == [0] * 14  # the mean of nothing, as in torch
+
+
 def test_loss_in_bfloat16_equals_plain_autocast_to_rounding(chunks):
     y = torch.randint(50, (14,))
     x, weight = leaves((14, 16), (50, 16))

@@ -122,6 +122,11 @@ def test_the_plain_loss_function_gives_the_same_loss_and_gradients(dtype, tolera
         assert (actual - expected).norm() < tolerance * expected.norm()
 
 
+def test_more_tokens_than_a_block_are_a_clear_error():
+    with pytest.raises(ValueError, match="9 tokens are more than block_size = 8"):
+        small()(torch.zeros(1, 9, dtype=torch.long))
+
+
 @pytest.mark.parametrize("block_size", [2, 7, 8])
 @pytest.mark.parametrize("prompt", [1, 8, 21])
 def test_cached_logits_equal_uncached_logits_also_past_the_block(block_size, prompt):

@@ -122,6 +122,26 @@ def test_ckpt_keeps_the_best_weights_when_the_loss_rises_again(with_data):
     assert load_last("out/x")["best_val_loss"] == min(iterations)
 
 
+def test_early_stopping_ends_the_run_and_is_resumable(with_data, capsys):
+    """The learning rate rises until it harms, so that no evaluation after the best one finds a lower loss."""
+    flags = [*TINY, "--min_lr=3.0", "--grad_clip=0", "--eval_interval=2", "--out_dir=out/x"]
+    train.main([*flags, "--patience=3"])
+    out = capsys.readouterr().out
+    evals = records("out/x", "eval")
+    best = min(range(len(evals)), key=lambda i: evals[i]["val_loss"])
+    assert len(evals) == best + 4 < 12 and [r["evals_since_best"] for r in evals[best:]] == [0, 1, 2, 3]
+    assert "early stopping: after 3 evaluations in a row without a lower validation loss" in out
+    assert f"stopped early, after step {len(evals)} of 12: no lower validation loss in the last 3 evaluations" in out
+    assert "resume with" not in out
+
+    train.main(["--resume", "--out_dir=out/x"])
+    assert "is finished already: no lower validation loss" in capsys.readouterr().out
+    train.main(["--resume", "--out_dir=out/x", "--patience=4"])  # one evaluation more
+    assert len(records("out/x", "eval")) == best + 5
+    train.main(["--resume", "--out_dir=out/x", "--patience=0"])
+    assert len(records("out/x", "eval")) == 12
+
+
 def test_the_output_ends_with_the_results_and_the_command_to_sample(with_data, capsys):
     train.main([*TINY, "--out_dir=out/x", "--max_iters=6"])
     out = capsys.readouterr().out

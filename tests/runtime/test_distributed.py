@@ -131,6 +131,60 @@ def test_two_ranks_equal_one_process_and_have_equal_weights(with_data, large_eps
     assert equal(weights, torch.load("weights1.pt")) and len(weights) > 10
 
 
+@pytest.mark.parametrize("start", ["new", "resumed", "init_from"])
+def test_all_ranks_start_with_the_weights_of_rank_0(with_data, monkeypatch, start):
+    """Rank 1 initializes and loads other weights, as another processor or PyTorch build could."""
+    original_init, original_load = train.GPT._init_weights, train.GPT.load_state_dict
+
+    def add_rank(model):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += float(os.environ.get("RANK", 0))
+
+    monkeypatch.setattr(train.GPT, "_init_weights", lambda model: (original_init(model), add_rank(model)))
+    monkeypatch.setattr(train.GPT, "load_state_dict", lambda model, w: (original_load(model, w), add_rank(model)))
+    flags = {"new": [*FLAGS, "--out_dir=out/x"], "resumed": ["--resume", "--out_dir=out/first", "--max_iters=16"],
+             "init_from": [*FLAGS, "--out_dir=out/x", "--init_from=out/first"]}[start]
+    if start != "new":
+        train.main([*FLAGS, "--out_dir=out/first", "--max_iters=8", "--lr_decay_iters=24"])
+    results = train_on_ranks(2, flags)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
+
+
+def test_weights_that_differ_between_ranks_are_one_error(with_data, monkeypatch):
+    """One bit of rank 1's weights changes in a step; the next save reports it and keeps the previous checkpoint."""
+    step = train.optimizer_step
+
+    def step_and_flip(state):
+        grad_norm = step(state)
+        if state.rank == 1 and state.step == 9:
+            state.model.transformer.wpe.weight.data.view(torch.int32)[3, 3] ^= 1
+        return grad_norm
+
+    monkeypatch.setattr(train, "optimizer_step", step_and_flip)
+    (code, _, err), other = train_on_ranks(2, [*FLAGS, "--out_dir=out/x"])
+    assert code == other[0] == 1 and err.count("error: ") == 1 and "Traceback" not in err + other[2]
+    assert "error: the weights of rank 1 differ from those of rank 0: " in err and "error" not in other[2]
+    assert checkpoint.load("out/x/last.pt")["update"] == 8
+
+
+def test_only_one_process_a_machine_hashes_the_data(with_data, monkeypatch):
+    import data.dataset
+    hashed, file_sha256 = [], data.dataset.file_sha256
+    monkeypatch.setattr(data.dataset, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    main = train.main
+
+    def main_and_report(argv):
+        main(argv)
+        Path(f"hashed{os.environ['RANK']}").write_text(" ".join(path.name for path in hashed))
+
+    monkeypatch.setattr(train, "main", main_and_report)
+    results = train_on_ranks(2, [*FLAGS, "--out_dir=out/x", "--max_iters=2", "--lr_decay_iters=24"])
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert Path("hashed0").read_text() == "train.bin validation.bin" and Path("hashed1").read_text() == ""
+
+
 def test_a_run_can_be_resumed_with_another_world_size(with_data, large_eps, capsys):
     shortened = ["--lr_decay_iters=24", "--max_iters=10"]
     train.main([*FLAGS, "--out_dir=out/whole"])
