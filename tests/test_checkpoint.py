@@ -161,10 +161,31 @@ def test_logs_are_truncated_to_their_sizes_at_the_checkpoint(tmp_path):
     assert not log.exists()
 
 
+# ---- resuming ----
+
+
+@pytest.mark.parametrize("saved_on, resumed_on", [(True, False), (False, True)])
+def test_the_optimizer_is_fused_as_this_machine_does_it(trained, monkeypatch, saved_on, resumed_on):
+    """As when a run on a CPU is resumed on MPS, and the reverse."""
+    monkeypatch.chdir(trained)
+    last = checkpoint.load("out/tiny/last.pt", checkpoint.LAST_REQUIRED_KEYS)
+    for optimizer in last["optimizers"]:
+        for group in optimizer["param_groups"]:
+            group["fused"] = saved_on
+    for module in (train, checkpoint):
+        monkeypatch.setattr(module, "pick_fused", lambda device: resumed_on)
+    cfg, device = Config(**last["config"]), torch.device("cpu")
+    model = train.GPT(GPTConfig(**last["model_config"]))
+    state = checkpoint.TrainState(cfg, None, model, train.make_optimizers(model, cfg), torch.amp.GradScaler("cpu"),
+                                  device, torch.float32, 4)
+    state.restore(last)
+    assert {group["fused"] for optimizer in state.optimizers for group in optimizer.param_groups} == {resumed_on}
+
+
 # ---- settings of a resumed run ----
 
 CHANGEABLE_ON_RESUME = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval",
-              "checkpoint_minutes", "device", "dtype", "compile", "device_batch_size"}
+              "checkpoint_minutes", "patience", "device", "dtype", "compile", "device_batch_size"}
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Config)])
