@@ -30,6 +30,7 @@ class GPTConfig:
     n_embd: int = 384
     dropout: float = 0.1
     bias: bool = True
+    gelu: str = "tanh"
 
     @classmethod
     def from_settings(cls, settings, vocab_size):
@@ -108,17 +109,18 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear to 4C, GELU (the tanh approximation, as in GPT-2), linear back to C."""
+    """Linear to 4C, GELU (the tanh approximation, as in GPT-2, or exact, as in nanoGPT), linear back to C."""
 
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = {"tanh": "tanh", "exact": "none"}[config.gelu]  # torch's names
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)"""
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):

@@ -87,6 +87,14 @@ def test_without_bias_there_are_only_weights():
     assert names and not [name for name in names if name.endswith("bias")]
 
 
+@pytest.mark.parametrize("changes, approximate", [({}, "tanh"), ({"gelu": "exact"}, "none")])
+def test_the_gelu_is_the_tanh_approximation_or_exact(changes, approximate):
+    x, mlp = torch.linspace(-4, 4, 99), small(**changes).transformer.h[0].mlp
+    mlp.c_fc = mlp.c_proj = torch.nn.Identity()
+    assert torch.equal(mlp(x), F.gelu(x, approximate=approximate))
+    assert (F.gelu(x) - F.gelu(x, approximate="tanh")).abs().max() > 1e-4
+
+
 def test_logits_do_not_depend_on_later_tokens():
     model, idx = small(), torch.randint(50, (1, 8))
     logits = model(idx)

@@ -1,20 +1,23 @@
-"""Convert runs to and from Hugging Face `transformers` GPT-2 models.
+"""Convert runs to and from Hugging Face `transformers` GPT-2 models, and from nanoGPT's checkpoints.
 
     python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM, llama.cpp
     python -m tools.hf import stories-30m out/stories-30m       a run for sample.py and for train.py --init_from
     python -m tools.hf import openai-community/gpt2 out/gpt2    the same, from the Hugging Face hub
+    python -m tools.hf import nanoGPT/out/ckpt.pt out/nano      the same, from nanoGPT
 
 An export contains the weights (safetensors, float32), the tokenizer, and a model card with the settings and metrics.
+It is made only if the exported model gives the run's logits.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, replace
 from logging import CRITICAL, getLogger
 from pathlib import Path
 
@@ -23,30 +26,38 @@ import torch
 
 import checkpoint
 from config import Config
-from data.dataset import data_sha256, read_meta, with_checksum
+from data import nursery
+from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
 from model import GPT, GPTConfig
 from runtime.errors import Parser, UserError, exit_with_one_line
 
 # GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# The setting `gelu` of each of transformers' activation functions.
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 # The values of a transformers config with which GPT-2 computes the same function as model.py.
-SUPPORTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+SUPPORTED = {"model_type": ("gpt2",), "activation_function": tuple(GELU),
              "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
              "add_cross_attention": (False,)}
+# An export is refused if a logit differs by more than this, relative to the largest logit. For two trained models
+# float32 rounding was below 1e-6, the other GELU 1.5e-4 and 7e-4, RMSNorm instead of LayerNorm 8e-3 and 1e-2.
+LOGIT_TOLERANCE = 1e-5
+NANOGPT_VOCABULARY = (50257, 50304)  # GPT-2's, and padded, as nanoGPT does by default
 
 
 @exit_with_one_line
 def main(argv=None):
     """Export or import a model. `argv`: the command line, by default sys.argv's."""
-    parser = Parser(prog="python -m tools.hf", description="Convert runs to and from Hugging Face transformers.")
+    parser = Parser(prog="python -m tools.hf", description="Convert runs to and from Hugging Face transformers, and "
+                    "from nanoGPT.")
     parser.add_argument("command", choices=["export", "import"], metavar="{export,import}",
                         help="export: run to model folder; import: model to run")
-    parser.add_argument("source", metavar="FROM", help="export: a run folder; import: a model folder or hub model")
+    parser.add_argument("source", metavar="FROM", help="export: a run folder; import: a model folder, a hub model or "
+                        "nanoGPT's ckpt.pt")
     parser.add_argument("target", metavar="TO", type=Path, help="export: the model folder; import: the run folder")
     parser.add_argument("--overwrite", action="store_true", help="import: replace an existing run")
     args = parser.parse_args(argv)
-    silence_transformers()
     if args.command == "import":
         import_model(args.source, args.target, args.overwrite)
     elif args.overwrite:
@@ -85,13 +96,15 @@ def hf_errors_as_user_errors(action, advice):
 def export_run(out_dir, folder):
     """Write the best checkpoint of a run as a folder that `from_pretrained` loads.
 
-    Raises UserError if the run cannot be read, or the folder is not empty or cannot be written.
+    Raises UserError if the run cannot be read, its model is not a GPT-2, or the folder is not empty or cannot be
+    written.
     """
+    silence_transformers()
     path = checkpoint.best_checkpoint(out_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists: remove it or choose another folder")
     model, tokenizer, state = checkpoint.load_model(path)
-    hf_model = to_hf_model(model, tokenizer.end_of_text)
+    hf_model = to_hf_model(path, model, tokenizer.end_of_text)
     hf_tokenizer = to_hf_tokenizer(tokenizer, model.config.block_size)
     card = model_card(folder.resolve().name, model, state, read_meta(path.parent))
     partial = folder.resolve().with_name(f".{folder.resolve().name}.partial")
@@ -103,30 +116,85 @@ def export_run(out_dir, folder):
             hf_tokenizer.save_pretrained(partial)
             Path(partial, "README.md").write_text(card, encoding="utf-8")
             Path(partial, "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
+        check_logits(path, model, partial, text_windows(tokenizer, state, model.config.block_size))
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{folder}: exported {path}, {model.num_parameters():,} parameters, as a transformers GPT-2 model")
 
 
-def to_hf_model(model, end_of_text):
-    """Convert a GPT to a GPT2LMHeadModel with the same logits. Biases that the GPT does not have become zeros."""
+def text_windows(tokenizer, state, block_size, count=4):
+    """At most `count` windows of text as token ids (N, block_size).
+
+    They are from the validation split of the run, whose checkpoint is the dict `state`, or, if data/ does not have that
+    split, from the nursery corpus.
+    """
+    folder = Path("data", state["config"]["dataset"])
+    with suppress(UserError):  # the dataset is not there
+        if data_sha256(read_meta(folder)) == state["data_sha256"]:
+            split = Split(folder, "validation", block_size, verify=False)
+            return torch.from_numpy(split.windows(evaluation_windows(split, count))[0])
+    tokens = tokenizer.encode_stories(list(nursery.stories(block_size)))  # a story has far more than `count` tokens
+    return torch.from_numpy(tokens[:count * block_size].astype("int64")).view(count, block_size)
+
+
+def check_logits(path, model, folder, windows):
+    """Raise UserError unless an exported folder gives the logits of the run's model on all windows (N, T).
+
+    The difference may be LOGIT_TOLERANCE times the largest logit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_model = AutoModelForCausalLM.from_pretrained(folder)
+    differences, largest = [], []
+    with torch.inference_mode():
+        for window in windows.split(1):  # (1, T), because all logits of a window of GPT-2 are already 200 MB
+            logits = model(window)  # (1, T, V)
+            differences.append((hf_model(window).logits - logits).abs().max())
+            largest.append(logits.abs().max())
+    difference = torch.stack(differences).max()
+    if not difference <= LOGIT_TOLERANCE * torch.stack(largest).max():  # so that NaN is an error, too
+        raise UserError(f"{path} cannot be exported as a GPT-2: its logits would differ by up to {difference:.2g} from "
+                        "the run's, because model.py is no longer GPT-2 (another norm, activation or the like)")
+
+
+def to_hf_model(path, model, end_of_text):
+    """Convert a GPT to a GPT2LMHeadModel. The biases of a GPT with bias = False become zeros.
+
+    Raises UserError if it has other parameters than GPT-2; `path`: its checkpoint.
+    """
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     c = model.config
     hf_model = GPT2LMHeadModel(GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function="gelu_new", resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        activation_function={"tanh": "gelu_new", "exact": "gelu"}[c.gelu],
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
         bos_token_id=end_of_text, eos_token_id=end_of_text, n_ctx=c.block_size))  # n_ctx: for llama.cpp
-    weights = {name: torch.zeros_like(p) if name.endswith(".bias") else p for name, p in hf_model.state_dict().items()}
-    weights |= transpose_weights(model.state_dict())
+    weights, expected = model.state_dict(), transpose_weights(hf_model.state_dict())
+    expected.pop("lm_head.weight")
+    if not c.bias:
+        weights = {name: torch.zeros_like(p) for name, p in expected.items() if name.endswith(".bias")} | weights
+    if difference := parameter_difference(weights, expected):
+        raise UserError(f"{path} cannot be exported as a GPT-2: {difference}")
+    weights = transpose_weights(weights)
     hf_model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     hf_model.generation_config = GenerationConfig(  # the defaults of sample.py
         bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text, do_sample=True, temperature=0.8,
         top_k=200)
     return hf_model
+
+
+def parameter_difference(weights, expected):
+    """The first difference in names and shapes between two state dicts, in words; "" if there is none."""
+    differences = [f"{name} is missing" for name in expected if name not in weights]
+    differences += [f"{name} is unexpected" for name in weights if name not in expected]
+    differences += [f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(p.shape)}"
+                    for name, p in expected.items() if name in weights and weights[name].shape != p.shape]
+    more = len(differences) - 1
+    return "".join(differences[:1]) + (f" (and {more} more difference{'s' * (more > 1)})" if more > 0 else "")
 
 
 def transpose_weights(weights):
@@ -226,15 +294,56 @@ print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], s
 # ---- import ----
 
 def import_model(source, out_dir, overwrite):
-    """Write a transformers GPT-2 model, from a local folder or the hub, as a run.
+    """Write a model as a run: a transformers GPT-2, from a local folder or the hub, or a ckpt.pt of nanoGPT.
 
     Raises UserError if the model cannot be read, or computes another function than model.py.
     """
-    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
-
     if checkpoint.run_exists(out_dir) and not overwrite:
         raise UserError(f"{out_dir} already contains a run: choose another folder, or replace it with --overwrite")
+    model, tokenizer = read_nanogpt(source) if Path(source).is_file() else read_hf(source)
+    write_run(out_dir, model, tokenizer, overwrite)
+    print(f"{out_dir}: imported {source}, {model.num_parameters():,} parameters, as a run\n"
+          f'sample: python sample.py --out_dir {out_dir} --start "Once upon a time"\n'
+          f"prepare data: python prepare.py SOURCE --tokenizer {out_dir}\n"
+          f"fine-tune: python train.py --init_from={out_dir} --dataset=NAME --out_dir=out/ANOTHER")
+
+
+def read_nanogpt(path):
+    """Read a ckpt.pt of nanoGPT: a GPT, and GPT-2's tokenizer, which the checkpoint does not contain.
+
+    Raises UserError if it is not such a checkpoint, or has another vocabulary than GPT-2's.
+    """
+    try:
+        state = checkpoint.load(path, {"model": dict, "model_args": dict})
+    except UserError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise UserError(f"{path} contains other objects than tensors and plain numbers, which are not loaded "
+                            "because that can run code: save only its 'model' and 'model_args' again") from error
+        raise UserError(f"{path} is damaged or not a checkpoint of nanoGPT: give a ckpt.pt of nanoGPT, a model folder "
+                        "or the name of a hub model") from error
+    try:
+        config = GPTConfig(**{"dropout": 0.0, "gelu": "exact"} | state["model_args"])
+        Config(**shape_settings(config), dropout=config.dropout)
+    except (TypeError, UserError) as error:
+        raise UserError(f"the model_args of {path} are not those of a model of nanoGPT: {error}") from error
+    if config.vocab_size not in NANOGPT_VOCABULARY:
+        raise UserError(f"{path} has {config.vocab_size} tokens: only models with GPT-2's tokenizer can be imported, "
+                        "whose 50257 tokens nanoGPT pads to 50304")
+    weights = {name.removeprefix("_orig_mod."): p for name, p in state["model"].items()}  # a prefix of torch.compile
+    weights = {name: p for name, p in weights.items() if not name.endswith(".attn.bias")}  # masks of old versions
+    tokenizer = Tokenizer.named("gpt2")
+    return build_model(path, weights, config, tokenizer.vocab_size), tokenizer
+
+
+def read_hf(source):
+    """Read a transformers GPT-2 model, from a local folder or the hub: a GPT and its tokenizer.
+
+    Raises UserError if the model cannot be read, or computes another function than model.py.
+    """
     check_source(source)
+    silence_transformers()
+    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
+
     with hf_errors_as_user_errors(f"load the model {source}",
                                   "give a complete model folder or, with a network connection, a hub model"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -246,12 +355,8 @@ def import_model(source, out_dir, overwrite):
     if bad := sorted(loading["missing_keys"]) or sorted(name for name, *_ in loading["mismatched_keys"]):
         raise UserError(f"{source} is damaged: {bad[0]} is missing or does not have the shape given by config.json")
     tokenizer = from_hf_tokenizer(source, hf_tokenizer, config.eos_token_id)
-    model = from_hf_model(source, hf_model, tokenizer.vocab_size)
-    write_run(out_dir, model, tokenizer, overwrite)
-    print(f"{out_dir}: imported {source}, {model.num_parameters():,} parameters, as a run\n"
-          f'sample: python sample.py --out_dir {out_dir} --start "Once upon a time"\n'
-          f"prepare data: python prepare.py SOURCE --tokenizer {out_dir}\n"
-          f"fine-tune: python train.py --init_from={out_dir} --dataset=NAME --out_dir=out/ANOTHER")
+    weights = transpose_weights(hf_model.state_dict())
+    return build_model(source, weights, to_gpt_config(config), tokenizer.vocab_size), tokenizer
 
 
 def check_source(source):
@@ -259,26 +364,27 @@ def check_source(source):
     if source and Path(source).is_dir():
         if not Path(source, "config.json").exists():
             raise UserError(f"{source} has no config.json: give a model folder, or the name of a hub model")
-    elif Path(source).is_file() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
-        raise UserError(f"{source!r} is neither a folder nor a valid hub model name: give one of these")
+    elif source.endswith(".pt") or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise UserError(f"{source!r} is neither a folder, a file nor a valid hub model name: give one of these")
 
 
 def check_architecture(source, config):
     """Raise UserError if a transformers config describes a model that computes another function than model.py."""
     for name, allowed in (SUPPORTED | {"n_inner": (4 * getattr(config, "n_embd", 0), None)}).items():
         if getattr(config, name, None) not in allowed:
-            raise UserError(f"{source} has {name} = {getattr(config, name, None)!r}, but only {allowed[0]!r} is "
-                            "supported: use a GPT-2 model")
+            values = " or ".join(repr(value) for value in allowed if value is not None)
+            raise UserError(f"{source} has {name} = {getattr(config, name, None)!r}, but only {values} is supported: "
+                            "use a GPT-2 model")
     try:
-        Config(**shape_settings(to_gpt_config(config, config.vocab_size)))
+        Config(**shape_settings(to_gpt_config(config)))
     except UserError as error:
         raise UserError(f"config.json of {source} is invalid: {error}") from error
 
 
-def to_gpt_config(config, vocab_size):
+def to_gpt_config(config):
     """Convert a transformers GPT2Config to a GPTConfig."""
-    return GPTConfig(vocab_size, block_size=config.n_positions, n_layer=config.n_layer, n_head=config.n_head,
-                     n_embd=config.n_embd, dropout=config.resid_pdrop, bias=True)
+    return GPTConfig(config.vocab_size, block_size=config.n_positions, n_layer=config.n_layer, n_head=config.n_head,
+                     n_embd=config.n_embd, dropout=config.resid_pdrop, bias=True, gelu=GELU[config.activation_function])
 
 
 def shape_settings(config):
@@ -286,21 +392,25 @@ def shape_settings(config):
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("vocab_size", "dropout")}
 
 
-def from_hf_model(source, hf_model, vocab_size):
-    """Convert a GPT2LMHeadModel to a GPT with `vocab_size` tokens, dropping further rows of the embedding.
+def build_model(source, weights, config, vocab_size):
+    """A GPT with these weights, a state dict, for a tokenizer of `vocab_size` tokens: further embeddings are dropped.
 
-    Raises UserError if the head is not tied to the embedding, embeddings are missing, or weights are not finite.
+    Raises UserError if the weights are not those of a GPT with this GPTConfig, or not finite, or the head is not tied
+    to the embedding.
     """
-    weights = hf_model.state_dict()
+    head = weights.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        if difference := parameter_difference(weights, GPT(config).state_dict()):
+            raise UserError(f"{source} does not fit model.py: {difference}")
     wte = weights["transformer.wte.weight"]  # (V, C)
-    if not torch.equal(weights.pop("lm_head.weight"), wte):
+    if head is not None and not torch.equal(head, wte):
         raise UserError(f"{source} has an untied output head: use a GPT-2 model with tied embeddings")
     if len(wte) < vocab_size:
         raise UserError(f"{source} is damaged: it has {len(wte)} token embeddings for a tokenizer of {vocab_size}")
     if len(wte) > vocab_size:
         print(f"dropped {len(wte) - vocab_size} token embeddings beyond the tokenizer's {vocab_size:,}")
-    model = GPT(to_gpt_config(hf_model.config, vocab_size))
-    model.load_state_dict(transpose_weights(weights) | {"transformer.wte.weight": wte[:vocab_size]})
+    model = GPT(replace(config, vocab_size=vocab_size))
+    model.load_state_dict(weights | {"transformer.wte.weight": wte[:vocab_size]})
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{source} is damaged: some weights are not finite")
     return model

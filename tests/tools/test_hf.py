@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -14,12 +16,14 @@ import torch
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 
 import checkpoint
+import model as model_module
 import prepare
 import sample
 import train
 from conftest import ROOT, TINY
 from data.dataset import Split
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from model import GPT, GPTConfig
 from tools import hf
 
 TEXTS = ["Once upon a time, there was a fox.", "  two  spaces\n\n and lines \n", "trailing   ", "", "\n",
@@ -107,6 +111,71 @@ def test_a_model_without_biases(run):
         torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), logits)
 
 
+class RMSNormBlock(model_module.Block):
+    """A block with RMSNorm instead of LayerNorm: without biases, the names and shapes of the parameters are GPT-2's."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.ln_1, self.ln_2 = torch.nn.RMSNorm(config.n_embd), torch.nn.RMSNorm(config.n_embd)
+
+
+class ReluMLP(model_module.MLP):
+    """An MLP with another activation."""
+
+    def forward(self, x):
+        return self.c_proj(self.c_fc(x).relu())
+
+
+class SwiGLU(model_module.MLP):
+    """An MLP with a gate: the first matrix has another shape than GPT-2's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_fc = model_module.Linear(config.n_embd, 8 * config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        value, gate = self.c_fc(x).chunk(2, -1)
+        return self.c_proj(value * torch.nn.functional.silu(gate))
+
+
+class ScaledBlock(model_module.Block):
+    """A block with a parameter more."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.scale = torch.nn.Parameter(torch.ones(config.n_embd))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("changed_class, complaint", [
+    (RMSNormBlock, {True: "transformer.h.0.ln_1.bias is missing (and 3 more differences)", False: None}),
+    (ReluMLP, {True: None, False: None}),
+    (SwiGLU, dict.fromkeys([True, False], "transformer.h.0.mlp.c_fc.weight has shape (128, 16), expected (64, 16)")),
+    (ScaledBlock, dict.fromkeys([True, False], "transformer.h.0.scale is unexpected (and 1 more difference)")),
+])
+def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, changed_class, complaint, bias):
+    monkeypatch.setattr(model_module, changed_class.__mro__[1].__name__, changed_class)
+    write_run("out/changed", GPTConfig(300, 16, 2, 2, 16, bias=bias))
+    error = fails(hf.main, ["export", "out/changed", "model"])
+    if complaint[bias]:
+        assert f"out/changed/ckpt.pt cannot be exported as a GPT-2: {complaint[bias]}" in error
+    else:
+        difference = re.search(r"its logits would differ by up to ([\d.]+) from the run's", error)
+        assert difference and float(difference[1]) > 1e-3
+    assert not Path("model").exists() and not Path(".model.partial").exists()
+
+
+@pytest.mark.parametrize("text", ["validation split", "nursery corpus"])
+def test_an_export_is_checked_on_text_that_fills_its_context(run, text):
+    _, tokenizer, state = checkpoint.load_model(Path("out/tiny/ckpt.pt"))
+    if text == "nursery corpus":
+        state["data_sha256"] = {}  # as of other data with the same name
+    windows = hf.text_windows(tokenizer, state, 16)
+    assert windows.shape == (4, 16)
+    assert torch.equal(windows[:1], validation_tokens(1, 16)) == (text == "validation split")
+    assert len(tokenizer.decode(windows.flatten().tolist()).split()) > 10
+
+
 def test_export_then_import_gives_the_same_model(run, capsys):
     hf.main(["export", "out/tiny", "model"])
     hf.main(["import", "model", "out/back"])
@@ -137,6 +206,17 @@ def test_fine_tuning_an_import_with_a_shorter_block_on_data_with_its_tokenizer(r
     assert "perplexity: " in capsys.readouterr().out
 
 
+def write_run(out_dir, config):
+    """Write a model with random weights, and the tokenizer of out/tiny, as a run; returns the model."""
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # also of biases and norms, which are initialized to zeros and ones
+            p.add_(torch.randn_like(p), alpha=0.1)
+    hf.write_run(Path(out_dir), model, Tokenizer.load("out/tiny"), overwrite=False)
+    return model
+
+
 def save_gpt2(tokenizer, folder="gpt2", **settings):
     """Save a transformers GPT-2 with random weights and a tokenizer to a folder; returns the model."""
     torch.manual_seed(0)
@@ -157,7 +237,8 @@ def hf_tokenizer(run):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"vocab_size": 320}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 128, "resid_pdrop": 0.0}])
+    {}, {"vocab_size": 320}, {"activation_function": "gelu_pytorch_tanh"}, {"activation_function": "gelu"},
+    {"n_inner": 128, "resid_pdrop": 0.0}])
 def test_import_of_a_model_created_by_transformers(hf_tokenizer, capsys, settings):
     hf_model = save_gpt2(hf_tokenizer, **settings)
     hf.main(["import", "gpt2", "out/gpt2"])
@@ -185,7 +266,7 @@ def test_import_with_other_special_tokens_and_another_eos_token(run, hf_tokenize
 
 
 @pytest.mark.parametrize("settings, complaint", [
-    ({"activation_function": "relu"}, "has activation_function = 'relu', but only 'gelu_new' is supported"),
+    ({"activation_function": "relu"}, "has activation_function = 'relu', but only 'gelu_new' or 'gelu_pytorch_tanh'"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     ({"n_inner": 64}, "has n_inner = 64, but only 128 is supported"),
     ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon = 0.001"),
@@ -242,8 +323,8 @@ def test_damaged_model_folders_give_one_line(hf_tokenizer, fails):
     Path("gpt2/config.json").unlink()
     assert "gpt2 has no config.json" in fails(hf.main, ["import", "gpt2", "out/x"])
     assert "cannot load the model nobody/nothing (" in fails(hf.main, ["import", "nobody/nothing", "out/x"])
-    for source in ("./none", "a/b/c", "", "gpt2/tokenizer.json"):
-        assert f"{source!r} is neither a folder nor a valid hub" in fails(hf.main, ["import", source, "out/x"])
+    for source in ("./none", "a/b/c", "", "none/ckpt.pt"):
+        assert f"{source!r} is neither a folder, a file nor a valid hub" in fails(hf.main, ["import", source, "out/x"])
 
 
 def test_missing_and_non_finite_weights_are_rejected(hf_tokenizer, fails):
@@ -269,6 +350,143 @@ def test_import_of_a_hub_model_from_the_cache(hf_tokenizer):
     assert done.returncode == 0 and "imported someone/stories" in done.stdout, done.stderr
     assert checkpoint.load_model(Path("out/gpt2/ckpt.pt"))[0].config.block_size == 24
 
+
+# ---- nanoGPT ----
+
+class NanoBlock(torch.nn.Module):
+    """A block of nanoGPT in plain torch, with its names of parameters."""
+
+    def __init__(self, n_embd, n_head, bias):
+        super().__init__()
+        self.ln_1, self.ln_2 = (torch.nn.LayerNorm(n_embd, bias=bias) for _ in range(2))
+        self.attn, self.mlp, self.n_head = torch.nn.Module(), torch.nn.Module(), n_head
+        self.attn.c_attn = torch.nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.attn.c_proj = torch.nn.Linear(n_embd, n_embd, bias=bias)
+        self.mlp.c_fc = torch.nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.mlp.c_proj = torch.nn.Linear(4 * n_embd, n_embd, bias=bias)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D) each
+                   for part in self.attn.c_attn(self.ln_1(x)).split(C, 2))
+        scores = q @ k.mT / (C / self.n_head) ** 0.5  # (B, H, T, T)
+        weights = scores.masked_fill(torch.ones(T, T).triu(1) == 1, float("-inf")).softmax(-1)
+        x = x + self.attn.c_proj((weights @ v).transpose(1, 2).reshape(B, T, C))
+        h = self.mlp.c_fc(self.ln_2(x))
+        return x + self.mlp.c_proj(h * (1 + torch.erf(h / 2 ** 0.5)) / 2)  # the exact GELU
+
+
+class NanoGPT(torch.nn.Module):
+    """The model of nanoGPT in plain torch, with random weights: token ids (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer = torch.nn.ModuleDict(dict(
+            wte=torch.nn.Embedding(vocab_size, n_embd), wpe=torch.nn.Embedding(block_size, n_embd),
+            h=torch.nn.ModuleList(NanoBlock(n_embd, n_head, bias) for _ in range(n_layer)),
+            ln_f=torch.nn.LayerNorm(n_embd, bias=bias)))
+        self.lm_head = torch.nn.Linear(n_embd, vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        for p in self.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+
+    def forward(self, idx):
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.size(1)]  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.lm_head(self.transformer.ln_f(x))
+
+
+def save_nanogpt(change=lambda state: None, **changes):
+    """Save nano.pt as nanoGPT's train.py does, after `change` of its dict; returns the model."""
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, bias=False, vocab_size=50304, dropout=0.1) | changes
+    model = NanoGPT(**shape)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "model_args": shape, "iter_num": 2000,
+             "best_val_loss": torch.tensor(3.2), "config": {"out_dir": "out", "learning_rate": 6e-4, "compile": True}}
+    change(state)
+    torch.save(state, "nano.pt")
+    return model
+
+
+def as_saved_by_old_versions(state):
+    """Give the weights of a nanoGPT checkpoint the prefix of torch.compile, and add the attention masks."""
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 24, 24).tril() for layer in range(2)}
+    state["model"] = {f"_orig_mod.{name}": p for name, p in (state["model"] | masks).items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings, change", [
+    ({}, lambda state: None), ({"bias": True, "vocab_size": 50257}, as_saved_by_old_versions)])
+def test_import_of_a_checkpoint_of_nanogpt(here, capsys, settings, change):
+    nanogpt = save_nanogpt(change, **settings)
+    hf.main(["import", "nano.pt", "out/nano"])
+    assert ("dropped 47 token embeddings" in capsys.readouterr().out) == (not settings)
+    model, tokenizer, _ = checkpoint.load_model(Path("out/nano/ckpt.pt"))
+    assert tokenizer == Tokenizer.named("gpt2") and model.config.bias == settings.get("bias", False)
+    assert model.config.gelu == "exact" and model.config.dropout == 0.1
+    idx = torch.randint(50257, (2, 24))
+    torch.testing.assert_close(model(idx), nanogpt(idx)[..., :50257], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_run_with_the_exact_gelu_in_nanogpt_and_transformers(run, bias):
+    shape = dict(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=bias)
+    model, nanogpt = write_run("out/exact", GPTConfig(**shape, gelu="exact")), NanoGPT(**shape)
+    idx = validation_tokens(4, 16)
+    weights = checkpoint.load("out/exact/ckpt.pt")["model"]
+    nanogpt.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    torch.testing.assert_close(nanogpt(idx), model(idx), atol=1e-5, rtol=0)
+    hf_model, _ = export("out/exact", "model")
+    assert hf_model.config.activation_function == "gelu"
+    torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-5, rtol=0)
+    hf.main(["import", "model", "out/back"])
+    torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), model(idx))
+
+
+def test_fine_tuning_keeps_the_gelu(run, fails):
+    write_run("out/exact", GPTConfig(300, 16, 2, 2, 16, gelu="exact"))
+    flags = [*TINY, "--max_iters=4", "--init_from=out/exact", "--out_dir=out/tuned"]
+    assert "gelu = 'tanh' differs from that of init_from" in fails(train.main, [*flags, "--gelu=tanh"])
+    train.main(flags)
+    assert checkpoint.load_model(Path("out/tuned/ckpt.pt"))[0].config.gelu == "exact"
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda state: state["model_args"].update(vocab_size=65), "has 65 tokens: only models with GPT-2's tokenizer"),
+    (lambda state: state["model_args"].update(n_kv_head=1), "the model_args of nano.pt are not those of a model of"),
+    (lambda state: state["model_args"].update(n_head=3), "n_embd = 16 is not a multiple of n_head = 3"),
+    (lambda state: state["model_args"].update(n_layer=1), "transformer.h.1.ln_1.weight is unexpected (and 5 more"),
+    (lambda state: state["model"].pop("transformer.wte.weight"), "fit model.py: transformer.wte.weight is missing"),
+    (lambda state: state["model"].update({"lm_head.weight": torch.zeros(50304, 16)}), "has an untied output head"),
+    (lambda state: state["model"]["transformer.ln_f.weight"].fill_(torch.nan), "some weights are not finite"),
+    (lambda state: state.pop("model_args"), "nano.pt is damaged or not a checkpoint of nanoGPT: give a ckpt.pt of"),
+    (lambda state: state["config"].update(learning_rate=np.float64(6e-4)), "save only its 'model' and 'model_args'"),
+    (lambda state: state["config"].update(dataset=Path("x")), "not loaded because that can run code"),
+])
+def test_other_checkpoints_than_nanogpts_are_rejected(here, fails, change, complaint):
+    save_nanogpt(change)
+    assert complaint in fails(hf.main, ["import", "nano.pt", "out/nano"])
+    assert not Path("out").exists()
+
+
+def test_a_damaged_checkpoint_and_one_of_this_program_are_rejected(run, fails):
+    Path("nano.pt").write_bytes(Path("out/tiny/ckpt.pt").read_bytes()[:-100])
+    for path in ("nano.pt", "out/tiny/ckpt.pt"):
+        assert f"{path} is damaged or not a checkpoint of nanoGPT" in fails(hf.main, ["import", path, "out/x"])
+
+
+def test_import_from_nanogpt_needs_no_transformers(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    save_nanogpt()
+    hf.main(["import", "nano.pt", "out/nano"])
+    sample.main(["--out_dir=out/nano", "--start=Once", "--max_new_tokens=3", "--seed=1"])
+
+
+# ---- tokenizers and command line ----
 
 def test_export_and_import_of_gpt2s_vocabulary(here):
     tokenizer = Tokenizer.named("gpt2")
