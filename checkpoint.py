@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 from runtime import files
 from runtime.distributed import check_equal_weights, sync_stop_and_time
 from runtime.errors import UserError
-from runtime.hardware import pick_fused
+from runtime.hardware import largest_divisor, pick_fused
 
 REQUIRED_KEYS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int,
                  "figures": dict}
@@ -156,6 +156,10 @@ def open_run(settings, flags, args, world_size):
         divisors = [n for n in range(1, cfg.sequences_per_step + 1) if cfg.sequences_per_step % n == 0]
         raise UserError(f"{world_size} processes cannot divide a step's {cfg.sequences_per_step} sequences evenly: use "
                         f"{', '.join(map(str, divisors))}")
+    sequences = cfg.sequences_per_step // world_size
+    if cfg.device_batch_size != "auto" and sequences % min(cfg.device_batch_size, sequences):
+        raise UserError(f"device_batch_size = {cfg.device_batch_size} does not divide the {sequences} sequences of a "
+                        f"step in each process: use {largest_divisor(sequences, cfg.device_batch_size)}")
     return cfg, resume_checkpoint, init_checkpoint
 
 

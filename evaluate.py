@@ -76,8 +76,8 @@ def evaluate_checkpoint(settings, flags):
         print(f"{out_dir} has no ckpt.pt yet: evaluating {path.name}", file=sys.stderr)
     model, tokenizer, checkpoint = load_model(path)
     with reading_checkpoint(path):
-        # Another batch_size could contradict these two settings, which evaluation does not use.
-        cfg = Config(**checkpoint["config"] | flags | {"max_tokens": 0, "device_batch_size": "auto"})
+        # Another batch_size could contradict max_tokens, which evaluation does not use.
+        cfg = Config(**checkpoint["config"] | flags | {"max_tokens": 0})
     data_dir = Path("data", cfg.dataset)
     split = Split(data_dir, "validation", cfg.block_size)
     if Tokenizer.load(data_dir) != tokenizer:

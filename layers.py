@@ -121,6 +121,12 @@ def fused_linear_cross_entropy(x, weight, targets):
         return _FusedLinearCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled())
 
 
+def fused_loss_bytes(C, V, device_type, dtype):
+    """Largest memory that `fused_linear_cross_entropy` takes with width C and V tokens, in bytes."""
+    logits = CHUNK_ROWS.get(device_type, 1024) * V * dtype.itemsize
+    return logits + C * V * (2 * dtype.itemsize + 8)  # the weight, a chunk's gradient (also in float32) and their sum
+
+
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     """See `fused_linear_cross_entropy`."""
 

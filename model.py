@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import Dropout, Int8Linear, Linear, causal_attention, fused_linear_cross_entropy, linear
+from layers import (Dropout, Int8Linear, Linear, causal_attention, fused_linear_cross_entropy, fused_loss_bytes,
+                    linear)
 
 
 @dataclass
@@ -38,10 +39,19 @@ class GPTConfig:
         names = [field.name for field in fields(cls) if field.name != "vocab_size"]
         return cls(vocab_size, **{name: getattr(settings, name) for name in names})
 
-    @property
-    def activation_bytes_per_token(self):
-        """Bytes per token kept for the backward pass, as measured on a CPU (docs/speed.md); less on a GPU."""
-        return self.n_layer * (65 * self.n_embd + 8 * self.n_head * self.block_size)
+    def training_bytes(self, device_type, dtype):
+        """Estimated memory for training with matrix products in `dtype`, in bytes: (fixed, per sequence).
+
+        Fixed are, per parameter, the weight, the gradient and its all-reduce, AdamW's two moments (4 bytes each) and
+        autocast's copy of the weight, and the buffers of the loss. A sequence keeps activations for the backward pass:
+        on a CPU as measured in bfloat16 (docs/speed.md), with the weights of attention; on CUDA as autograd saves them,
+        plus a layer's for all that is outside of the blocks.
+        """
+        fixed = 24 * count_parameters(self) + fused_loss_bytes(self.n_embd, self.vocab_size, device_type, dtype)
+        per_token = self.n_layer * (65 * self.n_embd + 8 * self.n_head * self.block_size)
+        if device_type == "cuda":
+            per_token = (self.n_layer + 1) * (10 + 14 * dtype.itemsize) * self.n_embd
+        return fixed, per_token * self.block_size
 
 
 class KVCache:

@@ -69,8 +69,9 @@ def main(argv=None):
         check_memory(count_parameters(model_config), sequences_per_rank * cfg.block_size, device)
     if broadcast_object(data.sha256) != data.sha256:
         raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
-    micro_batch_size = pick_micro_batch_size(cfg.device_batch_size, sequences_per_rank,
-                                             model_config.activation_bytes_per_token * cfg.block_size, device)
+    micro_batch_size = pick_micro_batch_size(
+        cfg.device_batch_size, sequences_per_rank, model_config.training_bytes(device.type, dtype), device,
+        equal_sizes=device.type == "cuda" or cfg.compile is True)  # where the model may be compiled
 
     # ---- model and optimizers ----
     torch.use_deterministic_algorithms(device.type == "cpu")  # makes resuming bit-exact on a CPU
@@ -91,8 +92,8 @@ def main(argv=None):
     broadcast_weights(model.parameters())
 
     # ---- what will be done ----
-    use_compile, reason = pick_compile(cfg.compile, device, training_flops(state))
-    print_plan(state, "compiled (during the first step)" if use_compile else f"not compiled: {reason}")
+    use_compile, reason = pick_compile(cfg.compile, device, seconds_without_compiling(state))
+    print_plan(state, f"{'compiled in the first step' if use_compile else 'not compiled'} ({reason})")
     if is_finished(state):
         print(f"{cfg.out_dir} is finished already: {extension_hint(state)}")
         return cleanup_distributed()
@@ -113,7 +114,7 @@ def main(argv=None):
     state.start_clock()
     bar = tqdm(total=total_steps(state), initial=state.step, unit=" steps", dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
-    with StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size), bar:
+    with StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size, sequences_per_rank), bar:
         if not resumed:
             save_last(state)  # from now on the run can be resumed
         log_run(state, resumed, use_compile)
@@ -414,15 +415,19 @@ def log_step(state, loss, lr, grad_norm, bar):
 # ---- what is printed at the start and at the end ----
 
 
-def training_flops(state):
-    """Floating-point operations of the whole run, roughly: 6 per parameter and token.
+def seconds_without_compiling(state):
+    """A rough estimate of the seconds that the rest of the run takes on a GPU without torch.compile. Not measured.
 
-    With max_minutes the number is unknown: infinity from ten minutes on, so that `pick_compile` compiles, else 0.
+    Small micro-batches take the time of launching kernels: about 65 per block, forward and backward (counted), at about
+    6 µs. Larger ones take that of 6 floating-point operations per parameter and token, at about 1e14 per second.
     """
     cfg = state.cfg
     if cfg.max_minutes:
-        return math.inf if cfg.max_minutes >= 10 else 0
-    return 6 * state.model.num_parameters() * cfg.tokens_per_step * total_steps(state)
+        return 60 * cfg.max_minutes - state.seconds
+    steps = total_steps(state) - state.step
+    tokens = steps * cfg.tokens_per_step / state.world_size
+    micro_batches = tokens / (state.micro_batch_size * cfg.block_size)
+    return max(micro_batches * cfg.n_layer * 65 * 6e-6, tokens * 6 * state.model.num_parameters() / 1e14)
 
 
 def print_plan(state, compiled):

@@ -89,7 +89,8 @@ class Config:
     compile: Literal["auto"] | bool = setting(
         "auto", "use torch.compile; auto: on CUDA, if the run is long enough", resume=True)
     device_batch_size: Literal["auto"] | int = setting(
-        "auto", "micro-batch size; must divide the sequences per step; auto: as memory allows", low=1, resume=True)
+        "auto", "micro-batch size; must divide a process's sequences per step; auto: as memory allows", low=1,
+        resume=True)
 
     def __post_init__(self):
         _check_each(asdict(self))
@@ -108,9 +109,6 @@ class Config:
         if self.lr_decay_iters and self.warmup_iters >= self.lr_decay_iters:
             raise UserError(f"warmup_iters = {self.warmup_iters} is not below lr_decay_iters = {self.lr_decay_iters} "
                             "(by default the length of the run): lower --warmup_iters, or lengthen the run")
-        if self.device_batch_size != "auto" and self.sequences_per_step % self.device_batch_size:
-            raise UserError(f"device_batch_size = {self.device_batch_size} does not divide a step's "
-                            f"{self.sequences_per_step} sequences (batch_size * gradient_accumulation_steps)")
 
     @property
     def sequences_per_step(self):

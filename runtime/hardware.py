@@ -15,8 +15,9 @@ from runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# With fewer floating-point operations, a run on CUDA ends before compiling has paid off. Not measured.
-MIN_FLOPS_TO_COMPILE = 1e15
+# For compile = auto on CUDA. Rough: neither was measured on a GPU.
+COMPILE_SECONDS = 40  # what compiling takes
+COMPILE_SAVES = 0.3  # part of the time that a run then takes less
 
 
 def pick_device(name):
@@ -100,25 +101,27 @@ def max_concurrent_samples(device):
     return 2 if device.type == "cpu" else 1
 
 
-def pick_compile(setting, device, flops):
-    """Whether to use torch.compile, and the reason if not: (bool, str).
+def pick_compile(setting, device, seconds):
+    """Whether to use torch.compile, and the reason: (bool, str).
 
-    auto: if it works and pays off in a run of `flops` floating-point operations. (PyTorch on Windows comes without
-    Triton, which torch.compile needs.)
+    auto: if it works and saves more time than it takes in a run that takes `seconds` (an estimate) without it. (PyTorch
+    on Windows comes without Triton, which torch.compile needs.)
     """
     import torch
 
     if setting != "auto":
-        return setting, "" if setting else "compile = False"
+        return setting, f"compile = {setting}"
     if device.type != "cuda":
-        return False, "auto compiles on CUDA only"
-    if flops < MIN_FLOPS_TO_COMPILE:
-        return False, "this run is too short for compiling to pay off"
+        return False, "auto: only on CUDA"
+    saved = COMPILE_SAVES * seconds
+    reason = f"auto: compiling saves about {saved:,.0f} s and takes about {COMPILE_SECONDS} s"
+    if saved < COMPILE_SECONDS:
+        return False, reason
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # the compiler, its headers, Triton: whatever fails, eager mode works
-        return False, f"torch.compile does not work here ({type(error).__name__})"
-    return True, ""
+        return False, f"auto: torch.compile fails here with {type(error).__name__}"
+    return True, reason
 
 
 def pick_fused(device):
@@ -126,25 +129,32 @@ def pick_fused(device):
     return device.type in ("cpu", "cuda")
 
 
-def pick_micro_batch_size(setting, sequences, sequence_bytes, device):
-    """How many of a rank's `sequences` go through the model at once, if possible a divisor of them.
+def pick_micro_batch_size(setting, sequences, training_bytes, device, equal_sizes):
+    """How many of a rank's `sequences` go through the model at once.
 
-    auto: as many as fit into half of a CUDA GPU's memory or, elsewhere, into 768 MiB: on a CPU, more is no faster.
-    `sequence_bytes`: activations that one sequence leaves for the backward pass.
+    auto: as many as fit into 80% of a CUDA GPU's free memory or, elsewhere, into 768 MiB: on a CPU, more is no faster.
+    `training_bytes`: the estimated memory (fixed, per sequence) in bytes; elsewhere than on CUDA only the latter
+    counts. `equal_sizes`: all micro-batches must have the same size, because torch.compile compiles again for another.
     """
     if setting != "auto":
         return min(setting, sequences)
-    memory = device_memory(device) // 2 if device.type == "cuda" else 768 * 2**20
-    limit = max(1, memory // sequence_bytes)
-    divisor = max(n for n in range(1, min(limit, sequences) + 1) if sequences % n == 0)
-    if 2 * divisor > limit:
+    fixed, per_sequence = training_bytes
+    memory = 0.8 * free_memory(device) - fixed if device.type == "cuda" else 768 * 2**20
+    limit = max(1, int(memory // per_sequence))
+    divisor = largest_divisor(sequences, limit)
+    if equal_sizes or 2 * divisor > limit:
         return divisor
     return math.ceil(sequences / math.ceil(sequences / limit))  # nearly equal parts, the last one smaller
 
 
+def largest_divisor(number, limit):
+    """The largest divisor of a number that is at most `limit`."""
+    return max(n for n in range(1, min(limit, number) + 1) if number % n == 0)
+
+
 def check_memory(parameters, tokens, device):
     """Raise UserError if a model of so many parameters, or a step of so many tokens, cannot fit into memory at all."""
-    memory = device_memory(device)
+    memory = free_memory(device)
     # Per parameter, in float32: weight, gradient and AdamW's two moments. Per token, in int64: index, window, input,
     # target.
     if 16 * parameters + 32 * tokens > memory:
@@ -153,19 +163,22 @@ def check_memory(parameters, tokens, device):
                         "batch_size or gradient_accumulation_steps")
 
 
-def device_memory(device):
-    """Total memory of a device in bytes; infinity if unknown."""
+def free_memory(device):
+    """Memory of a device in bytes: on CUDA what no process uses, elsewhere all of it; infinity if unknown."""
     if device.type == "cuda":
         import torch
 
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0]
     # Windows needs another package for this.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 @contextmanager
-def out_of_memory_errors(device, micro_batch_size):
-    """Turn an out-of-memory error into a UserError that names a smaller device_batch_size."""
+def out_of_memory_errors(device, micro_batch_size, sequences):
+    """Turn an out-of-memory error into a UserError that names a smaller device_batch_size.
+
+    It divides the rank's `sequences`, as the setting must. At 1 there is none, and the error names other settings.
+    """
     import torch
 
     try:
@@ -173,8 +186,12 @@ def out_of_memory_errors(device, micro_batch_size):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise UserError(f"out of memory on {device}: try --device_batch_size={max(1, micro_batch_size // 2)} (now "
-                        f"{micro_batch_size})") from error
+        if micro_batch_size > 1:
+            advice = (f"try --device_batch_size={largest_divisor(sequences, micro_batch_size // 2)} (now "
+                      f"{micro_batch_size})")
+        else:
+            advice = "the micro-batch size is 1 already, so start a new run with a lower block_size, n_embd or n_layer"
+        raise UserError(f"out of memory on {device}: {advice}") from error
 
 
 def to_device(array, device):

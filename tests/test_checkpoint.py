@@ -182,6 +182,23 @@ def test_the_optimizer_is_fused_as_this_machine_does_it(trained, monkeypatch, sa
     assert {group["fused"] for optimizer in state.optimizers for group in optimizer.param_groups} == {resumed_on}
 
 
+# ---- opening a run ----
+
+
+@pytest.mark.parametrize("world_size, size, advice", [(2, 32, 24), (3, 31, 16), (1, 95, 48)])
+def test_a_micro_batch_size_that_does_not_divide_a_process_part_is_refused(here, world_size, size, advice):
+    def open_run(size):
+        args = types.SimpleNamespace(**{"resume": False, "resume=auto": False, "overwrite": False})
+        return checkpoint.open_run(settings, {"device_batch_size": size}, args, world_size)[0]
+
+    settings = {"batch_size": 96, "gradient_accumulation_steps": 1}
+    with pytest.raises(UserError, match=f"^device_batch_size = {size} does not divide the {96 // world_size} sequences "
+                                        f"of a step in each process: use {advice}$"):
+        open_run(size)
+    assert open_run(advice).device_batch_size == advice
+    assert open_run(96).device_batch_size == 96  # all of its sequences
+
+
 # ---- settings of a resumed run ----
 
 CHANGEABLE_ON_RESUME = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval",

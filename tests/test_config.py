@@ -110,7 +110,6 @@ def test_a_missing_config_file_suggests_one(monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (dict(n_embd=100, n_head=6), "n_embd = 100 is not a multiple of n_head = 6"),
     (dict(max_iters=1000), "warmup_iters = 1000 is not below lr_decay_iters = 1000"),
-    (dict(device_batch_size=33), "device_batch_size = 33 does not divide a step's 1024"),
     (dict(eval_iters=0), "eval_iters = 0"),
     (dict(max_tokens=131_071), "max_tokens = 131071 is less than one step of 131072 tokens"),
     (dict(max_tokens=1_000_000), "warmup_iters = 1000 is not below lr_decay_iters = 224"),

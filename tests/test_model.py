@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from config import Config
 from layers import fused_linear_cross_entropy, linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, count_parameters, fast_topk, sample_token, window_start
+from runtime.hardware import autocast
 
 
 def small(**changes):
@@ -85,6 +86,31 @@ def test_initialization_is_gpt2s(published):
 def test_without_bias_there_are_only_weights():
     names = [name for name, _ in small(bias=False).named_parameters()]
     assert names and not [name for name in names if name.endswith("bias")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_estimate_for_a_gpu_is_what_autograd_saves(dtype):
+    """Counted on the CPU in eval mode, with the functions that CUDA uses; a dropout mask has a byte per element."""
+    cpu = torch.device("cpu")
+
+    def saved_bytes(n_layer):
+        blocks = torch.nn.Sequential(*small(n_layer=n_layer, n_embd=64, block_size=64).transformer.h)
+        weights, saved = {p.data_ptr() for p in blocks.parameters()}, {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(cpu, dtype):
+            blocks(torch.zeros(8, 64, 64, requires_grad=True))
+        return sum(t.untyped_storage().nbytes() for address, t in saved.items()
+                   if address not in weights and t.size(0) in (8, 8 * 64))  # others: weights in autocast's dtype
+
+    def estimate(n_layer):
+        return 8 * GPTConfig(50, 64, n_layer, 2, 64).training_bytes("cuda", dtype)[1]
+
+    masks = 2 * 2 * 8 * 64 * 64  # in two layers
+    assert estimate(4) - estimate(2) == pytest.approx(saved_bytes(4) - saved_bytes(2) + masks, rel=0.02)
 
 
 @pytest.mark.parametrize("changes, approximate", [({}, "tanh"), ({"gelu": "exact"}, "none")])

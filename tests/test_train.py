@@ -397,6 +397,24 @@ def test_a_run_that_ends_during_warmup_prints_a_warning(with_data, clock, capsys
     assert "warning: the run ended during warmup" in capsys.readouterr().out
 
 
+def test_what_a_run_takes_without_compiling():
+    """It is limited by kernel launches in small steps, by arithmetic in large ones."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(50257))
+
+    def seconds(config, micro_batch_size, step=0, **settings):
+        cfg = Config(**read_config_file(ROOT / "config" / config) | settings)
+        return train.seconds_without_compiling(state_at(cfg, step, model=model, micro_batch_size=micro_batch_size))
+
+    launches_of_a_step, flops_of_a_token = 6 * 65, 6 * 29_995_392
+    assert seconds("tinystories.py", 1024) == pytest.approx(20_000 * 32 * 128 * flops_of_a_token / 1e14)
+    assert seconds("tinystories.py", 1) == pytest.approx(20_000 * 32 * launches_of_a_step * 6e-6)
+    fast = seconds("tinystories_fast.py", 8)
+    assert fast == pytest.approx(3200 * launches_of_a_step * 6e-6)
+    assert seconds("tinystories_fast.py", 8, step=1600) == pytest.approx(fast / 2)
+    assert seconds("tinystories_fast.py", 8, max_tokens=0, max_minutes=5.0) == 300
+
+
 # ---- one optimizer step ----
 
 
@@ -425,7 +443,7 @@ def test_a_step_does_not_depend_on_the_micro_batch_size(with_data, large_eps, si
     """Steps of 8 sequences; micro-batches of 3 leave a smaller last one, which device_batch_size = auto can choose."""
     words = [*TINY, "--max_iters=6", "--dropout=0"]
     train.main([*words, "--out_dir=out/one"])
-    monkeypatch.setattr(train, "pick_micro_batch_size", lambda *_: size)
+    monkeypatch.setattr(train, "pick_micro_batch_size", lambda *_, equal_sizes: size)
     train.main([*words, "--out_dir=out/many"])
     assert [r["sequences_at_a_time"] for name in ("one", "many") for r in records(f"out/{name}", "run")] == [8, size]
     for name, w in weights("out/one").items():

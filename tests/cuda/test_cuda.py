@@ -27,7 +27,7 @@ import train
 from conftest import ROOT
 from layers import fused_linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, window_start
-from runtime.hardware import to_device
+from runtime.hardware import autocast, to_device
 from tools import bench
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
@@ -285,6 +285,27 @@ def test_a_run_ended_by_a_signal_can_be_resumed(data, number):
         assert process.returncode == -signal.SIGKILL
     train.main(["--resume", "--out_dir=out/x", f"--max_iters={2 * step + 8}"])
     assert checkpoint.load("out/x/last.pt")["update"] == step + 4
+
+
+@only_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_memory_estimate_is_above_the_memory_used_but_not_far(dtype):
+    """Two optimizer steps of the published model, compared with the memory that PyTorch allocates."""
+    config, sequences = GPTConfig(50257), 256
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = GPT(config).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.zeros(sequences, config.block_size, dtype=torch.long, device=DEVICE)
+    for _ in range(2):
+        with autocast(torch.device(DEVICE), dtype):
+            model(x, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    used = torch.cuda.max_memory_allocated() - before
+    fixed, per_sequence = config.training_bytes("cuda", dtype)
+    print(f"{used / 1e9:.2f} GB used, {(fixed + sequences * per_sequence) / 1e9:.2f} GB estimated")
+    assert 0.5 < used / (fixed + sequences * per_sequence) < 1.1  # auto fills 80% of the free memory
 
 
 @only_cuda

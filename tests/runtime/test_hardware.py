@@ -25,29 +25,30 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PUBLISHED = GPTConfig(50257)
 
 
-def sequence_bytes(config):
-    """Activations that a sequence leaves for the backward pass, in bytes."""
-    return config.activation_bytes_per_token * config.block_size
-
-
 def test_micro_batches_fill_the_memory_and_divide_the_step():
-    published = sequence_bytes(PUBLISHED)
-    assert pick_micro_batch_size("auto", 1024, published, CPU) == 32
-    assert pick_micro_batch_size("auto", 32, published, CPU) == 32
-    assert pick_micro_batch_size("auto", 42, published, CPU) == 21
-    assert pick_micro_batch_size("auto", 37, published, CPU) == 19  # a prime: 19 and 18
-    large = sequence_bytes(GPTConfig(50257, block_size=1024, n_layer=12))
-    assert pick_micro_batch_size("auto", 1024, large, CPU) == 1
-    assert pick_micro_batch_size(7, 1024, published, CPU) == 7
-    assert pick_micro_batch_size(7, 4, published, CPU) == 4
+    def size(sequences, equal_sizes=False, config=PUBLISHED, setting="auto"):
+        return pick_micro_batch_size(setting, sequences, config.training_bytes("cpu", torch.bfloat16), CPU, equal_sizes)
+
+    assert size(1024) == size(32) == 32
+    assert size(42) == 21
+    assert size(37) == 19  # a prime: 19 and 18
+    assert size(37, equal_sizes=True) == 1
+    assert size(96, equal_sizes=True) == 32 and size(48, equal_sizes=True) == 24
+    assert size(1024, config=GPTConfig(50257, block_size=1024, n_layer=12)) == 1
+    assert size(1024, setting=7) == 7 and size(4, setting=7) == 4
 
 
-def test_micro_batches_fill_half_of_a_gpu(monkeypatch):
-    gpu = types.SimpleNamespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert pick_micro_batch_size("auto", 1024, sequence_bytes(PUBLISHED), CUDA) == 1024
-    gpu.total_memory = 16 * 2**30
-    assert pick_micro_batch_size("auto", 1024, sequence_bytes(PUBLISHED), CUDA) == 256
+@pytest.mark.parametrize("free, dtype, size", [
+    (80, torch.bfloat16, 1024),  # GiB
+    (16, torch.bfloat16, 512),
+    (16, torch.float32, 256),
+    (1, torch.bfloat16, 1),  # less than the model alone needs
+])
+def test_micro_batches_fill_the_free_memory_of_a_gpu(monkeypatch, free, dtype, size):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
+    fixed, per_sequence = training_bytes = PUBLISHED.training_bytes("cuda", dtype)
+    assert pick_micro_batch_size("auto", 1024, training_bytes, CUDA, True) == size
+    assert size == 1 or fixed + size * per_sequence < 0.8 * free * 2**30
 
 
 def test_int8_is_picked_for_one_story_on_a_cpu():
@@ -60,8 +61,16 @@ def test_int8_is_picked_for_one_story_on_a_cpu():
 
 
 def test_a_cpu_compiles_only_on_request():
-    assert pick_compile("auto", CPU, 1e20) == (False, "auto compiles on CUDA only")
-    assert pick_compile(True, CPU, 1)[0]
+    assert pick_compile("auto", CPU, 1e9) == (False, "auto: only on CUDA")
+    assert pick_compile(True, CPU, 1) == (True, "compile = True")
+    assert pick_compile(False, CUDA, 1e9) == (False, "compile = False")
+
+
+def test_a_gpu_compiles_if_that_saves_more_than_it_takes(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "ones", lambda n, device: n)
+    assert pick_compile("auto", CUDA, 100) == (False, "auto: compiling saves about 30 s and takes about 40 s")
+    assert pick_compile("auto", CUDA, 1000) == (True, "auto: compiling saves about 300 s and takes about 40 s")
 
 
 @pytest.mark.parametrize("name, on_mac, device", [("auto", False, "cpu"), ("cpu", True, "cpu"), ("auto", True, "cpu")])
@@ -153,18 +162,23 @@ def test_to_device_keeps_values_and_dtype():
     assert tensor.is_contiguous() and tensor.dtype == torch.int64 and tensor.tolist() == view.tolist()
 
 
-@pytest.mark.parametrize("size, advice", [(32, 16), (5, 2), (1, 1)])
-def test_out_of_memory_advises_half_the_micro_batch_size(size, advice):
-    with pytest.raises(UserError, match=rf"out of memory on cpu: try --device_batch_size={advice} \(now {size}\)"):
-        with out_of_memory_errors(CPU, size):
+@pytest.mark.parametrize("size, sequences, advice", [
+    (32, 1024, r"try --device_batch_size=16 \(now 32\)"),
+    (27, 27, r"try --device_batch_size=9 \(now 27\)"),
+    (19, 37, r"try --device_batch_size=1 \(now 19\)"),
+    (1, 1024, "the micro-batch size is 1 already, so start a new run with a lower block_size, n_embd or n_layer"),
+])
+def test_out_of_memory_advises_a_smaller_divisor_of_the_sequences(size, sequences, advice):
+    with pytest.raises(UserError, match=f"^out of memory on cpu: {advice}$"):
+        with out_of_memory_errors(CPU, size, sequences):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-    with pytest.raises(UserError, match=rf"try --device_batch_size={advice} \(now {size}\)"):
-        with out_of_memory_errors(CPU, size):
+    with pytest.raises(UserError, match=f"^out of memory on cpu: {advice}$"):
+        with out_of_memory_errors(CPU, size, sequences):
             torch.empty(2**50)
 
 
 def test_other_errors_get_no_advice():
-    with pytest.raises(RuntimeError, match="^shapes differ$"), out_of_memory_errors(CPU, 32):
+    with pytest.raises(RuntimeError, match="^shapes differ$"), out_of_memory_errors(CPU, 32, 1024):
         raise RuntimeError("shapes differ")
 
 
