@@ -342,7 +342,7 @@ def load_resume_checkpoint(out_dir):
             raise
         print(f"note: {last} is missing or damaged: resuming from {previous}, the one before it", file=sys.stderr)
     checkpoint = load(previous, LAST_REQUIRED_KEYS)
-    previous.replace(last)  # or the next save would replace it with the damaged one
+    files.rename(previous, last)  # or the next save would replace it with the damaged one
     return checkpoint
 
 
@@ -432,7 +432,7 @@ def flush_logs(out_dir):
     for name in sizes:
         if Path(out_dir, name).exists():
             with open(Path(out_dir, name), "ab") as file:
-                os.fsync(file.fileno())  # or a power cut could leave less than the checkpoint says
+                files.sync(file.fileno())  # or a power cut could leave less than the checkpoint says
                 sizes[name] = file.tell()
     return sizes
 

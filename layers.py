@@ -76,7 +76,10 @@ class Int8Linear(nn.Module):
         """(…, in) -> (…, out)"""
         if self.padding:
             x = F.pad(x, (0, self.padding))
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.weight, self.scale)  # (N, out)
+        if hasattr(torch, "_weight_int8pack_mm"):
+            y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.weight, self.scale)  # (N, out)
+        else:  # slow: the function is private, and a later version of torch may lack it
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from runtime.errors import UserError
 from runtime.hardware import try_lock
 
+RENAME_SECONDS = 5  # for another process to close the file, on Windows
 _locked = {}  # path → the open file whose lock this process has: it must stay open
 
 
@@ -25,15 +27,43 @@ def atomic_write(path, write, previous=None):
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
+            sync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
         if previous and path.exists():
-            path.replace(previous)
-        temporary.replace(path)
+            rename(path, previous)
+        rename(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a failed write
         raise write_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rename(source, target):
+    """Rename a file or folder, replacing a file that has the new name.
+
+    Windows refuses that while another process has one of the two open (sample.py, a virus scanner): the call then tries
+    again for RENAME_SECONDS. Raises OSError if it fails.
+    """
+    deadline = time.monotonic() + RENAME_SECONDS
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if platform.system() != "Windows" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def sync(descriptor):
+    """Flush an open file to the disk. On macOS, fsync alone leaves the data in the drive's cache."""
+    if platform.system() == "Darwin":
+        import fcntl
+
+        try:
+            return fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except OSError:
+            pass  # network file systems do not support it
+    os.fsync(descriptor)
 
 
 def sync_folder(folder):
@@ -42,7 +72,7 @@ def sync_folder(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     except OSError:
         pass  # some network file systems cannot; the file itself has been flushed
     finally:
@@ -67,6 +97,8 @@ def write_error(path, error):
     """The UserError for a file that could not be written."""
     reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))  # torch hides the system's reason
     reason = next(filter(None, reasons), "is the disk full?")
+    if isinstance(error, PermissionError) and platform.system() == "Windows":
+        reason += ": another program may have it open"
     return UserError(f"cannot write {path} ({reason}): what was saved before is intact; free some space or fix the "
                      "permissions, then run the command again (train.py with --resume)")
 

@@ -68,8 +68,8 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # torch 2.11 has no public function for this
-    has_bf16 = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")  # on ARM neither is reported
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -78,9 +78,13 @@ def pick_inference_dtype(name, device, num_samples):
 
     auto is the fastest. A single story is limited by reading the weights from memory, where int8 is the smallest;
     many stories are limited by arithmetic, which is slower in int8 here. int8 was measured on x86 only, so auto does
-    not use it on other processors. Raises UserError as `pick_dtype` does, and for int8 on devices other than the CPU.
+    not use it on other processors, and its kernel is a private function of torch, which a later version may lack.
+    Raises UserError as `pick_dtype` does, and for int8 on devices other than the CPU.
     """
-    if name == "auto" and device.type == "cpu" and num_samples == 1 and platform.machine() in ("x86_64", "AMD64"):
+    import torch
+
+    int8_is_fast = platform.machine() in ("x86_64", "AMD64") and hasattr(torch, "_weight_int8pack_mm")
+    if name == "auto" and device.type == "cpu" and num_samples == 1 and int8_is_fast:
         return "int8"
     if name == "int8" and device.type != "cpu":
         raise UserError(f"dtype = 'int8' works on a CPU only; on {device.type} use auto")

@@ -137,9 +137,12 @@ def test_dropout_has_probability_p_everywhere_and_keeps_the_mean(p):
     assert torch.equal(Dropout(p).eval()(x), x) and torch.equal(Dropout(0.0)(x), x)
 
 
+@pytest.mark.parametrize("has_int8_kernel", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 1, 24), (1, 3, 24), (24,)])
-def test_linear_equals_torchs(bias, shape):
+def test_linear_equals_torchs(monkeypatch, bias, shape, has_int8_kernel):
+    if not has_int8_kernel:
+        monkeypatch.delattr(torch, "_weight_int8pack_mm")
     torch.manual_seed(0)
     layer, x = Linear(24, 10, bias=bias), torch.randn(shape)
     expected = F.linear(x, layer.weight, layer.bias)

@@ -30,6 +30,7 @@ from data import nursery
 from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
 from model import GPT, GPTConfig
+from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
 
 # GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
@@ -119,7 +120,7 @@ def export_run(out_dir, folder):
         check_logits(path, model, partial, text_windows(tokenizer, state, model.config.block_size))
         if folder.exists():
             folder.rmdir()
-        partial.rename(folder)
+        files.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{folder}: exported {path}, {model.num_parameters():,} parameters, as a transformers GPT-2 model")

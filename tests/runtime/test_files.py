@@ -1,9 +1,11 @@
 """Atomic writes, appends and locks."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -32,6 +34,53 @@ def test_a_failed_atomic_write_leaves_both_files(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*last.pt \(is the disk full\?\): what was saved"):
         files.atomic_write(path, fail, previous)
     assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one") and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("system, refusals, replaced", [
+    ("Windows", 3, True), ("Windows", 10**9, False), ("Linux", 0, True), ("Linux", 1, False)])
+def test_renaming_waits_on_windows_while_another_process_has_the_file_open(
+        monkeypatch, tmp_path, system, refusals, replaced):
+    path, replace, calls = tmp_path / "ckpt.pt", os.replace, []
+
+    def refuse_at_first(source, target):
+        calls.append(source)
+        if len(calls) <= refusals:
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    path.write_bytes(b"one")
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(os, "replace", refuse_at_first)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files, "RENAME_SECONDS", 0.01 if refusals > 3 else 60)
+    if replaced:
+        files.atomic_write(path, lambda file: file.write(b"two"))
+        assert len(calls) == refusals + 1
+    else:
+        hint = ": another program may have it open" if system == "Windows" else ""
+        with pytest.raises(UserError, match=rf"cannot write .*ckpt.pt \(Access is denied{hint}\): what was saved"):
+            files.atomic_write(path, lambda file: file.write(b"two"))
+        assert (len(calls) > 1) == (system == "Windows")
+    assert path.read_bytes() == (b"two" if replaced else b"one") and os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("system, supported, expected", [
+    ("Linux", True, ["fsync"]), ("Windows", True, ["fsync"]), ("Darwin", True, ["F_FULLFSYNC"]),
+    ("Darwin", False, ["F_FULLFSYNC", "fsync"])])
+def test_macos_flushes_the_cache_of_the_drive(monkeypatch, tmp_path, system, supported, expected):
+    calls = []
+
+    def control(descriptor, command):
+        calls.append(command)
+        if not supported:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(files, "sync_folder", lambda folder: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    monkeypatch.setitem(sys.modules, "fcntl", types.SimpleNamespace(fcntl=control, F_FULLFSYNC="F_FULLFSYNC"))
+    files.atomic_write(tmp_path / "ckpt.pt", lambda file: file.write(b"one"))
+    assert calls == expected
 
 
 def test_a_failed_append_names_the_file(tmp_path):

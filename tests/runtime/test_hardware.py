@@ -60,6 +60,11 @@ def test_int8_is_picked_for_one_story_on_a_cpu():
         pick_inference_dtype("int8", CUDA, 1)
 
 
+def test_int8_is_not_picked_without_its_kernel(monkeypatch):
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    assert pick_inference_dtype("auto", CPU, 1) in (torch.bfloat16, torch.float32)
+
+
 def test_a_cpu_compiles_only_on_request():
     assert pick_compile("auto", CPU, 1e9) == (False, "auto: only on CUDA")
     assert pick_compile(True, CPU, 1) == (True, "compile = True")
@@ -126,8 +131,7 @@ def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": cpu_bf16})
     monkeypatch.setattr(torch, "compile", compile)
     for factory in ("empty", "ones"):
         monkeypatch.setattr(torch, factory, lambda n, device: n)
