@@ -8,6 +8,11 @@ Stories are streamed, stripped of outer white space and encoded on all cores, ea
 Memory use does not grow with the corpus. The folder data/<name>/ appears only when it is complete.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 import copy
 import hashlib
 import json

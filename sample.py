@@ -6,6 +6,11 @@
 stdout has the stories and nothing else; stderr has the model, its validation loss and the speed.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 import argparse
 import itertools
 import sys

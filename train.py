@@ -10,6 +10,11 @@
 Ctrl-C finishes the current step, saves last.pt and exits. `--help` lists all settings.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 import math
 import platform
 import sys
@@ -31,8 +36,9 @@ from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast
                                  check_equal_weights, cleanup_distributed, init_distributed, is_first_on_machine,
                                  rank_0_first)
 from runtime.errors import UserError, exit_with_one_line
-from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, out_of_memory_errors,
-                              pick_compile, pick_device, pick_dtype, pick_fused, pick_micro_batch_size, to_device)
+from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, describe_threads, git_commit,
+                              out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
+                              pick_micro_batch_size, to_device)
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
@@ -443,7 +449,8 @@ def print_plan(state, compiled):
           f"the run: {steps:,} steps = {tokens:,} tokens = {tokens / data.tokens_per_epoch:.2f} epochs")
     if cfg.patience:
         print(f"early stopping: after {cfg.patience} evaluations in a row without a lower validation loss")
-    print(f"on {state.device}, in {str(state.dtype).removeprefix('torch.')}, {compiled}")
+    threads = f", {describe_threads()}" if state.device.type == "cpu" else ""
+    print(f"on {state.device}, in {str(state.dtype).removeprefix('torch.')}, {compiled}{threads}")
     if cfg.min_lr > cfg.learning_rate:
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup, the "
               "learning rate rises until the end and never decays")

@@ -5,7 +5,10 @@ import difflib
 import functools
 import os
 import platform
+import signal
 import sys
+
+from runtime import startup
 
 
 class UserError(Exception):
@@ -22,6 +25,8 @@ def exit_with_one_line(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         """Run `main`; exit with one line if it fails."""
+        if signal.getsignal(signal.SIGINT) is startup.exit_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         try:
             result = main(argv)

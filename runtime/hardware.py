@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from runtime.errors import UserError
+from runtime.startup import OPENMP_VARIABLES
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -211,6 +212,15 @@ def describe_device(device):
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}"
+
+
+def describe_threads():
+    """The number of threads, and the environment variable that sets how long they wait for work before they sleep."""
+    import torch
+
+    waiting = [f"{name}={os.environ[name]}" for name in OPENMP_VARIABLES if name in os.environ]
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}" + (f" ({', '.join(waiting)})" if waiting else "")
 
 
 def git_commit():

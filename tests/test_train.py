@@ -794,6 +794,7 @@ def test_train_py_as_a_script(with_data):
     done = launch("train.py", *TINY, "--max_iters=8", "--out_dir=out/x", cwd=with_data)
     assert done.returncode == 0 and done.stderr == ""
     assert "iteration 4: loss " in done.stdout and "tokens/s" in done.stdout  # plain lines without a terminal
+    assert "on cpu, in float32, not compiled (compile = False), 1 thread (GOMP_SPINCOUNT=" in done.stdout
 
 
 def test_training_and_sampling_need_neither_datasets_nor_tokenizers(with_data):

@@ -7,6 +7,11 @@ Timings are noisy, so the variants of a subject run interleaved, and ratios are 
 Each training variant runs in its own process, which also gives its own peak memory.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 import collections
 import copy
 import hashlib
@@ -22,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import chdir, contextmanager, redirect_stdout
+from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -46,7 +51,7 @@ from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from layers import linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, count_parameters, sample_token, window_start
-from runtime import files
+from runtime import files, startup
 from runtime.distributed import all_reduce_gradients, cleanup_distributed, init_distributed, sync_stop_and_time
 from runtime.errors import Parser, UserError, exit_with_one_line
 from runtime.hardware import describe_device, git_commit, pick_device, pick_dtype, pick_inference_dtype
@@ -60,6 +65,7 @@ RANK_BATCH_SIZE = {"cpu": 32, "cuda": 128}  # sequences per process in the subje
 NURSERY_STORIES = 140_000  # 102 MB of text
 # Dense bf16 TFLOP/s from the vendors' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
+LIBGOMP_SPIN_COUNT = "300000"  # the default of GNU's OpenMP, which torch's Linux builds use
 TABLES_WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}
 
 
@@ -205,9 +211,15 @@ def child_processes(targets):
 
 def ask(pipes, name):
     """Send a message to one of `child_processes` and return the answer. Raises UserError if the process has failed."""
+    return ask_at_once(pipes, [name])[0]
+
+
+def ask_at_once(pipes, names):
+    """Send a message to several of `child_processes` and return the list of their answers, as `ask` does."""
     try:
-        pipes[name].send("go")
-        return pipes[name].recv()
+        for name in names:
+            pipes[name].send("go")
+        return [pipes[name].recv() for name in names]
     except (EOFError, OSError) as error:
         raise UserError(f"the process of '{name}' failed: its error message is above") from error
 
@@ -486,6 +498,9 @@ def bench_generate(args, device, ceilings, folder):
             variants[name] = partial(generate_stories, models[dtype], idx, new_tokens)
             variants[f"{name} no cache"] = partial(generate_uncached, models[dtype], idx, lengths)
             amounts |= {name: stories * new_tokens, f"{name} no cache": stories * len(lengths)}
+            if device.type == "cuda":
+                variants[f"{name} no graph"] = partial(generate_without_graph, models[dtype], idx, new_tokens)
+                amounts[f"{name} no graph"] = stories * new_tokens
     medians, spreads = median_rates(amounts, time_interleaved(variants, args.rounds))
 
     result = {f"dtype_{stories}": dtype for stories, dtype in picked.items()}
@@ -507,6 +522,13 @@ def generate_stories(model, idx, new_tokens):
     for _ in model.generate(idx, new_tokens, temperature=0.8, top_k=200):
         pass
     synchronize(idx.device)
+
+
+def generate_without_graph(model, idx, new_tokens):
+    """`generate_stories` without a CUDA graph, which is captured once per call."""
+    model = copy.copy(model)
+    model.capture_decode_graph = lambda cache: lambda token: model(token, cache=cache)
+    generate_stories(model, idx, new_tokens)
 
 
 @torch.inference_mode()
@@ -634,6 +656,42 @@ def time_rank_step(model, idx, passes=True, all_reduce=False):
     return time.perf_counter() - started
 
 
+# ---- two runs at once ----
+
+
+def bench_two_runs(args, device, ceilings, folder):
+    """Training speed on a CPU of one run and of two at once, by how long threads spin before they sleep."""
+    if device.type != "cpu":
+        return {"runs": "on a CPU only"}
+    workload = make_workload(folder, device, args.config, small=True)
+    spins = {"": startup.SPIN_COUNT, ", OpenMP's default": LIBGOMP_SPIN_COUNT}
+    seconds = {f"{runs}{name}": [] for runs in ("one run", "two runs") for name in spins}
+    with ExitStack() as stack:
+        pipes = {name: stack.enter_context(two_processes(workload, count)) for name, count in spins.items()}
+        for round in range(args.rounds + 1):
+            for name in spins:
+                for runs, names in (("one run", ["first"]), ("two runs", ["first", "second"])):
+                    slowest = max(answer[0] for answer in ask_at_once(pipes[name], names))
+                    if round:  # the first one is a warm-up
+                        seconds[f"{runs}{name}"].append(slowest)
+    tokens = workload.steps * workload.tokens_per_step
+    medians, spreads = median_rates({name: tokens * (1 + name.startswith("two")) for name in seconds}, seconds)
+    default = medians["one run, OpenMP's default"]
+    return {"one_run_times_default": medians["one run"] / default,
+            "two_runs_times_one_default": medians["two runs"] / default, "tokens_per_s_of_each": medians,
+            "spreads": spreads}
+
+
+@contextmanager
+def two_processes(workload, spin_count):
+    """Two child processes that train, with OpenMP's threads spinning so often before they sleep."""
+    before = os.environ.get("GOMP_SPINCOUNT")
+    os.environ["GOMP_SPINCOUNT"] = spin_count  # read when a process loads torch
+    with child_processes(dict.fromkeys(("first", "second"), (run_variant, "eager", workload))) as pipes:
+        os.environ.pop("GOMP_SPINCOUNT") if before is None else os.environ.update(GOMP_SPINCOUNT=before)
+        yield pipes
+
+
 # ---- profile ----
 
 
@@ -716,7 +774,7 @@ def summarize_profile(name, device, profiler, seconds, count=10):
 
 
 SUBJECTS = {"train": bench_train, "small": bench_small, "generate": bench_generate, "profile": bench_profile,
-            "prepare": bench_prepare, "ranks": bench_ranks}
+            "prepare": bench_prepare, "ranks": bench_ranks, "two-runs": bench_two_runs}
 
 if __name__ == "__main__":
     main()

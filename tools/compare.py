@@ -7,6 +7,11 @@
 It reads only each run's log.jsonl, so a run may still be training.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 from dataclasses import fields
 from pathlib import Path
 

@@ -9,6 +9,11 @@ An export contains the weights (safetensors, float32), the tokenizer, and a mode
 It is made only if the exported model gives the run's logits.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 import hashlib
 import json
 import os

@@ -9,6 +9,11 @@ records are published until training ends or Ctrl-C. Publishing a run again repl
 where nothing can be replaced, it creates another run.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 import html
 import itertools
 import os

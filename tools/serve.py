@@ -7,6 +7,11 @@ The page requests a story with POST /generate and receives one line of JSON for 
 everyone who can reach the port can use it. Without --host, only this machine can.
 """
 
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
 import argparse
 import asyncio
 import functools

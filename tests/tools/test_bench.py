@@ -1,6 +1,7 @@
 """The benchmark measures what it says, on a small model. No test depends on a timing."""
 
 import json
+import os
 import sys
 import types
 
@@ -144,6 +145,31 @@ def test_small_steps_are_those_of_the_fast_config(small, monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out)["small"]
     assert result["tokens_per_step"] == 8 * 16 and result["tokens_per_s"] == 2 * 8 * 16 / 0.5
     assert result["ms_per_step"] == 250
+
+
+def test_two_runs_at_once_are_compared_with_one(small, monkeypatch, capsys):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    bench.main(["two-runs", "--tiny", "--json", "--rounds=1", "--device=cpu"])
+    result = json.loads(capsys.readouterr().out)["two-runs"]
+    rates = result["tokens_per_s_of_each"]
+    assert list(rates) == ["one run", "one run, OpenMP's default", "two runs", "two runs, OpenMP's default"]
+    assert result["two_runs_times_one_default"] == rates["two runs"] / rates["one run, OpenMP's default"]
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+@pytest.mark.parametrize("spin_count", ["1", "1000"])
+def test_two_processes_get_the_spin_count(small, here, monkeypatch, spin_count):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setattr(bench, "run_variant", send_spin_count)
+    with bench.two_processes(None, spin_count) as pipes:
+        assert [bench.ask(pipes, name) for name in pipes] == [spin_count] * 2
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def send_spin_count(pipe, name, workload):
+    """A child process that answers with its GOMP_SPINCOUNT."""
+    pipe.recv()
+    pipe.send(os.environ["GOMP_SPINCOUNT"])
 
 
 def test_a_profile_lists_the_most_expensive_operations(small, capsys):
