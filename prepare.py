@@ -10,6 +10,7 @@ Memory use does not grow with the corpus. The folder data/<name>/ appears only w
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from data import sources
 from data.dataset import with_checksum
-from data.tokenizer import Tokenizer
+from data.tokenizer import END_OF_TEXT, Tokenizer
 from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
 
@@ -90,7 +91,7 @@ def parse_args(argv):
     parser.add_argument("--text_column", default="text", help="the column that contains the stories (default: text)")
     parser.add_argument("--validation_fraction", type=float, default=0.01,
                         help="fraction of the stories, chosen at random, that becomes the validation split if the "
-                             "source has none (default: 0.01)")
+                             "source has none; of a single text, its last part (default: 0.01)")
     parser.add_argument("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split "
                                                         f"(default: all; nursery: {sources.NURSERY_STORIES:,})")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the validation split and of nursery "
@@ -153,8 +154,7 @@ def write_dataset(folder, args):
     for split in corpus.splits:
         if not counts[split]:
             raise UserError(f"{args.source}: the {split} split has no stories, or only empty ones")
-    if "validation" not in corpus.splits:
-        corpus.split_validation(counts["train"], args.validation_fraction, args.seed)
+    validation_split = corpus.split_validation(counts["train"], args.validation_fraction, args.seed)
 
     if bpe_size:
         tokenizer = train_tokenizer(corpus, bpe_size, counts.total(), characters)
@@ -164,7 +164,8 @@ def write_dataset(folder, args):
     tokenizer.save(folder)
     meta = {"source": args.source, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.end_of_text, "dtype": dtype, "splits": splits,
-            "empty_stories_dropped": corpus.empty_stories, "made_with": dataset_args(args)}
+            "validation_split": validation_split, "empty_stories_dropped": corpus.empty_stories,
+            "made_with": dataset_args(args)}
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with open(path, "r+b") as file:
@@ -200,11 +201,14 @@ def count_corpus(corpus):
 def train_tokenizer(corpus, vocab_size, count, characters):
     """Train a vocabulary on training stories sampled evenly from the corpus, about SAMPLE_CHARACTERS at most.
 
-    `count` (stories) and `characters` are the size of the corpus.
+    `count` (stories) and `characters` are the size of the corpus. Long stories are sampled in pieces, because training
+    takes 100 bytes of memory for each byte of a piece.
     """
     step = math.ceil(characters / SAMPLE_CHARACTERS)
-    pairs = enumerate(progress(corpus, f"sampling for bpe:{vocab_size}", count))
-    sample = (story for i, (split, story) in pairs if i % step == 0 and split == "train")
+    pieces = ((split, story[start:start + BATCH_CHARACTERS])
+              for split, story in progress(corpus, f"sampling for bpe:{vocab_size}", count)
+              for start in range(0, len(story), BATCH_CHARACTERS))
+    sample = (piece for split, piece in itertools.islice(pieces, 0, None, step) if split == "train")
     return Tokenizer.train(sample, vocab_size, show_progress=sys.stderr.isatty())
 
 
@@ -282,6 +286,9 @@ def print_table(folder, meta):
     """Print the size of each split: stories, tokens, bytes of text, bytes per token, and the token file."""
     print(f"{folder}: {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens in the vocabulary, "
           f"{meta['empty_stories_dropped']:,} empty stories dropped")
+    if meta["validation_split"] == "end of the text":
+        print(f"{meta['source']} has only one text: its last {meta['splits']['validation']['bytes']:,} bytes are the "
+              f"validation split (in a .txt file, lines of {END_OF_TEXT} separate stories)")
     print(f"{'split':12}{'stories':>12}{'tokens':>15}{'bytes':>16}{'bytes/token':>13}{'file':>12}")
     for split, sizes in meta["splits"].items():
         megabytes = (folder / f"{split}.bin").stat().st_size / 1e6

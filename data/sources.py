@@ -18,6 +18,7 @@ from runtime.errors import UserError
 HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
 MAX_STORY_CHARACTERS = 1 << 26  # a longer text in a .txt file has no separators, and reading on would exhaust memory
+WINDOW_CHARACTERS = 1024  # more than a window of 128 tokens (the default block_size) takes, if they average 8 or less
 FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # file extension → its name in `datasets`
 
 
@@ -31,16 +32,23 @@ class Corpus:
         """`max_stories` limits the training split. Raises UserError if the source cannot be opened."""
         self.source, self.max_stories = source, max_stories
         self.splits = open_source(source, text_column, max_stories, seed)
-        self.in_validation = None  # set by split_validation: bool, (number of training stories,)
+        self.in_validation = itertools.repeat(False)  # set by split_validation: bool, (number of training stories,)
+        self.cut = None  # set by split_validation: where the only training story is divided, in characters
         self.empty_stories = 0
 
     def __iter__(self):
         """Yield (split, story) pairs in the order of the source, with outer white space stripped."""
         self.empty_stories = 0
-        for split, read in self.splits.items():
-            limit = self.max_stories if split == "train" else None
-            for i, story in enumerate(itertools.islice(self._clean(read(), split), limit)):
-                yield ("validation" if self.in_validation is not None and self.in_validation[i] else split), story
+        train = itertools.islice(self._clean(self.splits["train"](), "train"), self.max_stories)
+        for story, in_validation in zip(train, self.in_validation):
+            if self.cut:
+                yield "train", story[:self.cut].rstrip()
+                yield "validation", story[self.cut:].lstrip()
+            else:
+                yield "validation" if in_validation else "train", story
+        if "validation" in self.splits:
+            for story in self._clean(self.splits["validation"](), "validation"):
+                yield "validation", story
 
     def _clean(self, stories, split):
         """Strip stories and drop the empty ones. Raises UserError for values that are not text."""
@@ -54,16 +62,33 @@ class Corpus:
                 self.empty_stories += 1
 
     def split_validation(self, count, fraction, seed):
-        """Move a random fraction of the `count` training stories, at least one, to a validation split.
+        """Make a validation split of a fraction of the `count` training stories, if the source has none.
 
-        Raises UserError if there is only one story.
+        It is a random choice of stories, at least one, or the end of the text if there is only one. Returns which, as
+        recorded in meta.json. Raises UserError if the only text is too short.
         """
-        if count < 2:
-            raise UserError(f"{self.source} has only one story, but training and validation need one each: separate "
-                            f"the stories of a .txt file by lines of {END_OF_TEXT}")
+        if "validation" in self.splits:
+            return "source"
+        if count == 1:
+            self.cut = self._cut_text(next(iter(self))[1], fraction)
+            return "end of the text"
         size = min(max(1, round(count * fraction)), count - 1)
         self.in_validation = np.zeros(count, bool)
         self.in_validation[np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False)] = True
+        return "random stories"
+
+    def _cut_text(self, text, fraction):
+        """Where a fraction of a text begins, at the end of a word; in characters, to be the same for every tokenizer.
+
+        Training needs twice block_size tokens, and validation one more than block_size.
+        """
+        spare = len(text) - 2 * WINDOW_CHARACTERS
+        if spare < WINDOW_CHARACTERS:
+            raise UserError(f"{self.source} has only one text, of {len(text):,} characters, but training and "
+                            f"validation need {3 * WINDOW_CHARACTERS:,}: use more text, or several stories (in a .txt "
+                            f"file, separated by lines of {END_OF_TEXT})")
+        cut = len(text) - min(max(round(len(text) * fraction), WINDOW_CHARACTERS), spare)
+        return re.compile(r"\S{,99}").match(text, cut).end()  # bounded, for languages that do not separate words
 
 
 def open_source(source, text_column="text", max_stories=None, seed=0):

@@ -19,6 +19,7 @@ from data import nursery
 from data.tokenizer import END_OF_TEXT, Tokenizer
 
 STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", f"He said {END_OF_TEXT} and left."]
+BOOK = "Ein naïver Fuchs 🦊 läuft über die Straße. " * 200  # 8,600 characters
 
 
 def data_entries():
@@ -81,6 +82,51 @@ def test_empty_stories_are_counted(here, capsys):
     assert sorted(stories["train"] + stories["validation"]) == ["One.", "Two."]
     assert meta["empty_stories_dropped"] == 2  # blank lines at the end of the file are not a story
     assert "2 empty stories dropped" in capsys.readouterr().out
+
+
+def test_one_long_text_is_cut(here, capsys):
+    (here / "book.txt").write_text(BOOK, encoding="utf-8")
+    prepare.main(["book.txt", "--validation_fraction", "0.25"])
+    meta, stories = prepared("book")
+    assert len(stories["train"]) == len(stories["validation"]) == 1
+    assert f"{stories['train'][0]} {stories['validation'][0]}" == BOOK.strip()
+    assert abs(len(stories["validation"][0]) - 0.25 * len(BOOK)) < 100
+    assert meta["validation_split"] == "end of the text"
+    size = meta["splits"]["validation"]["bytes"]
+    assert f"book.txt has only one text: its last {size:,} bytes are the validation split" in capsys.readouterr().out
+
+    (here / "more.jsonl").write_text(json.dumps({"text": BOOK}) + "\n" + json.dumps({"text": STORIES[0]}))
+    (here / "books").mkdir()
+    (here / "books/a.txt").write_text(BOOK, encoding="utf-8")
+    for source in ("more.jsonl --max_stories 1", "books"):
+        prepare.main([*source.split(), "--validation_fraction", "0.25", "--name", "book", "--force"])
+        assert prepared("book")[1] == stories
+
+
+def test_the_end_of_one_text_does_not_reach_the_vocabulary(here):
+    text = "The cat sat on the mat. " * 300
+    for end in ("sat", "zebra"):
+        (here / f"{end}.txt").write_text(text + f"The {end} sat on the mat. " * 100)
+        prepare.main([f"{end}.txt", "--tokenizer", "bpe:260", "--validation_fraction", "0.25", "--name", end])
+    assert Tokenizer.load("data/sat") == Tokenizer.load("data/zebra")
+
+
+def test_a_vocabulary_is_trained_on_pieces_of_a_long_text(here, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(prepare, "SAMPLE_CHARACTERS", 4000)
+    for word in ("sat", "zebra"):  # only every second piece is read, in which this word does not occur
+        pages = [("The cat sat on the mat. " * 50)[:1000], (f"The {word} sat on the mat. " * 50)[:1000]]
+        (here / f"{word}.txt").write_text("".join(pages * 4))
+        prepare.main([f"{word}.txt", "--tokenizer", "bpe:260", "--name", word])
+    assert Tokenizer.load("data/sat") == Tokenizer.load("data/zebra")
+
+
+def test_one_training_story_with_a_validation_split_is_not_cut(here):
+    write(here / "books/train.txt", [BOOK])
+    write(here / "books/valid.txt", STORIES)
+    prepare.main(["books"])
+    meta, stories = prepared("books")
+    assert stories == {"train": [BOOK.strip()], "validation": STORIES} and meta["validation_split"] == "source"
 
 
 def test_validation_split_depends_on_the_seed_only(here):
@@ -180,7 +226,8 @@ def empty_validation(folder):
     (bad_utf8, [], "bad.txt is not UTF-8 text"),
     (lambda f: write(f / "blank.txt", [" ", "\n\n"]), [], "blank.txt: the train split has no stories"),
     (empty_validation, [], "books: the validation split has no stories"),
-    (lambda f: write(f / "one.txt", STORIES[:1]), [], "has only one story"),
+    (lambda f: write(f / "one.txt", STORIES[:1]), [], "one.txt has only one text, of "),
+    ("nursery", ["--max_stories", "1"], "but training and validation need 3,072: use more text"),
     ("nursery", ["--tokenizer", "gpt5"], "unknown tokenizer 'gpt5'"),
     ("nursery", ["--tokenizer", "r50k_base"], "cannot load tokenizer 'r50k_base'"),
     ("nursery", ["--tokenizer", "bpe:many"], "the vocabulary size must be at least 257"),
