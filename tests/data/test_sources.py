@@ -144,6 +144,14 @@ def test_the_shortest_text_that_can_be_cut(here, size):
         assert corpus.split_validation(1, 0.01, seed=1) == "end of the text"
 
 
+def test_repeats_and_occurs_in():
+    rng = np.random.default_rng(0)
+    for size, others_size in ((300, 20), (20, 300), (1, 0), (0, 1)):
+        values, others = rng.integers(-50, 50, size), rng.integers(-50, 50, others_size)
+        assert sources.repeats(values).tolist() == [value in values[:i] for i, value in enumerate(values)]
+        assert sources.occurs_in(values, others).tolist() == [value in others for value in values]
+
+
 def bad_utf8(folder):
     (folder / "bad.txt").write_bytes(b"A story.\n<|endoftext|>\nA caf\xe9.\n")
     return "bad.txt"
