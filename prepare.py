@@ -5,7 +5,8 @@
     python prepare.py my_stories.txt                      your own text
 
 Stories are streamed, stripped of outer white space and encoded on all cores, each followed by one end-of-text token.
-Memory use does not grow with the corpus. The folder data/<name>/ appears only when it is complete.
+Memory use grows by about 40 bytes per story, to find duplicates, and not with the text. The folder data/<name>/ appears
+only when it is complete.
 """
 
 if __name__ == "__main__":
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import shutil
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -33,7 +36,7 @@ from tqdm import tqdm
 
 from data import sources
 from data.dataset import with_checksum
-from data.tokenizer import Tokenizer
+from data.tokenizer import END_OF_TEXT, Tokenizer
 from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
 
@@ -95,9 +98,12 @@ def parse_args(argv):
     parser.add_argument("--text_column", default="text", help="the column that contains the stories (default: text)")
     parser.add_argument("--validation_fraction", type=float, default=0.01,
                         help="fraction of the stories, chosen at random, that becomes the validation split if the "
-                             "source has none (default: 0.01)")
-    parser.add_argument("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split "
+                             "source has none; of a single text, its last part (default: 0.01)")
+    parser.add_argument("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split, "
+                                                        "duplicates included "
                                                         f"(default: all; nursery: {sources.NURSERY_STORIES:,})")
+    parser.add_argument("--drop_duplicates", action="store_true",
+                        help="drop training stories that repeat an earlier one or are also in the validation split")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the validation split and of nursery "
                                                                "(default: 1337)")
     parser.add_argument("--force", action="store_true", help="replace the dataset if it already exists")
@@ -136,7 +142,8 @@ def dataset_args(args):
 def read_dataset_args(folder):
     """The arguments that a dataset was created with. Raises UserError if the folder is not a dataset."""
     try:
-        return dict(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["made_with"])
+        made_with = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["made_with"]
+        return {"drop_duplicates": False, **made_with}  # older datasets do not have this key
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} exists without a valid meta.json and is left unchanged: remove it, or choose "
                         "another --name") from error
@@ -154,22 +161,16 @@ def write_dataset(folder, args):
     tokenizer = None if bpe_size else open_tokenizer(args.tokenizer)
 
     corpus = sources.Corpus(args.source, args.text_column, args.max_stories, args.seed)
-    counts, characters = count_corpus(corpus)
-    for split in corpus.splits:
-        if not counts[split]:
-            raise UserError(f"{args.source}: the {split} split has no stories, or only empty ones")
-    if "validation" not in corpus.splits:
-        corpus.split_validation(counts["train"], args.validation_fraction, args.seed)
-
+    count, characters, findings = examine_corpus(corpus, args)
     if bpe_size:
-        tokenizer = train_tokenizer(corpus, bpe_size, counts.total(), characters)
+        tokenizer = train_tokenizer(corpus, bpe_size, count, characters)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    splits = encode_corpus(corpus, tokenizer, dtype, folder, counts.total())
+    splits = encode_corpus(corpus, tokenizer, dtype, folder, count)
 
     tokenizer.save(folder)
     meta = {"source": args.source, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.end_of_text, "dtype": dtype, "splits": splits,
-            "empty_stories_dropped": corpus.empty_stories, "made_with": dataset_args(args)}
+            "empty_stories_dropped": corpus.empty_stories, **findings, "made_with": dataset_args(args)}
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with open(path, "r+b") as file:
@@ -193,23 +194,38 @@ def open_tokenizer(name):
     return Tokenizer.load(name) if Path(name, "tokenizer.tiktoken").exists() else Tokenizer.named(name)
 
 
-def count_corpus(corpus):
-    """Read the corpus once; return the number of stories of each split (a Counter) and the number of characters."""
-    counts, characters = Counter(), 0
+def examine_corpus(corpus, args):
+    """Read the corpus once, choose its validation split and find duplicates.
+
+    Returns the number of stories, the number of characters, and the entries of meta.json about both.
+    Raises UserError if a split has no stories, or none are left.
+    """
+    hashes, characters = {"train": array("q"), "validation": array("q")}, 0
     for split, story in progress(corpus, "counting"):
-        counts[split] += 1
+        hashes[split].append(hash(story))  # 64 bits: among 2 million stories, two have the same with p = 1e-7
         characters += len(story)
-    return counts, characters
+    for split in corpus.splits:
+        if not hashes[split]:
+            raise UserError(f"{args.source}: the {split} split has no stories, or only empty ones")
+
+    hashes = {split: np.asarray(values) for split, values in hashes.items()}
+    validation = corpus.split_validation(len(hashes["train"]), args.validation_fraction, args.seed)
+    duplicates = corpus.find_duplicates(hashes, args.drop_duplicates)
+    count = sum(map(len, hashes.values())) - duplicates["dropped"]
+    return count, characters, {"validation_split": validation, "duplicates": duplicates}
 
 
 def train_tokenizer(corpus, vocab_size, count, characters):
     """Train a vocabulary on training stories sampled evenly from the corpus, about SAMPLE_CHARACTERS at most.
 
-    `count` (stories) and `characters` are the size of the corpus.
+    `count` (stories) and `characters` are the size of the corpus. Long stories are sampled in pieces, because training
+    takes 100 bytes of memory for each byte of a piece.
     """
     step = math.ceil(characters / SAMPLE_CHARACTERS)
-    pairs = enumerate(progress(corpus, f"sampling for bpe:{vocab_size}", count))
-    sample = (story for i, (split, story) in pairs if i % step == 0 and split == "train")
+    pieces = ((split, story[start:start + BATCH_CHARACTERS])
+              for split, story in progress(corpus, f"sampling for bpe:{vocab_size}", count)
+              for start in range(0, len(story), BATCH_CHARACTERS))
+    sample = (piece for split, piece in itertools.islice(pieces, 0, None, step) if split == "train")
     return Tokenizer.train(sample, vocab_size, show_progress=sys.stderr.isatty())
 
 
@@ -287,6 +303,13 @@ def print_table(folder, meta):
     """Print the size of each split: stories, tokens, bytes of text, bytes per token, and the token file."""
     print(f"{folder}: {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens in the vocabulary, "
           f"{meta['empty_stories_dropped']:,} empty stories dropped")
+    if meta["validation_split"] == "end of the text":
+        print(f"{meta['source']} has only one text: its last {meta['splits']['validation']['bytes']:,} bytes are the "
+              f"validation split (in a .txt file, lines of {END_OF_TEXT} separate stories)")
+    duplicates = meta["duplicates"]
+    print(f"duplicates: {duplicates['within_train']:,} training stories repeat an earlier one, "
+          f"{duplicates['validation_in_train']:,} validation stories are also in training; "
+          f"dropped by --drop_duplicates: {duplicates['dropped']:,}")
     print(f"{'split':12}{'stories':>12}{'tokens':>15}{'bytes':>16}{'bytes/token':>13}{'file':>12}")
     for split, sizes in meta["splits"].items():
         megabytes = (folder / f"{split}.bin").stat().st_size / 1e6

@@ -18,6 +18,7 @@ from runtime.errors import UserError
 HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
 MAX_STORY_CHARACTERS = 1 << 26  # a longer text in a .txt file has no separators, and reading on would exhaust memory
+WINDOW_CHARACTERS = 1024  # more than a window of 128 tokens (the default block_size) takes, if they average 8 or less
 FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # file extension → its name in `datasets`
 
 
@@ -31,16 +32,24 @@ class Corpus:
         """`max_stories` limits the training split. Raises UserError if the source cannot be opened."""
         self.source, self.max_stories = source, max_stories
         self.splits = open_source(source, text_column, max_stories, seed)
-        self.in_validation = None  # set by split_validation: bool, (number of training stories,)
+        # Masks of the source's training stories, bool (stories,), set by split_validation and find_duplicates.
+        self.in_validation = self.dropped = itertools.repeat(False)
+        self.cut = None  # set by split_validation: where the only training story is divided, in characters
         self.empty_stories = 0
 
     def __iter__(self):
         """Yield (split, story) pairs in the order of the source, with outer white space stripped."""
         self.empty_stories = 0
-        for split, read in self.splits.items():
-            limit = self.max_stories if split == "train" else None
-            for i, story in enumerate(itertools.islice(self._clean(read(), split), limit)):
-                yield ("validation" if self.in_validation is not None and self.in_validation[i] else split), story
+        train = itertools.islice(self._clean(self.splits["train"](), "train"), self.max_stories)
+        for story, in_validation, dropped in zip(train, self.in_validation, self.dropped):
+            if self.cut:
+                yield "train", story[:self.cut].rstrip()
+                yield "validation", story[self.cut:].lstrip()
+            elif not dropped:
+                yield "validation" if in_validation else "train", story
+        if "validation" in self.splits:
+            for story in self._clean(self.splits["validation"](), "validation"):
+                yield "validation", story
 
     def _clean(self, stories, split):
         """Strip stories and drop the empty ones. Raises UserError for values that are not text."""
@@ -54,16 +63,67 @@ class Corpus:
                 self.empty_stories += 1
 
     def split_validation(self, count, fraction, seed):
-        """Move a random fraction of the `count` training stories, at least one, to a validation split.
+        """Make a validation split of a fraction of the `count` training stories, if the source has none.
 
-        Raises UserError if there is only one story.
+        It is a random choice of stories, at least one, or the end of the text if there is only one. Returns which, as
+        recorded in meta.json. Raises UserError if the only text is too short.
         """
-        if count < 2:
-            raise UserError(f"{self.source} has only one story, but training and validation need one each: separate "
-                            f"the stories of a .txt file by lines of {END_OF_TEXT}")
-        size = min(max(1, round(count * fraction)), count - 1)
         self.in_validation = np.zeros(count, bool)
+        if "validation" in self.splits:
+            return "source"
+        if count == 1:
+            self.cut = self._cut_text(next(iter(self))[1], fraction)
+            return "end of the text"
+        size = min(max(1, round(count * fraction)), count - 1)
         self.in_validation[np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False)] = True
+        return "random stories"
+
+    def find_duplicates(self, hashes, drop):
+        """Count duplicates; if `drop`, drop training stories that repeat an earlier one or stand in validation as well.
+
+        `hashes`: for each split of the source, one integer per story, int64 (stories,). `split_validation` must have
+        been called. Returns the counts, as recorded in meta.json. Raises UserError if no training story would be left.
+        """
+        moved = self.in_validation
+        train = hashes["train"][~moved]
+        validation = np.concatenate([hashes["train"][moved], hashes["validation"]])
+        duplicate = repeats(train)
+        counts = {"within_train": int(duplicate.sum()), "validation_in_train": int(occurs_in(validation, train).sum())}
+        if drop:
+            duplicate |= occurs_in(train, validation)
+            if duplicate.all():
+                raise UserError(f"{self.source}: all training stories stand in the validation split as well, so "
+                                "--drop_duplicates would leave none: use more text")
+            self.dropped = np.zeros(len(moved), bool)
+            self.dropped[~moved] = duplicate
+        return counts | {"dropped": int(duplicate.sum()) if drop else 0}
+
+    def _cut_text(self, text, fraction):
+        """Where a fraction of a text begins, at the end of a word; in characters, to be the same for every tokenizer.
+
+        Training needs twice block_size tokens, and validation one more than block_size.
+        """
+        spare = len(text) - 2 * WINDOW_CHARACTERS
+        if spare < WINDOW_CHARACTERS:
+            raise UserError(f"{self.source} has only one text, of {len(text):,} characters, but training and "
+                            f"validation need {3 * WINDOW_CHARACTERS:,}: use more text, or several stories (in a .txt "
+                            f"file, separated by lines of {END_OF_TEXT})")
+        cut = len(text) - min(max(round(len(text) * fraction), WINDOW_CHARACTERS), spare)
+        return re.compile(r"\S{,99}").match(text, cut).end()  # bounded, for languages that do not separate words
+
+
+def repeats(values):
+    """Whether each value equals an earlier one: int64 (n,) to bool (n,)."""
+    order = np.argsort(values, kind="stable")
+    ordered, repeated = values[order], np.zeros(len(values), bool)
+    repeated[order[1:]] = ordered[1:] == ordered[:-1]
+    return repeated
+
+
+def occurs_in(values, others):
+    """Whether each value is among `others`: int64 (n,) to bool (n,). `numpy.isin` would take three times the memory."""
+    others = np.sort(others)
+    return np.searchsorted(others, values, "left") < np.searchsorted(others, values, "right")
 
 
 def open_source(source, text_column="text", max_stories=None, seed=0):

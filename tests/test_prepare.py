@@ -19,6 +19,7 @@ from data import nursery
 from data.tokenizer import END_OF_TEXT, Tokenizer
 
 STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", f"He said {END_OF_TEXT} and left."]
+BOOK = "Ein naïver Fuchs 🦊 läuft über die Straße. " * 200  # 8,600 characters
 
 
 def data_entries():
@@ -81,6 +82,88 @@ def test_empty_stories_are_counted(here, capsys):
     assert sorted(stories["train"] + stories["validation"]) == ["One.", "Two."]
     assert meta["empty_stories_dropped"] == 2  # blank lines at the end of the file are not a story
     assert "2 empty stories dropped" in capsys.readouterr().out
+
+
+def test_one_long_text_is_cut(here, capsys):
+    (here / "book.txt").write_text(BOOK, encoding="utf-8")
+    prepare.main(["book.txt", "--validation_fraction", "0.25"])
+    meta, stories = prepared("book")
+    assert len(stories["train"]) == len(stories["validation"]) == 1
+    assert f"{stories['train'][0]} {stories['validation'][0]}" == BOOK.strip()
+    assert abs(len(stories["validation"][0]) - 0.25 * len(BOOK)) < 100
+    assert meta["validation_split"] == "end of the text"
+    size = meta["splits"]["validation"]["bytes"]
+    assert f"book.txt has only one text: its last {size:,} bytes are the validation split" in capsys.readouterr().out
+
+    (here / "more.jsonl").write_text(json.dumps({"text": BOOK}) + "\n" + json.dumps({"text": STORIES[0]}))
+    (here / "books").mkdir()
+    (here / "books/a.txt").write_text(BOOK, encoding="utf-8")
+    for source in ("more.jsonl --max_stories 1", "books"):
+        prepare.main([*source.split(), "--validation_fraction", "0.25", "--name", "book", "--force"])
+        assert prepared("book")[1] == stories
+
+
+def test_the_end_of_one_text_does_not_reach_the_vocabulary(here):
+    text = "The cat sat on the mat. " * 300
+    for end in ("sat", "zebra"):
+        (here / f"{end}.txt").write_text(text + f"The {end} sat on the mat. " * 100)
+        prepare.main([f"{end}.txt", "--tokenizer", "bpe:260", "--validation_fraction", "0.25", "--name", end])
+    assert Tokenizer.load("data/sat") == Tokenizer.load("data/zebra")
+
+
+def test_a_vocabulary_is_trained_on_pieces_of_a_long_text(here, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(prepare, "SAMPLE_CHARACTERS", 4000)
+    for word in ("sat", "zebra"):  # only every second piece is read, in which this word does not occur
+        pages = [("The cat sat on the mat. " * 50)[:1000], (f"The {word} sat on the mat. " * 50)[:1000]]
+        (here / f"{word}.txt").write_text("".join(pages * 4))
+        prepare.main([f"{word}.txt", "--tokenizer", "bpe:260", "--name", word])
+    assert Tokenizer.load("data/sat") == Tokenizer.load("data/zebra")
+
+
+def test_one_training_story_with_a_validation_split_is_not_cut(here):
+    write(here / "books/train.txt", [BOOK])
+    write(here / "books/valid.txt", STORIES)
+    prepare.main(["books"])
+    meta, stories = prepared("books")
+    assert stories == {"train": [BOOK.strip()], "validation": STORIES} and meta["validation_split"] == "source"
+
+
+def test_duplicates_are_counted_and_dropped(here, capsys):
+    a, b, c, d, e = STORIES[:5]
+    write(here / "books/train.txt", [a, b, f" {a}\n", c, d, a, c])  # compared without outer white space
+    write(here / "books/valid.txt", [e, f"\n{d}", d, c])
+    prepare.main(["books"])
+    meta, stories = prepared("books")
+    assert stories == {"train": [a, b, a, c, d, a, c], "validation": [e, d, d, c]}
+    assert meta["duplicates"] == {"within_train": 3, "validation_in_train": 3, "dropped": 0}
+    assert ("duplicates: 3 training stories repeat an earlier one, 3 validation stories are also in training; "
+            "dropped by --drop_duplicates: 0\n") in capsys.readouterr().out
+
+    prepare.main(["books", "--drop_duplicates", "--force"])
+    meta, stories = prepared("books")
+    assert stories == {"train": [a, b], "validation": [e, d, d, c]}
+    assert meta["duplicates"] == {"within_train": 3, "validation_in_train": 3, "dropped": 5}
+    assert meta["made_with"]["drop_duplicates"] and "dropped by --drop_duplicates: 5\n" in capsys.readouterr().out
+
+    prepare.main(["books", "--drop_duplicates", "--force", "--max_stories", "3"])  # counted with duplicates
+    assert prepared("books")[1]["train"] == [a, b]
+
+
+def test_duplicates_of_a_random_validation_split(here):
+    source = write(here / "mine.txt", [*STORIES, *STORIES[:10], *STORIES[:10]])
+    both = {}
+    for flags in ([], ["--drop_duplicates"]):
+        prepare.main([source, "--validation_fraction", "0.2", "--seed", "3", "--force", *flags])
+        both[not flags] = prepared("mine")
+    (meta, kept), (meta_dropped, dropped) = both[True], both[False]
+    unseen = [story for story in kept["train"] if story not in kept["validation"]]
+    assert dropped == {"train": list(dict.fromkeys(unseen)), "validation": kept["validation"]}
+    assert len(dropped["train"]) < len(set(kept["train"])) < len(kept["train"]) == 34
+    found = {"within_train": len(kept["train"]) - len(set(kept["train"])),
+             "validation_in_train": sum(story in kept["train"] for story in kept["validation"])}
+    assert meta["duplicates"] == found | {"dropped": 0}
+    assert meta_dropped["duplicates"] == found | {"dropped": 34 - len(dropped["train"])}
 
 
 def test_validation_split_depends_on_the_seed_only(here):
@@ -146,6 +229,17 @@ def test_existing_dataset_is_kept_unless_forced(here, capsys, fails):
     assert sum(s["stories"] for s in prepared("nursery")[0]["splits"].values()) == 31
 
 
+def test_dataset_of_a_version_without_drop_duplicates_is_kept(here, capsys, fails):
+    prepare.main(["nursery", "--max_stories", "30"])
+    meta = json.loads(Path("data/nursery/meta.json").read_text())
+    del meta["made_with"]["drop_duplicates"]
+    Path("data/nursery/meta.json").write_text(json.dumps(meta))
+    prepare.main(["nursery", "--max_stories", "30"])
+    assert "data/nursery already exists" in capsys.readouterr().out
+    assert "created with drop_duplicates False, now True" in fails(
+        prepare.main, ["nursery", "--max_stories", "30", "--drop_duplicates"])
+
+
 def test_force_killed_between_its_renames_keeps_the_dataset(here, capsys):
     words = ["nursery", "--max_stories", "30"]
     prepare.main(words)
@@ -180,7 +274,9 @@ def empty_validation(folder):
     (bad_utf8, [], "bad.txt is not UTF-8 text"),
     (lambda f: write(f / "blank.txt", [" ", "\n\n"]), [], "blank.txt: the train split has no stories"),
     (empty_validation, [], "books: the validation split has no stories"),
-    (lambda f: write(f / "one.txt", STORIES[:1]), [], "has only one story"),
+    (lambda f: write(f / "one.txt", STORIES[:1]), [], "one.txt has only one text, of "),
+    ("nursery", ["--max_stories", "1"], "but training and validation need 3,072: use more text"),
+    (lambda f: write(f / "one.txt", STORIES[:1] * 9), ["--drop_duplicates"], "--drop_duplicates would leave none"),
     ("nursery", ["--tokenizer", "gpt5"], "unknown tokenizer 'gpt5'"),
     ("nursery", ["--tokenizer", "r50k_base"], "cannot load tokenizer 'r50k_base'"),
     ("nursery", ["--tokenizer", "bpe:many"], "the vocabulary size must be at least 257"),

@@ -113,8 +113,43 @@ def test_text_without_separators_is_not_read_into_memory(here, monkeypatch):
 def test_validation_split(here):
     corpus = Corpus(write(here / "a.txt", STORIES))
     for count, fraction, size in ((len(STORIES), 0.2, 4), (10, 1e-6, 1), (10, 0.999, 9)):  # at least one story in each
-        corpus.split_validation(count, fraction, seed=1)
+        assert corpus.split_validation(count, fraction, seed=1) == "random stories"
         assert corpus.in_validation.shape == (count,) and corpus.in_validation.sum() == size
+
+
+@pytest.mark.parametrize("text, fraction, size", [
+    ("word " * 2000, 0.2, 2000),
+    ("word     " * 2000, 0.2, 3599),  # a cut within white space
+    ("word " * 2000, 1e-6, 1024),  # a window of the default block_size at least,
+    ("word " * 2000, 0.999, 9999 - 2048),  # and two for training
+    ("故" * 9999, 0.2, 1901),  # the search for the end of a word is bounded
+])
+def test_one_text_is_cut_between_words(here, text, fraction, size):
+    corpus = Corpus(write(here / "a.txt", [" ", text]))
+    assert corpus.split_validation(1, fraction, seed=1) == "end of the text"
+    for _ in range(2):
+        (_, train), (_, validation) = corpus
+        assert (train, validation) == (train.strip(), validation.strip())
+        assert train.split() + validation.split() in (text.split(), [train, validation])
+        assert abs(len(validation) - size) <= 5 and corpus.empty_stories == 1
+
+
+@pytest.mark.parametrize("size", [3071, 3072])
+def test_the_shortest_text_that_can_be_cut(here, size):
+    corpus = Corpus(write(here / "a.txt", ["x" * size]))
+    if size < 3072:
+        with pytest.raises(UserError, match="of 3,071 characters, but training and validation need 3,072"):
+            corpus.split_validation(1, 0.01, seed=1)
+    else:
+        assert corpus.split_validation(1, 0.01, seed=1) == "end of the text"
+
+
+def test_repeats_and_occurs_in():
+    rng = np.random.default_rng(0)
+    for size, others_size in ((300, 20), (20, 300), (1, 0), (0, 1)):
+        values, others = rng.integers(-50, 50, size), rng.integers(-50, 50, others_size)
+        assert sources.repeats(values).tolist() == [value in values[:i] for i, value in enumerate(values)]
+        assert sources.occurs_in(values, others).tolist() == [value in others for value in values]
 
 
 def bad_utf8(folder):
