@@ -32,18 +32,12 @@ import checkpoint
 from runtime.errors import Parser, UserError, exit_with_one_line
 from runtime.hardware import max_concurrent_samples, pick_device, pick_inference_dtype
 
-try:
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError:
-    H11Protocol = object  # main() says what to install
-
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_PROMPT = 10_000  # characters
 MAX_QUEUED = 8  # stories being generated or waiting
 REQUEST_TIMEOUT = 10  # seconds in which a request must arrive
-# Connections that wait for a request, and all. A browser opens up to 6, but all programs on this machine share one
-# address, as do all users behind a reverse proxy: too low a limit would let one of them lock the others out.
-MAX_WAITING, MAX_CONNECTIONS = 100, 200
+# A browser opens up to 6 connections, but programs on this machine share one address, as do users behind a proxy.
+MAX_PER_ADDRESS, MAX_CONNECTIONS = 150, 200
 TOP_TOKENS = 5  # most likely tokens that are shown with their probabilities
 # The settings of a request: name → type, minimum, maximum, default. JavaScript numbers are exact up to 2**53.
 LIMITS = {"temperature": (float, 0, 100, 0.8), "top_k": (int, 0, 10**9, 200), "top_p": (float, 1e-9, 1, 1.0),
@@ -58,8 +52,7 @@ def main(argv=None):
     """Serve the page until Ctrl-C. `argv`: the command line, by default sys.argv's."""
     args = parse_args(argv)
     try:
-        import uvicorn
-        app = make_app(pick_device(args.device), args.host, lambda: server.should_exit)
+        server = make_server(make_app(pick_device(args.device), args.host, lambda: server.should_exit))
     except ImportError as error:
         raise UserError("the page needs starlette and uvicorn:  pip install -r requirements-extra.txt") from error
     checkpoint.newest_run()  # raises UserError if there is no run
@@ -72,9 +65,6 @@ def main(argv=None):
     print(f"http://{args.host}:{listener.getsockname()[1]}  (press Ctrl-C to stop)", flush=True)
     if args.host not in LOOPBACK:
         print(f"note: everyone who can reach {args.host} can use this page, and traffic is not encrypted", flush=True)
-    config = uvicorn.Config(app, http=LimitedProtocol, ws="none", log_level="warning", timeout_graceful_shutdown=1,
-                            limit_concurrency=MAX_CONNECTIONS)
-    server = uvicorn.Server(config)
     server.run(sockets=[listener])
 
 
@@ -143,41 +133,51 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
         Route("/", page), Route("/runs", runs), Route("/generate", story, methods=["POST"])])
 
 
-class LimitedProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which itself waits for a request forever, with limits on clients that do not send one.
+def make_server(app):
+    """A uvicorn server for the application, with limits that uvicorn lacks (see `limited_protocol`)."""
+    import uvicorn
+    # Without WebSockets, because a connection that is upgraded to one gets another protocol, without these limits.
+    return uvicorn.Server(uvicorn.Config(app, http=limited_protocol(), ws="none", log_level="warning",
+                                         timeout_graceful_shutdown=1))
 
-    A connection is dropped if a request has not arrived completely after REQUEST_TIMEOUT. If more than MAX_WAITING
-    connections wait for a request, the address with the most of them loses its oldest one: new clients get in.
+
+def limited_protocol():
+    """uvicorn's class for HTTP/1.1, with limits on clients that keep connections open without sending a request.
+
+    A connection is dropped if a request has not arrived completely REQUEST_TIMEOUT seconds after its first byte (the
+    first request: after the connection was made). If there are more than MAX_CONNECTIONS, or more than MAX_PER_ADDRESS
+    of one address, the address with the most loses the oldest of those that wait for a request.
     """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    def connection_made(self, transport):
-        """Start the timeout; drop a waiting connection if they are too many."""
-        super().connection_made(transport)
-        self.opened, self.address = self.loop.time(), self.client and self.client[0]
-        self.timeout = self.loop.call_later(REQUEST_TIMEOUT, transport.abort)
-        waiting = [connection for connection in self.connections if connection.waits_for_request()]
-        if len(waiting) > MAX_WAITING:
-            counts = Counter(connection.address for connection in waiting)
-            dropped = max(waiting, key=lambda connection: (counts[connection.address], -connection.opened))
-            self.connections.discard(dropped)  # `abort` itself does this only after the next new connections
-            dropped.transport.abort()
+    class LimitedProtocol(H11Protocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.address = self.client and self.client[0]  # None if the client has already disconnected
+            self.timeout = self.loop.call_later(REQUEST_TIMEOUT, transport.abort)
+            counts = Counter(connection.address for connection in self.connections)
+            if len(self.connections) > MAX_CONNECTIONS or counts[self.address] > MAX_PER_ADDRESS:
+                dropped = max((connection for connection in self.connections if connection.is_waiting()),
+                              key=lambda connection: (counts[connection.address], -connection.timeout.when()))
+                dropped.transport.abort()
+                self.connections.discard(dropped)  # now: connection_lost() may follow only after more are made
 
-    def connection_lost(self, exc):
-        """Cancel the timeout."""
-        super().connection_lost(exc)
-        self.timeout.cancel()
-
-    def handle_events(self):
-        """Process what was received; start the timeout with the first byte of a request, cancel it after the last."""
-        super().handle_events()
-        if not self.waits_for_request():
+        def connection_lost(self, exc):
+            super().connection_lost(exc)
             self.timeout.cancel()
-        elif self.timeout.cancelled() and not self.timeout_keep_alive_task:  # that limits the time between requests
-            self.timeout = self.loop.call_later(REQUEST_TIMEOUT, self.transport.abort)
 
-    def waits_for_request(self):
-        """Whether a request, or the rest of one, is still to come, and no response is due before."""
-        return not self.cycle or self.cycle.more_body or self.cycle.response_complete
+        def handle_events(self):  # called for received data, and after a response for data received before its end
+            super().handle_events()
+            if not self.is_waiting():
+                self.timeout.cancel()
+            elif self.timeout.cancelled() and not self.timeout_keep_alive_task:  # which limits the time in between
+                self.timeout = self.loop.call_later(REQUEST_TIMEOUT, self.transport.abort)
+
+        def is_waiting(self):
+            """Whether a request, or its rest, is still to come, and no response is due before."""
+            return not self.cycle or self.cycle.more_body or self.cycle.response_complete
+
+    return LimitedProtocol
 
 
 class StoryQueue:

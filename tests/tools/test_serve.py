@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -231,6 +233,145 @@ def test_a_client_that_disconnects_while_sending_its_request(runs, monkeypatch):
     assert generate(line.split()[0], max_new_tokens=1)[-1]["end"]  # after the server has noticed the disconnect
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "stopped\n"
+
+
+GET = b"GET /runs HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HALF_BODY = (b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+             b"Content-Length: 5000\r\n\r\n{")
+
+
+def is_open(connection):
+    """Whether the server has not closed this connection."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def test_half_sent_requests_do_not_lock_others_out(url):
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=60))
+                       for _ in range(2 * serve.MAX_PER_ADDRESS)]
+        for connection, half in zip(connections, serve.MAX_PER_ADDRESS * [GET[:20], HALF_BODY]):
+            with suppress(ConnectionError):  # it may be dropped already
+                connection.sendall(half)
+        assert generate(url, max_new_tokens=1)[-1]["end"]
+        still_open = [is_open(connection) for connection in connections]
+        assert not still_open[0] and still_open[-1] and sum(still_open) <= serve.MAX_PER_ADDRESS
+
+
+@asynccontextmanager
+async def serving():
+    """A server in this process; yields a function that connects to it and sends data."""
+    server = serve.make_server(serve.make_app(torch.device("cpu")))
+    listener = socket.create_server(("127.0.0.1", 0))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    writers = []  # without a reference, they would be closed
+
+    async def connect(data, address="127.0.0.1"):
+        reader, writer = await asyncio.open_connection(*listener.getsockname(), local_addr=(address, 0))
+        writer.write(data)
+        writers.append(writer)
+        return reader, writer
+    try:
+        yield connect
+    finally:
+        for writer in writers:
+            writer.close()
+        server.should_exit = True
+        await task
+
+
+async def rest(reader):
+    """What is received until the server closes the connection, within a minute."""
+    async with asyncio.timeout(60):
+        try:
+            return await reader.read()
+        except ConnectionResetError:  # it did not read everything that was sent
+            return b""
+
+
+def story_request(**request):
+    body = json.dumps({"run": "tiny", "max_new_tokens": 5} | request).encode()
+    return HALF_BODY[:-1].replace(b"5000", b"%d\r\nConnection: close" % len(body)) + body
+
+
+@pytest.fixture
+def held(runs, monkeypatch):
+    """An event until which no story is generated; in the folder with the runs, with a short REQUEST_TIMEOUT."""
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(serve, "REQUEST_TIMEOUT", 0.5)
+    hold, real = threading.Event(), serve.generate
+
+    def generate(*args, **kwargs):
+        hold.wait(60)
+        yield from real(*args, **kwargs)
+    monkeypatch.setattr(serve, "generate", generate)
+    yield hold
+    hold.set()
+
+
+def test_requests_that_do_not_arrive_in_time_are_dropped(held):
+    async def incomplete_requests():
+        async with serving() as connect:
+            readers = [(await connect(data))[0] for data in (b"", GET[:20], HALF_BODY, GET + HALF_BODY)]
+            responses = await asyncio.gather(*map(rest, readers))
+            assert responses[:3] == [b""] * 3 and responses[3].count(b"HTTP/1.1 200 OK") == 1
+            reader, writer = await connect(GET)
+            await reader.readuntil(b"}")
+            writer.write(GET[:20])
+            assert await rest(reader) == b""
+            reader, writer = await connect(HALF_BODY)
+            dropped = asyncio.create_task(rest(reader))
+            for _ in range(1000):  # slowly, but never idle for long
+                if dropped.done():
+                    break
+                writer.write(b" ")
+                await asyncio.sleep(0.01)
+            assert dropped.done() and dropped.result() == b""
+    asyncio.run(incomplete_requests())
+
+
+def test_stories_and_idle_connections_may_take_longer_than_a_request(held):
+    async def slow_responses():
+        async with serving() as connect:
+            story, _ = await connect(story_request())
+            reader, writer = await connect(GET)
+            for _ in range(2):
+                assert await reader.readuntil(b"}")
+                await asyncio.sleep(1.5 * serve.REQUEST_TIMEOUT)
+                writer.write(GET)
+            assert await reader.readuntil(b"}")
+            held.set()
+            assert b'{"end": ' in await rest(story)
+    asyncio.run(slow_responses())
+
+
+def test_one_address_cannot_use_all_connections(held, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_PER_ADDRESS", 3)
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 6)
+    monkeypatch.setattr(serve, "REQUEST_TIMEOUT", 60)
+
+    async def many_connections():
+        async with serving() as connect:
+            early, early_writer = await connect(GET[:20], "127.0.0.3")
+            stories = [(await connect(story_request()))[0] for _ in range(3)]
+            for story in stories:
+                assert await story.readline() == b"HTTP/1.1 200 OK\r\n"
+            assert await rest((await connect(GET))[0]) == b""  # none of the stories waits for a request
+            others = [(await connect(GET[:20], "127.0.0.2"))[0] for _ in range(3)]
+            assert await rest(others[0]) == b"" and not others[1].at_eof()
+            assert await (await connect(GET, "127.0.0.4"))[0].readline() == b"HTTP/1.1 200 OK\r\n"
+            assert await rest(others[1]) == b"" and not others[2].at_eof()
+            early_writer.write(GET[20:])
+            assert await early.readline() == b"HTTP/1.1 200 OK\r\n"
+            held.set()
+            for story in stories:
+                assert b'{"end": ' in await rest(story)
+    asyncio.run(many_connections())
 
 
 def test_tokens_of_equal_probability_have_different_ranks(nursery_data):
