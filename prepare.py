@@ -57,7 +57,7 @@ def main(argv=None):
     folder.parent.mkdir(exist_ok=True)
     files.acquire_lock(folder.with_name(f".{folder.name}.lock"), folder)
     if old.exists() and not folder.exists():  # an earlier run with --force died between the two renames below
-        old.rename(folder)
+        files.rename(old, folder)
     if folder.exists():
         before, now = read_dataset_args(folder), dataset_args(args)  # with --force too: it must be a dataset
         if not args.force and before != now:
@@ -72,8 +72,8 @@ def main(argv=None):
     try:
         meta = write_dataset(partial, args)
         if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+            files.rename(folder, old)
+        files.rename(partial, folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
@@ -174,7 +174,7 @@ def write_dataset(folder, args):
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with open(path, "r+b") as file:
-            os.fsync(file.fileno())  # the data must be on disk before the folder is renamed
+            files.sync(file.fileno())  # the data must be on disk before the folder is renamed
     return meta
 
 

@@ -79,7 +79,7 @@ class Corpus:
         return "random stories"
 
     def find_duplicates(self, hashes, drop):
-        """Count duplicates; if `drop`, drop training stories that repeat an earlier one or stand in validation as well.
+        """Count duplicates; if `drop`, drop training stories that repeat an earlier one or are also in validation.
 
         `hashes`: for each split of the source, one integer per story, int64 (stories,). `split_validation` must have
         been called. Returns the counts, as recorded in meta.json. Raises UserError if no training story would be left.
@@ -92,8 +92,8 @@ class Corpus:
         if drop:
             duplicate |= occurs_in(train, validation)
             if duplicate.all():
-                raise UserError(f"{self.source}: all training stories stand in the validation split as well, so "
-                                "--drop_duplicates would leave none: use more text")
+                raise UserError(f"{self.source}: all training stories are also in the validation split, so --drop_duplicates "
+                                "would leave none: use more text")
             self.dropped = np.zeros(len(moved), bool)
             self.dropped[~moved] = duplicate
         return counts | {"dropped": int(duplicate.sum()) if drop else 0}

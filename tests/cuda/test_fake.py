@@ -19,6 +19,9 @@ CUDA = torch.device("cuda:0")
 @pytest.fixture
 def model():
     """A model with fake tensors on CUDA."""
+    # From now on PyTorch claims to have GPUs. In the first backward pass, autograd starts a thread for each; after that
+    # no forked process can train, as those of other tests do. So the first backward pass is here, before.
+    torch.ones(1, requires_grad=True).backward()
     with FakeTensorMode(), CUDA:
         yield GPT(GPTConfig(300, block_size=16, n_layer=2, n_head=2, n_embd=16))
 
