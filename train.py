@@ -34,7 +34,7 @@ from model import GPT, GPTConfig, count_parameters
 from runtime import files
 from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, broadcast_weights,
                                  check_equal_weights, cleanup_distributed, init_distributed, is_first_on_machine,
-                                 rank_0_first)
+                                 rank_0_first, rank_0_result)
 from runtime.errors import UserError, exit_with_one_line
 from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, describe_threads, git_commit,
                               out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
@@ -61,8 +61,7 @@ def main(argv=None):
             evaluate_checkpoint(settings, flags)
         return cleanup_distributed()
     # Rank 0 alone reads and writes the run folder.
-    opened = open_run(settings, flags, args, world_size) if rank == 0 else None
-    cfg, resume_checkpoint, init_checkpoint = broadcast_object(opened)
+    cfg, resume_checkpoint, init_checkpoint = rank_0_result(open_run, settings, flags, args, world_size)
 
     # ---- data and hardware ----
     with rank_0_first():
@@ -110,7 +109,7 @@ def main(argv=None):
     resumed = resume_checkpoint is not None
     if rank == 0 and not resumed:
         create_run_folder(state.out_dir, data.folder, args.overwrite)
-    del opened, resume_checkpoint, init_checkpoint  # frees memory: the weights are in the model now
+    del resume_checkpoint, init_checkpoint  # frees memory: the weights are in the model now
 
     # ---- the loop ----
     train_model = model

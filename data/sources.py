@@ -92,8 +92,8 @@ class Corpus:
         if drop:
             duplicate |= occurs_in(train, validation)
             if duplicate.all():
-                raise UserError(f"{self.source}: all training stories are also in the validation split, so --drop_duplicates "
-                                "would leave none: use more text")
+                raise UserError(f"{self.source}: all training stories are also in the validation split, so "
+                                "--drop_duplicates would leave none: use more text")
             self.dropped = np.zeros(len(moved), bool)
             self.dropped[~moved] = duplicate
         return counts | {"dropped": int(duplicate.sum()) if drop else 0}

@@ -40,6 +40,7 @@ def init_distributed():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
                                 timeout=TIMEOUT)
+        dist.all_reduce(torch.zeros(1))  # a barrier: without torchrun the others find each other through rank 0
     return rank, world_size
 
 
@@ -75,6 +76,27 @@ def broadcast_object(value):
     with distributed_errors():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def rank_0_result(function, *args):
+    """The result of function(*args), which only rank 0 calls, on every rank.
+
+    If it raises UserError, rank 0 raises it and reports it, and the others exit with code 1.
+    """
+    if not dist.is_initialized():
+        return function(*args)
+    result = error = None
+    if dist.get_rank() == 0:
+        try:
+            result = function(*args)
+        except UserError as caught:
+            error = caught
+    result, failed = broadcast_object((result, error is not None))
+    if error:
+        raise error
+    if failed:
+        sys.exit(1)
+    return result
 
 
 @contextmanager
