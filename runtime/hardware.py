@@ -164,7 +164,7 @@ def check_memory(parameters, tokens, device):
     # target.
     if 16 * parameters + 32 * tokens > memory:
         raise UserError(f"{parameters:,} parameters and {tokens:,} tokens per step and process need more than the "
-                        f"{memory / 2**30:.0f} GiB of memory of {device}: lower n_layer, n_embd, block_size, "
+                        f"{memory / 2**30:.0f} GiB available on {device}: lower n_layer, n_embd, block_size, "
                         "batch_size or gradient_accumulation_steps")
 
 
