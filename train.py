@@ -76,7 +76,7 @@ def main(argv=None):
         raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
     micro_batch_size = pick_micro_batch_size(
         cfg.device_batch_size, sequences_per_rank, model_config.training_bytes(device.type, dtype), device,
-        equal_sizes=device.type == "cuda" or cfg.compile is True)  # where the model may be compiled
+        equal_sizes=cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))  # may be compiled
 
     # ---- model and optimizers ----
     torch.use_deterministic_algorithms(device.type == "cpu")  # makes resuming bit-exact on a CPU
@@ -89,8 +89,7 @@ def main(argv=None):
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
     if resume_checkpoint:
         state.restore(resume_checkpoint)
-        if rank == 0:
-            reopen_run_folder(state, resume_checkpoint["sizes"])
+        rank_0_result(reopen_run_folder, state, resume_checkpoint["sizes"])
         state.best_val_loss = broadcast_object(state.best_val_loss)  # infinity if ckpt.pt cannot be used
     elif init_checkpoint:
         model.load_pretrained(init_checkpoint["model"])
@@ -107,8 +106,8 @@ def main(argv=None):
     elif init_checkpoint:
         print(f"starting from the weights of {cfg.init_from}, trained on {init_checkpoint['tokens']:,} tokens")
     resumed = resume_checkpoint is not None
-    if rank == 0 and not resumed:
-        create_run_folder(state.out_dir, data.folder, args.overwrite)
+    if not resumed:
+        rank_0_result(create_run_folder, state.out_dir, data.folder, args.overwrite)
     del resume_checkpoint, init_checkpoint  # frees memory: the weights are in the model now
 
     # ---- the loop ----
@@ -428,8 +427,8 @@ def seconds_without_compiling(state):
     """
     cfg = state.cfg
     if cfg.max_minutes:
-        return 60 * cfg.max_minutes - state.seconds
-    steps = total_steps(state) - state.step
+        return max(0, 60 * cfg.max_minutes - state.seconds)
+    steps = max(0, total_steps(state) - state.step)
     tokens = steps * cfg.tokens_per_step / state.world_size
     micro_batches = tokens / (state.micro_batch_size * cfg.block_size)
     return max(micro_batches * cfg.n_layer * 65 * 6e-6, tokens * 6 * state.model.num_parameters() / 1e14)

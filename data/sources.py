@@ -18,7 +18,7 @@ from runtime.errors import UserError
 HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
 MAX_STORY_CHARACTERS = 1 << 26  # a longer text in a .txt file has no separators, and reading on would exhaust memory
-WINDOW_CHARACTERS = 1024  # more than a window of 128 tokens (the default block_size) takes, if they average 8 or less
+WINDOW_CHARACTERS = 1024  # a window of 128 tokens (the default block_size) takes fewer, if they average 7 or less
 FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # file extension → its name in `datasets`
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 
 # How often OpenMP's threads check for new work before they sleep, in GNU's implementation, which torch's Linux packages
-# contain. Its default of 300,000 makes a run that shares the cores with another process several times slower
+# contain. Its default of 300,000 can make a run that shares the cores with another process several times slower
 # (docs/speed.md).
 SPIN_COUNT = "2000"
 OPENMP_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # each sets how long threads wait
