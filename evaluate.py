@@ -10,6 +10,7 @@ from checkpoint import best_checkpoint, load_model, newest_run, reading_checkpoi
 from config import Config
 from data.dataset import Split, evaluation_windows
 from data.tokenizer import Tokenizer
+from layers import IGNORED_TARGET
 from runtime.distributed import all_reduce_sum
 from runtime.errors import UserError
 from runtime.hardware import autocast, pick_device, pick_dtype, to_device
@@ -26,7 +27,8 @@ def window_losses(model, split, starts, batch_size):
     losses = []
     for i in range(0, len(starts), batch_size):
         x, y = (to_device(tokens, device) for tokens in split.windows(starts[i:i + batch_size]))  # (B, T) each
-        losses.append(model(x, y, reduction="none").float().mean(1))  # (B,)
+        counted = (y != IGNORED_TARGET).sum(1)  # (B,)
+        losses.append(model(x, y, reduction="none").float().sum(1) / counted)  # (B,)
     model.train(was_training)
     return torch.cat(losses).cpu() if losses else torch.empty(0)  # empty if there are more ranks than windows
 

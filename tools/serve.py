@@ -151,7 +151,10 @@ def limited_protocol():
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class LimitedProtocol(H11Protocol):
+        """See `limited_protocol`; `timeout` is the timer that drops the connection."""
+
         def connection_made(self, transport):
+            """Start the timer; drop a connection if there are too many."""
             super().connection_made(transport)
             self.address = self.client and self.client[0]  # None if the client has already disconnected
             self.timeout = self.loop.call_later(REQUEST_TIMEOUT, transport.abort)
@@ -163,10 +166,12 @@ def limited_protocol():
                 self.connections.discard(dropped)  # now: connection_lost() may follow only after more are made
 
         def connection_lost(self, exc):
+            """Cancel the timer."""
             super().connection_lost(exc)
             self.timeout.cancel()
 
-        def handle_events(self):  # called for received data, and after a response for data received before its end
+        def handle_events(self):
+            """Process received data, also after a response what came before its end; start or cancel the timer."""
             super().handle_events()
             if not self.is_waiting():
                 self.timeout.cancel()
