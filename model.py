@@ -42,10 +42,10 @@ class GPTConfig:
     def training_bytes(self, device_type, dtype):
         """Estimated memory for training with matrix products in `dtype`, in bytes: (fixed, per sequence).
 
-        Fixed are, per parameter, the weight, the gradient and its all-reduce, AdamW's two moments (4 bytes each) and
-        autocast's copy of the weight, and the buffers of the loss. A sequence keeps activations for the backward pass:
-        on a CPU as measured in bfloat16 (docs/speed.md), with the weights of attention; on CUDA as autograd saves them,
-        plus a layer's for all that is outside of the blocks.
+        The fixed part is the buffers of the loss and, for each parameter, at most 24 bytes: the weight, the gradient,
+        its copy for the all-reduce, AdamW's two moments and autocast's copy of the weight. A sequence's part is the
+        activations kept for the backward pass. On a CPU they were measured in bfloat16 (docs/speed.md) and include the
+        weights of attention; on CUDA they are what autograd saves, and one layer more for all outside of the blocks.
         """
         fixed = 24 * count_parameters(self) + fused_loss_bytes(self.n_embd, self.vocab_size, device_type, dtype)
         per_token = self.n_layer * (65 * self.n_embd + 8 * self.n_head * self.block_size)
