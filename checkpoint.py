@@ -9,6 +9,7 @@
     .lock          locked by the process that trains
 """
 
+import itertools
 import json
 import math
 import os
@@ -376,10 +377,10 @@ def is_resumable(out_dir):
 
 
 def list_runs(root="out"):
-    """The run folders under `root` that have a checkpoint, the most recently written first."""
+    """The run folders under `root` and in the folders of sweeps there that have a checkpoint, the newest first."""
     written = {}
-    for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
-        for path in Path(root).glob(f"*/{name}"):
+    for folder, name in itertools.product(("*", "*/*"), ("ckpt.pt", "last.pt", "last.prev.pt")):
+        for path in Path(root).glob(f"{folder}/{name}"):
             with suppress(FileNotFoundError):  # renamed by a run that is saving
                 written[path.parent] = max(written.get(path.parent, 0), path.stat().st_mtime)
     return sorted(written, key=written.get, reverse=True)

@@ -127,14 +127,15 @@ def apply_overrides(settings, flags):
     return {name: value for name, value in settings.items() if name not in replaced} | flags
 
 
-def read_command_line(argv, actions):
+def read_command_line(argv, actions, parser=None):
     """Parse the command line; returns the config file's settings, the flags' settings (dicts) and the namespace.
 
-    `actions`: flags that are not settings, name → meaning (`{"resume": "resume the run"}`). Unless it sets `out_dir`
-    itself, a config file's run folder is out/<name of the file>.
+    `actions`: flags that are not settings, name → meaning (`{"resume": "resume the run"}`). `parser`: a Parser that has
+    other arguments already. Unless it sets `out_dir` itself, a config file's run folder is out/<name of the file>.
     Exits with code 2 for a wrong flag; raises UserError for a config file that is missing or wrong.
     """
-    parser = Parser(usage="%(prog)s [CONFIG] [--setting=value ...] " + " ".join(f"[--{name}]" for name in actions))
+    parser = parser or Parser(
+        usage="%(prog)s [CONFIG] [--setting=value ...] " + " ".join(f"[--{name}]" for name in actions))
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a config file, such as config/tinystories.py")
     for name, meaning in actions.items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
@@ -189,6 +190,19 @@ def _budgets_in(values):
     return names
 
 
+def parse_value(name, text):
+    """The value of a setting from text, as on the command line.
+
+    Raises UserError if there is no such setting, or if it does not allow the value.
+    """
+    f = next((f for f in fields(Config) if f.name == name), None)
+    if f is None:
+        raise UserError(_unknown_setting(name))
+    value = _from_text(f, text)
+    _check_each({name: value})
+    return value
+
+
 def _choices_and_type(f):
     """The literal choices of a setting ("auto"), and the type of its other values (None if there are none)."""
     parts = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Union else (f.type,)
@@ -219,14 +233,18 @@ def allowed_values(f):
     return " or ".join(choices + [values] if values else choices)
 
 
+def _unknown_setting(name):
+    """The message for a name that is not a setting."""
+    near = difflib.get_close_matches(name, [f.name for f in fields(Config)], 1)
+    return f"unknown setting {name}: " + (f"did you mean {near[0]}?" if near else "train.py --help lists all settings")
+
+
 def _check_each(values):
     """Raise UserError for the first name that is not a setting, or value that the setting does not allow."""
     settings = {f.name: f for f in fields(Config)}
     for name, value in values.items():
         if name not in settings:
-            near = difflib.get_close_matches(name, settings, 1)
-            hint = f"did you mean {near[0]}?" if near else "train.py --help lists all settings"
-            raise UserError(f"unknown setting {name}: {hint} (start the name of a helper variable with an underscore)")
+            raise UserError(f"{_unknown_setting(name)} (start the name of a helper variable with an underscore)")
         f = settings[name]
         choices, value_type = _choices_and_type(f)
         allowed = value in choices

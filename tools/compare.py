@@ -3,8 +3,10 @@
     python -m tools.compare out/a out/b                      a table, and the plot out/compare.png
     python -m tools.compare out/* --picture docs/losses.svg  save the plot elsewhere
     python -m tools.compare out/a                            a single run
+    python -m tools.compare out/sweep                        the runs of a sweep (tools/sweep.py), a row per setting
 
-It reads only each run's log.jsonl, so a run may still be training.
+Runs of a sweep that differ only in the seed are one row, with the mean ± standard deviation of their losses, and one
+curve, in a band from the lowest to the highest. It reads only each run's log.jsonl, so a run may still be training.
 """
 
 if __name__ == "__main__":
@@ -12,6 +14,8 @@ if __name__ == "__main__":
 
     startup.before_importing_torch()
 
+import os
+import statistics
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from runtime.errors import Parser, UserError, exit_with_one_line
 
 TICKS = (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.4, 2.6, 2.8, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)  # times powers of ten
 REDUNDANT_SETTINGS = {"out_dir", "max_tokens"}  # other columns show them
+SEED_SUFFIX = ",seed="  # tools/sweep.py names a run folder after its settings, and then its seed
 REQUIRED_KEYS = {"run": {"config", "data_sha256"}, "step": {"tokens", "seconds"},
                  "eval": {"tokens", "seconds", "train_loss", "val_loss", "val_bpb"}}
 
@@ -29,19 +34,41 @@ REQUIRED_KEYS = {"run": {"config", "data_sha256"}, "step": {"tokens", "seconds"}
 def main(argv=None):
     """Print the table and save the plot; `argv` as on the command line."""
     parser = Parser(prog="python -m tools.compare", description="Compare runs by their logs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, such as out/tinystories")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, as out/tinystories, or of a sweep")
     parser.add_argument("--picture", metavar="FILE", default="out/compare.png",
                         help="where to save the plot of the losses: .png, .svg or .pdf (default: %(default)s)")
     args = parser.parse_args(argv)
 
-    runs = [read_run(folder) for folder in dict.fromkeys(str(Path(folder)) for folder in args.runs)]
-    print(format_table([table_row(run, differing_settings(runs)) for run in runs]))
+    groups = [group for folder in dict.fromkeys(str(Path(folder)) for folder in args.runs)
+              for group in read_groups(folder)]
+    runs = [run for group in groups for run in group]
+    settings = [name for name in differing_settings(runs)
+                if name != "seed" or not any(len(group) > 1 for group in groups)]
+    print(format_table([table_row(group, settings) for group in groups]))
     for warning in comparability_warnings(runs):
         print(f"note: {warning}")
     if not any(run["evals"] for run in runs):
         return print("no plot: none of these runs has been evaluated yet")
-    plot(runs, args.picture)
+    plot(groups, args.picture)
     print(f"plot: {args.picture}")
+
+
+def read_groups(folder):
+    """The run in a folder or, in that of a sweep, its runs, as lists of runs that differ only in the seed.
+
+    Raises UserError as `read_run` does.
+    """
+    logs = [] if Path(folder, "log.jsonl").exists() else sorted(Path(folder).glob("*/log.jsonl"))
+    groups = {}
+    for run in [read_run(str(log.parent)) for log in logs] or [read_run(folder)]:
+        config = {name: value for name, value in run["config"].items() if name not in ("seed", "out_dir")}
+        groups.setdefault((str(config), str(run["data"])), []).append(run)
+    return list(groups.values())
+
+
+def group_name(group):
+    """The name of a run, or of several that differ in the seed."""
+    return group[0]["name"] if len(group) == 1 else group[0]["name"].rpartition(SEED_SUFFIX)[0] or group[0]["name"]
 
 
 def read_run(folder):
@@ -73,19 +100,37 @@ def differing_settings(runs):
     return [name for name in names if name not in REDUNDANT_SETTINGS]
 
 
-def table_row(run, settings):
-    """A run's row of the table, heading → text, with these settings and the best evaluation."""
-    best = min(run["evals"], key=lambda record: record["val_loss"], default=None)
-    return {"run": run["name"], **{name: str(run["config"].get(name, "–")) for name in settings},
-            "tokens": f"{run['tokens']:,}", "seconds": f"{run['seconds']:,.0f}",
-            "best validation loss": f"{best['val_loss']:.4f}" if best else "–",
-            "at tokens": f"{best['tokens']:,}" if best else "–",
-            "bits per byte": f"{best['val_bpb']:.4f}" if best else "–"}
+def table_row(group, settings):
+    """A row of the table, heading → text, with these settings and the best evaluation of a list of runs."""
+    best = [min(run["evals"], key=lambda record: record["val_loss"]) for run in group if run["evals"]]
+    seeds = {"seeds": str(len(group))} if len(group) > 1 else {}
+    return {"run": group_name(group), **{name: str(group[0]["config"].get(name, "–")) for name in settings}, **seeds,
+            "tokens": span(run["tokens"] for run in group), "seconds": span(round(run["seconds"]) for run in group),
+            "best validation loss": mean_and_deviation([record["val_loss"] for record in best]),
+            "at tokens": span(record["tokens"] for record in best),
+            "bits per byte": mean_and_deviation([record["val_bpb"] for record in best])}
+
+
+def span(numbers):
+    """The lowest and the highest of these whole numbers, as text: one number if they are equal, – if there is none."""
+    numbers = sorted(numbers)
+    return "–".join(f"{number:,}" for number in dict.fromkeys((numbers[0], numbers[-1]))) if numbers else "–"
+
+
+def mean_and_deviation(losses):
+    """The mean ± standard deviation of these losses, as text: without the latter for a single one, – for none."""
+    if len(losses) > 1:
+        return f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+    return f"{losses[0]:.4f}" if losses else "–"
 
 
 def format_table(rows):
-    """Dicts with the same keys as a Markdown table: a row or a column per dict, whichever is narrower."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    """Dicts as a Markdown table, with – where one has no such key: a row or a column per dict, whichever is narrower.
+
+    The columns are in the order of the dict that has the most.
+    """
+    headings = list(max(rows, key=len))
+    lines = [headings, *([row.get(heading, "–") for heading in headings] for row in rows)]
     return min(markdown(lines), markdown(list(zip(*lines))), key=lambda text: text.index("\n"))
 
 
@@ -109,37 +154,66 @@ def comparability_warnings(runs):
                "each with train.py --eval_only, which uses the whole split")
 
 
-def plot(runs, path):
+def plot(groups, path):
     """Plot the validation loss against tokens and against time; for a single run also the training loss.
 
-    Runs on different data are plotted in bits per byte. Raises UserError if matplotlib is missing or the file cannot
-    be written.
+    A group of several runs is one curve, their mean, in a band from the lowest to the highest. Runs on different data
+    are plotted in bits per byte. Raises UserError if matplotlib is missing or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("the plot needs matplotlib:  pip install -r requirements-extra.txt") from error
+    runs = [run for group in groups for run in group]
     same_data = all(run["data"] == runs[0]["data"] for run in runs)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    has_long_legend = len(groups) > 4
+    figure = Figure(figsize=(11, 4.5 + 0.12 * len(groups) * has_long_legend), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
-    for run in runs:
-        curves = [("val_loss" if same_data else "val_bpb", ".-", run["name"].replace("$", r"\$"))]  # $ begins a formula
+    common = os.path.commonpath([Path(group_name(group)).parent for group in groups])
+    for group in groups:
+        label = os.path.relpath(group_name(group), common).replace("$", r"\$")  # $ begins a formula
+        curves = [("val_loss" if same_data else "val_bpb", ".-", label)]
         if len(runs) == 1:
             curves.append(("train_loss", ".--", "training loss"))
         for key, style, label in curves:
-            losses = [record[key] for record in run["evals"]]
-            by_tokens.plot([record["tokens"] / 1e6 for record in run["evals"]], losses, style, label=label)
-            by_time.plot([record["seconds"] / 60 for record in run["evals"]], losses, style)
+            tokens, seconds, lowest, mean, highest = curve(group, key)
+            by_tokens.plot(tokens, mean, style, label=label)
+            by_time.plot(seconds, mean, style)
+            if len(group) > 1:
+                by_tokens.fill_between(tokens, lowest, highest, alpha=0.2)
+                by_time.fill_between(seconds, lowest, highest, alpha=0.2)
     by_tokens.set(xlabel="training tokens (millions)",
                   ylabel="validation loss (nats/token)" if same_data else "validation loss (bits per byte)")
     by_time.set(xlabel="time (minutes, including evaluations)")
-    by_tokens.legend()
+    if has_long_legend:
+        figure.legend(loc="outside lower center", ncols=2)
+    else:
+        by_tokens.legend()
     set_log_scale(by_tokens)  # the two axes share it
     for axes in (by_tokens, by_time):
         axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def curve(group, key):
+    """The losses `key` of a list of runs at each of their evaluations.
+
+    Returns five lists: tokens in millions, mean time in minutes, lowest, mean and highest loss.
+    """
+    records = {}
+    for record in (record for run in group for record in run["evals"]):
+        records.setdefault(record["tokens"], []).append(record)
+    points = [(tokens / 1e6, statistics.mean(record["seconds"] for record in records[tokens]) / 60,
+               [record[key] for record in records[tokens]]) for tokens in sorted(records)]
+    return [list(values) for values in zip(*((tokens, minutes, min(losses), statistics.mean(losses), max(losses))
+                                             for tokens, minutes, losses in points))] or [[]] * 5
+
+
+def save_figure(figure, path, **options):
+    """Save a matplotlib figure, in the format of the file's name. Raises UserError if it cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=110)
+        figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=110, **options)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a program that the format needs is missing
         raise UserError(f"cannot write the plot {path}: {error}") from error
 

@@ -252,7 +252,7 @@ def check_request(request, runs):
 
 def run_names():
     """The names of the runs under out/ that have a checkpoint, newest first."""
-    return [folder.name for folder in checkpoint.list_runs()]
+    return [folder.relative_to("out").as_posix() for folder in checkpoint.list_runs()]
 
 
 load_lock = threading.Lock()  # prevents two stories from loading the same run twice
