@@ -190,8 +190,8 @@ def parse_varied(texts):
         if name in varied:
             raise UserError(f"--vary {name} is given twice: give all its values in one")
         is_range = ".." in values and not isinstance(getattr(Config, name, ""), str)  # text may contain ..
-        varied[name] = parse_range(name, values) if is_range else [
-            parse_value(name, value) for value in dict.fromkeys(values.split(","))]
+        varied[name] = parse_range(name, values) if is_range else list(dict.fromkeys(
+            parse_value(name, value) for value in values.split(",")))
     if len([name for name in varied if name in BUDGETS]) > 1:
         raise UserError(f"--vary sets the length of the run in two units: use one of {', '.join(BUDGETS)}")
     return {f.name: varied[f.name] for f in fields(Config) if f.name in varied}
