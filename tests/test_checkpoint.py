@@ -116,12 +116,12 @@ def test_runs_are_listed_by_their_newest_checkpoint(here):
     with pytest.raises(UserError, match="no trained model under out/"):
         checkpoint.newest_run()
     for name, file, when in [("a", "last.prev.pt", 1), ("a", "ckpt.pt", 4), ("b", "last.pt", 3), ("b", "ckpt.pt", 2),
-                             ("c", "last.prev.pt", 5), ("no", "log.jsonl", 6)]:
+                             ("c", "last.prev.pt", 5), ("no", "log.jsonl", 6), ("sweep/d", "ckpt.pt", 0)]:
         path = Path("out", name, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (when, when))
-    assert checkpoint.list_runs() == [Path("out/c"), Path("out/a"), Path("out/b")]
+    assert checkpoint.list_runs() == [Path("out/c"), Path("out/a"), Path("out/b"), Path("out/sweep/d")]
     assert checkpoint.newest_run() == Path("out/c")
     assert [checkpoint.best_checkpoint(f"out/{name}").name for name in "abc"] == ["ckpt.pt", "ckpt.pt", "last.prev.pt"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, apply_overrides, read_command_line, read_config_file
+from config import Config, apply_overrides, parse_value, read_command_line, read_config_file
 from conftest import ROOT
 from data.dataset import prepare_command
 from model import GPTConfig
@@ -44,6 +44,17 @@ def test_every_config_file_is_valid_and_shows_its_commands(path):
     assert f"\n{prepare_command(cfg.dataset)} && python train.py config/{path.name}\n" in path.read_text()
     assert cfg.out_dir == f"out/{path.stem}"
     assert cfg.min_lr < cfg.learning_rate or path.stem == "tinystories"
+
+
+def test_a_value_is_parsed_as_its_setting_needs():
+    values = {"learning_rate": ("1e-3", 1e-3), "n_layer": ("2", 2), "bias": ("false", False), "dtype": ("auto", "auto"),
+              "device_batch_size": ("8", 8), "compile": ("True", True), "dropout": ("0", 0.0)}
+    for name, (text, value) in values.items():
+        assert parse_value(name, text) == value and type(parse_value(name, text)) is type(value)
+    for name, text, message in [("n_lair", "2", "unknown setting n_lair: did you mean n_layer[?]$"),
+                                ("n_layer", "2.5", "n_layer = '2.5' is not allowed"), ("dropout", "1", "from 0 to")]:
+        with pytest.raises(UserError, match=message):
+            parse_value(name, text)
 
 
 def test_flags_override_the_config_file(tmp_path):

@@ -83,7 +83,7 @@ class Sweep:
     varied: dict  # setting → list of values or Range, in the order of Config
     seeds: list
     trials: int  # settings to try in a search; 0: a grid
-    prune: bool
+    prune: bool  # whether a search stops runs early that are worse than the median
     jobs: int
     storage: str  # the URL of Optuna's database
     study: object = None  # optuna.Study
@@ -143,7 +143,8 @@ def parse_args(argv):
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per setting (default: 3, in a search 1)")
     parser.add_argument("--trials", type=positive, default=0, metavar="N",
                         help="search: try N settings, the config as it is among them, instead of all combinations")
-    parser.add_argument("--no_prune", action="store_true", help="search: train all runs to their end")
+    parser.add_argument("--no_prune", action="store_true", help="search: train all runs to their end (otherwise those "
+                        "that are worse than the median are stopped in their second half)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N",
                         help="runs at a time, each on its part of the CPU's threads, or on its own GPU (default: 1)")
     parser.add_argument("--storage", metavar="URL", help="a database that several machines share, such as "
@@ -165,7 +166,8 @@ def parse_args(argv):
     base = Config(**settings)
     seeds = [base.seed + i for i in range(args.seeds or (1 if args.trials else 3))]
     storage = args.storage or f"sqlite:///{Path(base.out_dir, 'study.db')}"
-    return Sweep(settings, base, varied, seeds, args.trials, not args.no_prune, args.jobs, storage), args.picture
+    prune = bool(args.trials) and not args.no_prune and not base.max_minutes  # which has no known half
+    return Sweep(settings, base, varied, seeds, args.trials, prune, args.jobs, storage), args.picture
 
 
 def positive(text):
@@ -224,6 +226,7 @@ def check_settings(sweep):
         raise UserError("sweeps need optuna and scipy:  pip install -r requirements-extra.txt") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # this program prints one line per trial itself
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+    threading.excepthook = lambda args: None  # the heartbeat would print errors of the database a second time
     for settings in [sweep.baseline] if sweep.trials else sweep.grid:
         try:
             cfg = Config(**apply_overrides(sweep.settings, settings))
@@ -240,17 +243,22 @@ def check_settings(sweep):
 @contextmanager
 def storage_errors(url):
     """Turn errors of Optuna's database into a UserError, which shows no password."""
-    import optuna
     import sqlalchemy
 
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error  # Optuna raises other errors while it handles one of the database, even an UnboundLocalError
+        while cause and not isinstance(cause, sqlalchemy.exc.SQLAlchemyError | ImportError):
+            cause = cause.__cause__ or cause.__context__
+        if not cause:
+            raise
         with suppress(sqlalchemy.exc.ArgumentError):  # not a URL
             url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-        cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).partition("\n")[0]
-        if isinstance(error, ImportError):
+        if isinstance(cause, ImportError):
             reason += ": install the driver of the database (docs/experiments.md)"
         raise UserError(f"the storage {url} cannot be used: {reason}") from error
 
@@ -260,10 +268,10 @@ def open_study(sweep):
     import optuna
 
     sweep.out_dir.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=open_storage(sweep.storage), study_name=sweep.out_dir.name, load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_warmup_steps=sweep.base.max_iters // 4) if sweep.prune else
-        optuna.pruners.NopPruner())
+    # Not in the first half of a run: a high learning rate is worse there, also where it is better in the end.
+    pruner = optuna.pruners.MedianPruner(n_warmup_steps=sweep.base.max_iters // 2)
+    study = optuna.create_study(storage=open_storage(sweep.storage), study_name=sweep.out_dir.name, pruner=pruner,
+                                load_if_exists=True)
     identity = {name: value for name, value in asdict(sweep.base).items() if name != "out_dir"}
     identity |= {"data": data_sha256(read_meta(Path("data", sweep.base.dataset)))}
     identity |= {f"--vary {name}": str(values) if sweep.trials else "" for name, values in sweep.varied.items()}
@@ -388,11 +396,10 @@ def work(sweep, slot, bar):
     waiting = False
     while not sweep.stop.is_set():
         optuna.storages.fail_stale_trials(sweep.study)  # queues the runs of processes that died again
-        unfinished = {trial.state for trial in best_trials(sweep).values()} - {
-            optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL}
-        if not unfinished:
+        states = {trial.state.name for trial in best_trials(sweep).values()}
+        if not states & {"WAITING", "RUNNING"}:
             return
-        if optuna.trial.TrialState.WAITING in unfinished:
+        if "WAITING" in states:
             try:
                 sweep.study.optimize(lambda trial: train_run(sweep, slot, trial), n_trials=1, catch=NoResult,
                                      callbacks=[lambda study, trial: after_trial(sweep, trial, bar)])
@@ -439,7 +446,7 @@ def train_run(sweep, slot, trial):
     if pruned:
         raise optuna.TrialPruned
     printed = (folder / "output.log").read_bytes()[start:].decode("utf-8", "replace").strip().splitlines()
-    check_finished(trial, process.returncode, printed)
+    check_finished(sweep, trial, process.returncode, printed)
     run = compare.read_run(folder)
     trial.set_user_attr("tokens_per_s", run["tokens"] / run["seconds"])
     return min(record[sweep.metric] for record in run["evals"])
@@ -494,7 +501,7 @@ def report_losses(sweep, trial, process, log):
 
     Returns whether it is pruned.
     """
-    prune = sweep.trials and sweep.prune and trial.user_attrs["settings"] != sweep.baseline
+    prune = sweep.prune and trial.user_attrs["settings"] != sweep.baseline
     reported = set()
     while True:
         ended = process.poll() is not None  # before reading the log, which is then complete
@@ -509,21 +516,25 @@ def report_losses(sweep, trial, process, log):
             return False
 
 
-def check_finished(trial, code, printed):
+def check_finished(sweep, trial, code, printed):
     """Raise NoResult if train.py, which exited with this code after it printed these lines, did not finish its run."""
-    killed = trial.user_attrs.get("killed", 0) + (code < 0 and code != -signal.SIGTERM)
-    trial.set_user_attr("killed", killed)
-    if code > 0 and code != 130:
+    stopped = any(line.startswith("stopped after step") for line in printed)
+    if code == 0 and not stopped:
+        return
+    if stopped or code in (130, -signal.SIGTERM) or sweep.stop.is_set():
+        raise NoResult
+    if code > 0:
         no_result(trial, printed[-1].removeprefix("error: ") if printed else f"train.py exited with code {code}")
+    killed = trial.user_attrs.get("killed", 0) + 1
+    trial.set_user_attr("killed", killed)
     if killed > MAX_KILLS:
         no_result(trial, f"train.py was killed {killed} times, the last time by signal {-code} (9: perhaps for lack of "
                          "memory)")
-    if code or any(line.startswith("stopped after step") for line in printed):
-        raise NoResult  # it was stopped
+    raise NoResult
 
 
 def no_result(trial, error):
-    """Record why a trial failed, and raise NoResult."""
+    """Raise NoResult, and record why: without a reason, `after_trial` queues the run again."""
     trial.set_user_attr("error", error)
     raise NoResult(error)
 
