@@ -51,7 +51,7 @@ EXAMPLE = "learning_rate=1e-3,2e-3 (values) or learning_rate=1e-3..2e-2:log (a r
 SIGNIFICANCE = 0.05  # probability of at least one wrong "better" or "worse" in a table where nothing differs
 MAX_SEEDS = 1_000  # the most seeds more that are estimated to tell
 HEARTBEAT_SECONDS, GRACE_SECONDS = 15, 60  # a trial is taken up by another process this long after its last heartbeat
-POLL_SECONDS = 0.5
+POLL_SECONDS, WAITING_SECONDS = 0.5, 5  # the latter: without any work, until that is printed
 MAX_KILLS = 3  # times that train.py may be killed, as for lack of memory, before its run counts as failed
 PLOTTED = 10  # curves in a plot, as many as matplotlib has colors
 DUPLICATE = "another trial has the same settings and seed"
@@ -138,7 +138,8 @@ def parse_args(argv):
     """The Sweep of a command line, without its study, and whether to plot. Exits with code 2 for a wrong flag."""
     parser = Parser(prog="python -m tools.sweep", usage="%(prog)s [CONFIG] [--setting=value ...] --vary SETTING=VALUES "
                     "[--vary ...] [--seeds N] [--trials N] [--no_prune] [--jobs N] [--storage URL] [--picture]",
-                    description="Train with several values of settings and several seeds, and compare the losses.")
+                    description="Train with several values of settings and several seeds, and compare the losses. Each "
+                    "run is a folder in --out_dir, by default out/<config>-<the settings that vary>.")
     parser.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUES", help=EXAMPLE)
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per setting (default: 3, in a search 1)")
     parser.add_argument("--trials", type=positive, default=0, metavar="N",
@@ -299,7 +300,8 @@ def open_storage(url):
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback())
             break
         except sqlalchemy.exc.DBAPIError as error:  # perhaps another process creates the tables at the same time
-            if attempt == 9 or not any(word in str(error) for word in ("already exists", "UNIQUE", "unique")):
+            created = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+            if attempt == 9 or not created:
                 raise
             time.sleep(0.2)
     if sqlite:
@@ -393,7 +395,7 @@ def work(sweep, slot, bar):
     """Train runs of the queue, one after the other, until no process trains any; `slot` numbers the job from 0."""
     import optuna
 
-    waiting = False
+    polls = 0  # in a row without a run in this process
     while not sweep.stop.is_set():
         optuna.storages.fail_stale_trials(sweep.study)  # queues the runs of processes that died again
         states = {trial.state.name for trial in best_trials(sweep).values()}
@@ -408,10 +410,10 @@ def work(sweep, slot, bar):
                     raise
                 # This process did not run for a while, as when a laptop sleeps, so that another took the trial up.
         else:
-            if slot == 0 and not waiting and not sweep.processes:
+            polls = 0 if sweep.processes else polls + 1
+            if slot == 0 and polls * POLL_SECONDS == WAITING_SECONDS:
                 tqdm.write(f"waiting for runs of other processes; those of one that was killed are taken up within "
                            f"{GRACE_SECONDS} s")
-                waiting = True
             sweep.stop.wait(POLL_SECONDS)
 
 
