@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,15 @@ def test_a_killed_sweep_is_noticed_by_its_heartbeat_and_taken_up(with_data, monk
     assert "0 of 1 runs are finished" in out
     assert [trial.state.name for trial in trials_of("out/killed")] == ["FAIL", "COMPLETE"]
     assert len(table(out)) == 1 and records(folder, "eval")[-1]["iter"] == 2000
+
+
+def test_no_two_jobs_take_the_same_trial(here):
+    study = optuna.create_study(storage=sweep.open_storage("sqlite:///study.db"))
+    for _ in range(20):
+        study.enqueue_trial({})
+    with ThreadPoolExecutor(4) as pool:
+        numbers = list(pool.map(lambda _: study.ask().number, range(20)))
+    assert sorted(numbers) == list(range(20))
 
 
 def test_two_commands_share_a_sweep(with_data):
