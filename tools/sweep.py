@@ -260,7 +260,7 @@ def storage_errors(url):
             url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
         reason = str(getattr(cause, "orig", None) or cause).partition("\n")[0]
         if isinstance(cause, ImportError):
-            reason += ": install the driver of the database (docs/experiments.md)"
+            reason = f"{cause.__cause__ or cause}: install the driver of the database (docs/experiments.md)"
         raise UserError(f"the storage {url} cannot be used: {reason}") from error
 
 
@@ -342,11 +342,13 @@ def enqueue_missing(sweep, at_start=False):
 def best_trials(sweep):
     """The trials of a sweep, name of the run → trial. Of several for one run, the one whose state is first in STATES.
 
-    There are several if a run was stopped or failed, or if two processes queued it at the same time.
+    There are several if a run was stopped or failed, or if two processes queued it at the same time. Of those that
+    failed it is the last one, of others the first one.
     """
     found = {}
-    trials = sweep.study.get_trials(deepcopy=False)
-    for trial in sorted(trials, key=lambda trial: (STATES.index(trial.state.name), -trial.number)):
+    trials = sorted(sweep.study.get_trials(deepcopy=False), key=lambda trial: (
+        STATES.index(trial.state.name), -trial.number if trial.state.name == "FAIL" else trial.number))
+    for trial in trials:
         if "seed" in trial.user_attrs:
             settings = trial.user_attrs.get("settings")
             name = f"trial {trial.number}" if settings is None else run_name(settings, trial.user_attrs["seed"])
@@ -428,10 +430,8 @@ def train_run(sweep, slot, trial):
     settings, seed = choose_settings(sweep, trial), trial.user_attrs["seed"]
     trial.set_user_attr("settings", settings)
     name = run_name(settings, seed)
-    for other in sweep.study.get_trials(deepcopy=False):
-        if (other.number < trial.number and other.state != optuna.trial.TrialState.FAIL
-                and other.user_attrs.get("settings") == settings and other.user_attrs["seed"] == seed):
-            no_result(trial, DUPLICATE)
+    if best_trials(sweep)[name].number != trial.number:
+        no_result(trial, DUPLICATE)
     folder = sweep.out_dir / name
     while files.is_locked(folder / ".lock") and not sweep.stop.is_set():  # by a process whose sweep was killed
         sweep.stop.wait(POLL_SECONDS)
@@ -504,12 +504,12 @@ def report_losses(sweep, trial, process, log):
     Returns whether it is pruned.
     """
     prune = sweep.prune and trial.user_attrs["settings"] != sweep.baseline
-    reported = set()
+    reported, size = set(), 0
     while True:
         ended = process.poll() is not None  # before reading the log, which is then complete
-        records = [record for record in read_log(log) if record["kind"] == "eval"] if log.exists() else []
-        for record in records:
-            if record["iter"] not in reported:
+        previous, size = size, log.stat().st_size if log.exists() else 0
+        for record in read_log(log) if size != previous else []:
+            if record["kind"] == "eval" and record["iter"] not in reported:
                 reported.add(record["iter"])
                 trial.report(record[sweep.metric], record["iter"])
                 if prune and not ended and trial.should_prune():

@@ -283,6 +283,7 @@ def test_a_killed_sweep_is_noticed_by_its_heartbeat_and_taken_up(with_data, monk
     assert len(table(out)) == 1 and records(folder, "eval")[-1]["iter"] == 2000
 
 
+@pytest.mark.filterwarnings("ignore")  # of experimental functions, and that ask() sends no heartbeat
 def test_no_two_jobs_take_the_same_trial(here):
     study = optuna.create_study(storage=sweep.open_storage("sqlite:///study.db"))
     for _ in range(20):
