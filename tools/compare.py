@@ -196,15 +196,16 @@ def plot(groups, path):
 
 
 def curve(group, key):
-    """The losses `key` of a list of runs at each of their evaluations.
+    """The losses `key` of a list of runs at the evaluations that all of them have, or all but those without any yet.
 
     Returns five lists: tokens in millions, mean time in minutes, lowest, mean and highest loss.
     """
-    records = {}
+    records, count = {}, sum(bool(run["evals"]) for run in group)
     for record in (record for run in group for record in run["evals"]):
         records.setdefault(record["tokens"], []).append(record)
     points = [(tokens / 1e6, statistics.mean(record["seconds"] for record in records[tokens]) / 60,
-               [record[key] for record in records[tokens]]) for tokens in sorted(records)]
+               [record[key] for record in records[tokens]]) for tokens in sorted(records)
+              if len(records[tokens]) == count]
     return [list(values) for values in zip(*((tokens, minutes, min(losses), statistics.mean(losses), max(losses))
                                              for tokens, minutes, losses in points))] or [[]] * 5
 

@@ -9,8 +9,8 @@ others are compared seed by seed. The second is a search with Optuna (Akiba et a
     out/<sweep>/study.db                         the Optuna study: which runs there are, and their results
     out/<sweep>/learning_rate=0.003,seed=1337/   a run like any other, and output.log with what train.py printed
 
-Ctrl-C stops all runs; the same command resumes them, and trains again what failed. Several of these commands at the
-same time, also on several machines (--storage), share the work. docs/experiments.md has examples.
+Ctrl-C stops all runs; the same command resumes them. Several of these commands at the same time, also on several
+machines (--storage), share the work. docs/experiments.md has examples.
 """
 
 if __name__ == "__main__":
@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
     startup.before_importing_torch()
 
+import argparse
 import itertools
 import json
 import math
@@ -54,7 +55,7 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 15, 60  # a trial is taken up by another proc
 POLL_SECONDS, WAITING_SECONDS = 0.5, 5  # the latter: without any work, until that is printed
 MAX_KILLS = 3  # times that train.py may be killed, as for lack of memory, before its run counts as failed
 PLOTTED = 10  # curves in a plot, as many as matplotlib has colors
-DUPLICATE = "another trial has the same settings and seed"
+SKIPPED = "not a run of this command, or the same run as another trial"
 STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # of trials of the same run, the first of these counts
 
 
@@ -166,15 +167,16 @@ def parse_args(argv):
     settings = apply_overrides(settings, flags)
     base = Config(**settings)
     seeds = [base.seed + i for i in range(args.seeds or (1 if args.trials else 3))]
-    storage = args.storage or f"sqlite:///{Path(base.out_dir, 'study.db')}"
-    prune = bool(args.trials) and not args.no_prune and not base.max_minutes  # which has no known half
+    storage = args.storage or f"sqlite:///{urllib.parse.quote(Path(base.out_dir, 'study.db').as_posix(), safe='/:')}"
+    # Runs of different or unknown lengths have no evaluations at comparable iterations.
+    prune = bool(args.trials) and not args.no_prune and not base.max_minutes and not varied.keys() & set(BUDGETS)
     return Sweep(settings, base, varied, seeds, args.trials, prune, args.jobs, storage), args.picture
 
 
 def positive(text):
     """A whole number from 1, for argparse."""
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return int(text)
 
 
@@ -227,7 +229,6 @@ def check_settings(sweep):
         raise UserError("sweeps need optuna and scipy:  pip install -r requirements-extra.txt") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # this program prints one line per trial itself
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of the heartbeat
-    threading.excepthook = lambda args: None  # the heartbeat would print errors of the database a second time
     for settings in [sweep.baseline] if sweep.trials else sweep.grid:
         try:
             cfg = Config(**apply_overrides(sweep.settings, settings))
@@ -287,15 +288,23 @@ def open_study(sweep):
 
 
 def open_storage(url):
-    """Optuna's storage at a database URL."""
+    """Optuna's storage at a database URL. Raises UserError if that is none, or that of a database in memory."""
     import optuna
     import sqlalchemy
 
-    sqlite = url.startswith("sqlite:")
+    try:
+        parsed = sqlalchemy.make_url(url)
+        if not parsed.database:
+            raise ValueError
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise UserError("--storage is not the URL of a database, such as postgresql://USER:PASSWORD@HOST/DATABASE"
+                        ) from error
+    sqlite = parsed.get_backend_name() == "sqlite"
     for attempt in range(10):
         try:
             storage = optuna.storages.RDBStorage(
-                url, {"pool_pre_ping": True, "connect_args": {"timeout": 60} if sqlite else {}},
+                url.replace("{", "{{").replace("}", "}}"),  # Optuna calls format() on it
+                {"pool_pre_ping": True, "connect_args": {"timeout": 60} if sqlite else {}},
                 heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback())
             break
@@ -312,7 +321,14 @@ def open_storage(url):
         sqlalchemy.event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql(
             "BEGIN IMMEDIATE"))
         storage.engine.dispose()  # the connections made before
+    threading.excepthook = print_thread_error
     return storage
+
+
+def print_thread_error(error):
+    """Print an exception that ended a thread, but not of Optuna's heartbeat: other threads report the same error."""
+    if "heartbeat" not in error.thread.name:
+        threading.__excepthook__(error)
 
 
 def enqueue_missing(sweep, at_start=False):
@@ -332,27 +348,35 @@ def enqueue_missing(sweep, at_start=False):
             known.add(run_name(settings, seed))
             inside = sweep.trials and all(settings[name] in values for name, values in sweep.varied.items())
             sweep.study.enqueue_trial(settings if inside else {}, {"settings": settings, "seed": seed})
-    if at_start and sweep.trials:
-        tried = [trial for trial in best_trials(sweep).values()
-                 if trial.user_attrs["seed"] == sweep.seeds[0] and trial.state.name != "FAIL"]
-        for _ in range(sweep.trials - len(tried)):
+    if at_start:
+        for _ in range(sweep.trials - len(tried_settings(sweep))):
             sweep.study.enqueue_trial({}, {"seed": sweep.seeds[0]})  # Optuna suggests the settings when it is its turn
+
+
+def tried_settings(sweep):
+    """The numbers of the trials that count towards --trials: those of the first seed that did not fail.
+
+    A suggestion that was skipped, because the search has had it, counts, or a small space could be searched forever.
+    """
+    return [trial.number for trial in sweep.study.get_trials(deepcopy=False)
+            if trial.user_attrs.get("seed") == sweep.seeds[0]
+            and (trial.state.name != "FAIL" or trial.user_attrs.get("error") == SKIPPED)]
 
 
 def best_trials(sweep):
     """The trials of a sweep, name of the run → trial. Of several for one run, the one whose state is first in STATES.
 
     There are several if a run was stopped or failed, or if two processes queued it at the same time. Of those that
-    failed it is the last one, of others the first one.
+    failed it is the last one, of others the first one. Runs that an earlier command wanted and this one does not, as
+    after a typo, are left out.
     """
-    found = {}
+    found, grid = {}, [] if sweep.trials else sweep.grid
     trials = sorted(sweep.study.get_trials(deepcopy=False), key=lambda trial: (
         STATES.index(trial.state.name), -trial.number if trial.state.name == "FAIL" else trial.number))
     for trial in trials:
-        if "seed" in trial.user_attrs:
-            settings = trial.user_attrs.get("settings")
-            name = f"trial {trial.number}" if settings is None else run_name(settings, trial.user_attrs["seed"])
-            found.setdefault(name, trial)
+        settings, seed = trial.user_attrs.get("settings"), trial.user_attrs.get("seed")
+        if seed in sweep.seeds and (sweep.trials or settings in grid) and trial.user_attrs.get("error") != SKIPPED:
+            found.setdefault(f"trial {trial.number}" if settings is None else run_name(settings, seed), trial)
     return dict(sorted(found.items(), key=lambda item: item[1].number))
 
 
@@ -427,36 +451,55 @@ def train_run(sweep, slot, trial):
     import optuna
 
     trial.set_user_attr("error", "")  # of an earlier trial of this run, which Optuna copies
-    settings, seed = choose_settings(sweep, trial), trial.user_attrs["seed"]
+    settings, seed = choose_settings(sweep, trial), trial.user_attrs.get("seed")
     trial.set_user_attr("settings", settings)
-    name = run_name(settings, seed)
-    if best_trials(sweep)[name].number != trial.number:
-        no_result(trial, DUPLICATE)
-    folder = sweep.out_dir / name
+    best = best_trials(sweep).get(run_name(settings, seed))
+    if best is None or best.number != trial.number:
+        no_result(trial, SKIPPED)
+    folder = sweep.out_dir / run_name(settings, seed)
+    try:
+        pruned, code, printed = run_training(sweep, slot, trial, folder)
+        if pruned:
+            raise optuna.TrialPruned
+        check_finished(sweep, trial, code, printed)
+        run = compare.read_run(folder)
+    except (UserError, OSError) as error:  # such as a damaged log
+        no_result(trial, str(error))
+    trial.set_user_attr("tokens_per_s", run["tokens"] / run["seconds"])
+    return min(record[sweep.metric] for record in run["evals"])
+
+
+def run_training(sweep, slot, trial, folder):
+    """Run train.py for a trial until it ends, is pruned, or the sweep stops; what it prints goes to output.log.
+
+    Returns whether the run was pruned, the exit code, and the lines that were printed.
+    """
     while files.is_locked(folder / ".lock") and not sweep.stop.is_set():  # by a process whose sweep was killed
         sweep.stop.wait(POLL_SECONDS)
     folder.mkdir(exist_ok=True)
     with open(folder / "output.log", "ab") as output:
         start = output.tell()
-        process = start_training(sweep, slot, settings | {"seed": seed, "out_dir": str(folder)}, output)
+        settings = trial.user_attrs["settings"] | {"seed": trial.user_attrs["seed"], "out_dir": str(folder)}
+        process = start_training(sweep, slot, settings, output)
         try:
             pruned = report_losses(sweep, trial, process, folder / "log.jsonl")
         finally:
             process.terminate()  # train.py then saves and exits
             process.wait()
             sweep.processes.discard(process)
-    if pruned:
-        raise optuna.TrialPruned
-    printed = (folder / "output.log").read_bytes()[start:].decode("utf-8", "replace").strip().splitlines()
-    check_finished(sweep, trial, process.returncode, printed)
-    run = compare.read_run(folder)
-    trial.set_user_attr("tokens_per_s", run["tokens"] / run["seconds"])
-    return min(record[sweep.metric] for record in run["evals"])
+    printed = (folder / "output.log").read_bytes()[start:].decode("utf-8", "replace")
+    return pruned, process.returncode, printed.strip().splitlines()
 
 
 def choose_settings(sweep, trial):
-    """The varied settings of a trial: those that it was queued with, otherwise Optuna's suggestions."""
+    """The varied settings of a trial: those that it was queued with, otherwise Optuna's suggestions.
+
+    Raises NoResult if the trial is none of the queue, because another job took that one, or more than --trials.
+    """
     queued = trial.user_attrs.get("settings")
+    if "seed" not in trial.user_attrs or (
+            queued is None and sum(number < trial.number for number in tried_settings(sweep)) >= sweep.trials):
+        no_result(trial, SKIPPED)
     if not sweep.trials or (queued and not all(queued[name] in values for name, values in sweep.varied.items())):
         return queued
     suggested = {name: suggest(trial, name, values) for name, values in sweep.varied.items()}  # Optuna learns from it
@@ -501,9 +544,11 @@ def share_of_machine(slot, jobs, gpus, threads):
 def report_losses(sweep, trial, process, log):
     """Report the evaluations in a run's log to Optuna until the run ends or is to be stopped.
 
-    Returns whether it is pruned.
+    Returns whether it is pruned. Only runs of the first seed are: without its unlucky seeds, a setting would look
+    better than it is.
     """
-    prune = sweep.prune and trial.user_attrs["settings"] != sweep.baseline
+    settings, seed = trial.user_attrs["settings"], trial.user_attrs["seed"]
+    prune = sweep.prune and settings != sweep.baseline and seed == sweep.seeds[0]
     reported, size = set(), 0
     while True:
         ended = process.poll() is not None  # before reading the log, which is then complete
@@ -547,7 +592,7 @@ def after_trial(sweep, trial, bar):
 
     if trial.state.name == "FAIL" and not trial.user_attrs.get("error"):
         return optuna.storages.RetryHeartbeatStaleTrialCallback()(sweep.study, trial)
-    if trial.user_attrs.get("error") == DUPLICATE:
+    if trial.user_attrs.get("error") == SKIPPED:
         return
     if sweep.trials:
         enqueue_missing(sweep)
@@ -583,7 +628,8 @@ def print_plan(sweep):
 
 def print_results(sweep, runs):
     """Print the table of the settings, and why runs failed. Raises UserError if all runs failed."""
-    failed = {name: trial.user_attrs["error"] for name, trial in runs.items() if trial.state.name == "FAIL"}
+    failed = {name: trial.user_attrs.get("error") or "its process ended" for name, trial in runs.items()
+              if trial.state.name == "FAIL"}
     if failed and len(failed) == len(runs):
         raise UserError(f"all {len(failed)} runs failed, the last one with: {list(failed.values())[-1]}")
     rows = table_rows(sweep, runs)
@@ -591,8 +637,9 @@ def print_results(sweep, runs):
     for name, error in failed.items():
         print(f"failed: {name}: {error}")
     print("difference: from the first row, seed by seed, ± its standard error\nbetter, worse: by a paired t-test, at "
-          f"{SIGNIFICANCE:.0%} for all comparisons of the table together (Bonferroni)")
-    local = [folder for name in runs if Path(folder := sweep.out_dir / name, "log.jsonl").exists()]
+          f"{SIGNIFICANCE:.0%} for the whole table (Bonferroni), if the number of seeds was fixed beforehand")
+    local = [folder for name, trial in runs.items()
+             if trial.state.name == "COMPLETE" and Path(folder := sweep.out_dir / name, "log.jsonl").exists()]
     for warning in compare.comparability_warnings([compare.read_run(folder) for folder in local]):
         print(f"note: {warning}")
     if sweep.trials:
@@ -609,10 +656,8 @@ def group_trials(sweep, runs):
         if "settings" in trial.user_attrs:
             groups.setdefault(settings_name(trial.user_attrs["settings"]), []).append(trial)
     baseline = settings_name(sweep.baseline)
-    names = [name for name in groups if name != baseline]
-    if sweep.trials:
-        names.sort(key=lambda name: mean_loss(groups[name]))
-    return {baseline: groups.get(baseline, [])} | {name: groups[name] for name in names}
+    names = sorted(groups, key=lambda name: mean_loss(groups[name])) if sweep.trials else map(settings_name, sweep.grid)
+    return {baseline: groups.get(baseline, [])} | {name: groups[name] for name in names if name in groups}
 
 
 def losses_of(trials):
@@ -629,7 +674,7 @@ def table_rows(sweep, runs):
     """The rows of the table, each heading → text."""
     groups = group_trials(sweep, runs)
     baseline = losses_of(next(iter(groups.values())))
-    comparisons = max(1, sum(math.isfinite(mean_loss(trials)) for trials in groups.values()) - 1)
+    comparisons = max(1, len(groups) - 1)
     rows = []
     for trials in groups.values():
         losses = losses_of(trials)
@@ -689,8 +734,9 @@ def confirmation(sweep, rows):
     if not best["difference"].startswith("-"):
         return "no settings have a lower loss than the config as it is"
     flags = " ".join(f"--vary {name}={best[name]}" for name in sweep.varied)
-    return ("the lowest of many losses is partly luck; to confirm it with new seeds, run the same command without "
-            f"--trials, with  {flags} --seeds 5 --seed={sweep.seeds[-1] + 1} --out_dir={sweep.out_dir}-best")
+    return ("the lowest of many losses is partly luck; to confirm it with new seeds, run the same command with these "
+            f"flags instead of its --vary and --trials:\n{flags} --seeds 5 --seed={sweep.seeds[-1] + 1} "
+            f"--out_dir={sweep.out_dir}-best")
 
 
 def plot(sweep, runs):
@@ -701,7 +747,7 @@ def plot(sweep, runs):
     for trials in [first, *others]:
         folders = [sweep.out_dir / run_name(trial.user_attrs["settings"], trial.user_attrs["seed"])
                    for trial in trials if trial.state.name == "COMPLETE"]
-        groups.append([compare.read_run(str(folder)) for folder in folders if folder.exists()])
+        groups.append([compare.read_run(str(folder)) for folder in folders if (folder / "log.jsonl").exists()])
     groups = [group for group in groups if group]  # the others have no result, or only on other machines
     if not groups:
         return print("no plot: no run on this machine is complete")
@@ -719,7 +765,8 @@ def plot_search(sweep):
                        ("parallel_coordinate", optuna_plots.plot_parallel_coordinate)):
         path = sweep.out_dir / f"{name}.png"
         try:
-            compare.save_figure(draw(sweep.study).figure, path, bbox_inches="tight")  # or it cuts off long names
+            with warnings.catch_warnings(action="ignore"):  # where settings have too few values for a nice axis
+                compare.save_figure(draw(sweep.study).figure, path, bbox_inches="tight")  # or it cuts off long names
         except (ValueError, RuntimeError) as error:
             print(f"no plot {path}: {error}")  # too few trials
         else:

@@ -91,7 +91,7 @@ def test_values_and_ranges_are_parsed_in_the_order_of_the_settings():
     (["--vary=seed=1,2"], "use --seeds N"), (["--vary=out_dir=a,b"], "use --out_dir=FOLDER"),
     (["--vary=bias=True", "--vary=bias=False"], "--vary bias is given twice"),
     (["--vary=max_iters=10,20", "--vary=max_tokens=1000,2000"], "the length of the run in two units"),
-    (["--vary=bias=True", "--seeds=0"], "argument --seeds: invalid positive value"),
+    (["--vary=bias=True", "--seeds=0"], "argument --seeds: 0 is not a whole number from 1"),
     (["--vary=bias=True", "--sedes=3"], "did you mean --seeds?"),
 ])
 def test_a_wrong_command_line_is_one_line(with_data, fails, words, message):
@@ -109,7 +109,8 @@ def test_settings_that_cannot_be_trained_are_one_line_before_anything_runs(with_
 def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(with_data, fails):
     varied = [*TINY, "--vary=learning_rate=1e-3"]
     assert "unable to open database file" in fails(sweep.main, [*varied, "--storage=sqlite:///no/such/folder/x.db"])
-    assert "the storage nonsense cannot be used" in fails(sweep.main, [*varied, "--storage=nonsense"])
+    for url in ("nonsense", "sqlite://", "postgresql://me:secret@localhost:port/x"):
+        assert "--storage is not the URL of a database, such as" in fails(sweep.main, [*varied, f"--storage={url}"])
     error = fails(sweep.main, [*varied, "--storage=mssql+pymssql://me:secret@localhost/x"])
     assert "No module named 'pymssql': install the driver" in error and "secret" not in error
     Path("no_database").write_text("text")
@@ -215,6 +216,8 @@ def test_compare_groups_the_seeds_of_a_sweep(grid, monkeypatch, capsys):
     tokens, _, lowest, mean, highest = compare.curve(group, "val_loss")
     assert tokens == [512e-6, 1024e-6, 1536e-6] and lowest < mean < highest
     assert mean[-1] == pytest.approx(np.mean(losses[:2]))
+    group[0]["evals"].pop()
+    assert compare.curve(group, "val_loss")[0] == tokens[:2]  # not where only the others go
     compare.main(["out/grid", "out/grid/learning_rate=0.001,seed=1337"])  # a group and a single run
     assert "| seeds " in capsys.readouterr().out
 
@@ -230,14 +233,28 @@ def test_the_same_command_trains_only_what_is_missing_and_another_sweep_is_refus
     assert before.items() < after.items() and len(after) == 6
     assert [row["seeds"] for row in table(capsys.readouterr().out)] == ["3", "3"]
     assert all(len(records(Path("out/grid", name), "run")) == 1 for name in after)  # none was trained twice
+    sweep.main([*TINY, "--vary=learning_rate=1e-2", "--seeds=1", "--out_dir=out/grid"])  # fewer values and seeds
+    out = capsys.readouterr().out
+    assert "1 of 1 runs are finished" in out and [row["seeds"] for row in table(out)] == ["1"]
     assert "another sweep (its max_iters differs)" in fails(sweep.main, [*words, "--max_iters=40"])
     assert "another sweep (its --vary dropout differs)" in fails(
         sweep.main, [*TINY, "--vary=dropout=0.1,0", "--out_dir=out/grid"])
     assert "contains a run" in fails(sweep.main, [*words[:-1], "--out_dir=out/grid/learning_rate=0.01,seed=1337"])
 
 
+def test_runs_are_used_without_their_study_and_a_damaged_one_fails_alone(grid, here, capsys):
+    shutil.copytree(grid[0], here, dirs_exist_ok=True)
+    Path("out/grid/study.db").unlink()
+    log = Path("out/grid/learning_rate=0.001,seed=1337/log.jsonl")
+    log.write_text(log.read_text().replace('{"kind": "eval"', "{", 1))
+    sweep.main([*TINY, "--vary", "learning_rate=1e-2,1e-3", "--seeds=2", "--out_dir=out/grid"])
+    out = capsys.readouterr().out
+    assert [row["seeds"] for row in table(out)] == ["2", "1"] and out.count("tokens/s\n") == 3
+    assert f"failed: learning_rate=0.001,seed=1337: {log}, line " in out and "is damaged" in out
+
+
 def test_only_seeds_measure_the_noise(with_data, capsys):
-    sweep.main([*TINY, "--seeds=2", "--jobs=2"])
+    sweep.main([*TINY, "--seeds=2", "--jobs=4"])
     row, = table(capsys.readouterr().out)
     assert row["seeds"] == "2" and "±" in row["validation loss"] and row["verdict"] == "baseline"
     assert set(final_losses("out/tinystories-seeds")) == {"seed=1337", "seed=1338"}
@@ -318,7 +335,8 @@ def test_a_failed_run_is_recorded_and_tried_again_by_the_next_command(with_data,
 
 def test_if_all_runs_fail_it_is_one_line(with_data, fails):
     assert "all 2 runs failed, the last one with: the loss is nan" in fails(
-        sweep.main, [*TINY, "--learning_rate=1e4", "--seeds=2", "--jobs=2"])
+        sweep.main, [*TINY, "--learning_rate=1e4", "--seeds=2", "--jobs=2", "--out_dir=out/a?b%41{c}"])
+    assert Path("out/a?b%41{c}/study.db").exists()
 
 
 def test_a_run_that_is_killed_again_and_again_fails():
@@ -336,7 +354,42 @@ def test_a_run_that_is_killed_again_and_again_fails():
         sweep.check_finished(stopping, trial, 1, ["error: a reason"])
 
 
+def test_a_trial_that_was_not_queued_is_skipped():
+    """Two jobs see one run in the queue: for the one that comes too late, Optuna makes a new trial."""
+    study = optuna.create_study()
+    grid = sweep.Sweep({}, Config(), {"bias": [True]}, [1], 0, False, 2, "", study)
+    with pytest.raises(sweep.NoResult, match=sweep.SKIPPED):
+        sweep.train_run(grid, 0, study.ask())
+    study.enqueue_trial({}, {"seed": 2, "settings": {"bias": True}})  # of an earlier command with more seeds
+    with pytest.raises(sweep.NoResult, match=sweep.SKIPPED):
+        sweep.train_run(grid, 0, study.ask())
+    assert sweep.best_trials(grid) == {}
+
+
 # ---- a search ----
+
+
+def test_only_the_first_seed_is_pruned(trained):
+    study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=0))
+    search = sweep.Sweep({}, Config(), {"dropout": [0.5]}, [1, 2], 2, True, 1, "", study)
+    for seed, pruned in ((1, True), (2, False)):
+        trial = study.ask()
+        trial.set_user_attr("seed", seed)
+        trial.set_user_attr("settings", {"dropout": 0.5})
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"])
+        assert sweep.report_losses(search, trial, process, trained / "out/tiny/log.jsonl") is pruned
+        process.kill()
+        process.wait()
+
+
+def test_a_search_without_new_settings_ends(with_data, capsys):
+    words = [*TINY, "--vary=lr_schedule=cosine,linear", "--trials=5", "--jobs=2", "--out_dir=out/few"]
+    sweep.main(words)
+    assert len(final_losses("out/few")) <= 2 and len(table(capsys.readouterr().out)) == len(final_losses("out/few"))
+    trials = trials_of("out/few")
+    assert len(trials) == 5 and {trial.user_attrs["error"] for trial in trials} <= {"", sweep.SKIPPED}
+    sweep.main(words)
+    assert len(trials_of("out/few")) == 5
 
 
 def test_a_search_samples_its_ranges_and_plots_what_matters(with_data, capsys, fails):
