@@ -135,8 +135,8 @@ def main(argv=None):
 # ---- the command line ----
 
 
-def parse_args(argv):
-    """The Sweep of a command line, without its study, and whether to plot. Exits with code 2 for a wrong flag."""
+def make_parser():
+    """The parser of the flags that are not settings."""
     parser = Parser(prog="python -m tools.sweep", usage="%(prog)s [CONFIG] [--setting=value ...] --vary SETTING=VALUES "
                     "[--vary ...] [--seeds N] [--trials N] [--no_prune] [--jobs N] [--storage URL] [--picture]",
                     description="Train with several values of settings and several seeds, and compare the losses. Each "
@@ -152,6 +152,12 @@ def parse_args(argv):
     parser.add_argument("--storage", metavar="URL", help="a database that several machines share, such as "
                         "postgresql://USER:PASSWORD@HOST/DATABASE (default: study.db in the folder of the sweep)")
     parser.add_argument("--picture", action="store_true", help="plot the losses, into the folder of the sweep")
+    return parser
+
+
+def parse_args(argv):
+    """The Sweep of a command line, without its study, and whether to plot. Exits with code 2 for a wrong flag."""
+    parser = make_parser()
     settings, flags, args = read_command_line(argv, {}, parser)
     try:
         varied = parse_varied(args.vary)
