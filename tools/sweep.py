@@ -3,8 +3,9 @@
     python -m tools.sweep config/tinystories_fast.py --max_tokens=400_000 --vary learning_rate=3e-3,9e-3 --seeds 3
     python -m tools.sweep config/tinystories_fast.py --max_tokens=400_000 --vary muon_lr=0.005..0.05:log --trials 30
 
-The first is a grid: every combination of the values, each with the same seeds, and the config as it is, with which the
-others are compared seed by seed. The second is a search with Optuna (Akiba et al. 2019, arXiv 1907.10902).
+The first is a grid: it trains the config as it is and every combination of the values, all with the same seeds, and
+compares each combination with the config, seed by seed. The second is a search with Optuna (Akiba et al. 2019, arXiv
+1907.10902).
 
     out/<sweep>/study.db                         the Optuna study: which runs there are, and their results
     out/<sweep>/learning_rate=0.003,seed=1337/   a run like any other, and output.log with what train.py printed
@@ -31,7 +32,7 @@ import time
 import urllib.parse
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -50,9 +51,11 @@ from tools import compare
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "learning_rate=1e-3,2e-3 (values) or learning_rate=1e-3..2e-2:log (a range)"
 SIGNIFICANCE = 0.05  # probability of at least one wrong "better" or "worse" in a table where nothing differs
-MAX_SEEDS = 1_000  # the most seeds more that are estimated to tell
-HEARTBEAT_SECONDS, GRACE_SECONDS = 15, 60  # a trial is taken up by another process this long after its last heartbeat
-POLL_SECONDS, WAITING_SECONDS = 0.5, 5  # the latter: without any work, until that is printed
+MAX_SEEDS = 1_000  # the largest number of additional seeds that a verdict names
+HEARTBEAT_SECONDS = 15
+GRACE_SECONDS = 60  # after the last heartbeat of a trial, until another process takes it up
+POLL_SECONDS = 0.5
+WAITING_SECONDS = 5  # without work, until a note about that is printed
 MAX_KILLS = 3  # times that train.py may be killed, as for lack of memory, before its run counts as failed
 PLOTTED = 10  # curves in a plot, as many as matplotlib has colors
 SKIPPED = "not a run of this command, or the same run as another trial"
@@ -111,6 +114,10 @@ class Sweep:
         """All combinations of the values of a grid, the baseline first."""
         combinations = [dict(zip(self.varied, values)) for values in itertools.product(*self.varied.values())]
         return [self.baseline, *(settings for settings in combinations if settings != self.baseline)]
+
+    def searches(self, settings):
+        """Whether this is a search, and the settings are within its values and ranges."""
+        return self.trials > 0 and all(settings[name] in values for name, values in self.varied.items())
 
 
 @exit_with_one_line
@@ -263,12 +270,11 @@ def storage_errors(url):
             cause = cause.__cause__ or cause.__context__
         if not cause:
             raise
-        with suppress(sqlalchemy.exc.ArgumentError):  # not a URL
-            url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
         reason = str(getattr(cause, "orig", None) or cause).partition("\n")[0]
         if isinstance(cause, ImportError):
             reason = f"{cause.__cause__ or cause}: install the driver of the database (docs/experiments.md)"
-        raise UserError(f"the storage {url} cannot be used: {reason}") from error
+        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+        raise UserError(f"the storage {shown} cannot be used: {reason}") from error
 
 
 def open_study(sweep):
@@ -352,14 +358,14 @@ def enqueue_missing(sweep, at_start=False):
     for seed, settings in itertools.product(sweep.seeds, wanted):
         if run_name(settings, seed) not in known:
             known.add(run_name(settings, seed))
-            inside = sweep.trials and all(settings[name] in values for name, values in sweep.varied.items())
-            sweep.study.enqueue_trial(settings if inside else {}, {"settings": settings, "seed": seed})
+            params = settings if sweep.searches(settings) else {}  # what Optuna learns from
+            sweep.study.enqueue_trial(params, {"settings": settings, "seed": seed})
     if at_start:
-        for _ in range(sweep.trials - len(tried_settings(sweep))):
+        for _ in range(sweep.trials - len(counted_trials(sweep))):
             sweep.study.enqueue_trial({}, {"seed": sweep.seeds[0]})  # Optuna suggests the settings when it is its turn
 
 
-def tried_settings(sweep):
+def counted_trials(sweep):
     """The numbers of the trials that count towards --trials: those of the first seed that did not fail.
 
     A suggestion that was skipped, because the search has had it, counts, or a small space could be searched forever.
@@ -386,6 +392,11 @@ def best_trials(sweep):
     return dict(sorted(found.items(), key=lambda item: item[1].number))
 
 
+def count_finished(runs):
+    """How many of these trials, name of the run → trial, are complete, pruned or failed."""
+    return sum(trial.state.is_finished() for trial in runs.values())
+
+
 def settings_name(settings):
     """Settings as text, which is also the beginning of a folder's name."""
     return ",".join(f"{name}={urllib.parse.quote(str(value), safe='')}" for name, value in settings.items())
@@ -402,9 +413,8 @@ def run_name(settings, seed):
 def train_all(sweep):
     """Train until no run is left, also in other processes; returns whether a signal has stopped that."""
     runs = best_trials(sweep)
-    finished = sum(trial.state.is_finished() for trial in runs.values())
     with (StopSignals(rank=0) as signals, ThreadPoolExecutor(sweep.jobs) as pool,
-          tqdm(total=len(runs), initial=finished, unit=" runs", dynamic_ncols=True,
+          tqdm(total=len(runs), initial=count_finished(runs), unit=" runs", dynamic_ncols=True,
                disable=not sys.stderr.isatty()) as bar):
         workers = [pool.submit(work, sweep, slot, bar) for slot in range(sweep.jobs)]
         try:
@@ -504,9 +514,9 @@ def choose_settings(sweep, trial):
     """
     queued = trial.user_attrs.get("settings")
     if "seed" not in trial.user_attrs or (
-            queued is None and sum(number < trial.number for number in tried_settings(sweep)) >= sweep.trials):
+            queued is None and sum(number < trial.number for number in counted_trials(sweep)) >= sweep.trials):
         no_result(trial, SKIPPED)
-    if not sweep.trials or (queued and not all(queued[name] in values for name, values in sweep.varied.items())):
+    if queued is not None and not sweep.searches(queued):
         return queued
     suggested = {name: suggest(trial, name, values) for name, values in sweep.varied.items()}  # Optuna learns from it
     return queued or suggested
@@ -603,8 +613,7 @@ def after_trial(sweep, trial, bar):
     if sweep.trials:
         enqueue_missing(sweep)
     runs = best_trials(sweep)
-    finished = sum(trial.state.is_finished() for trial in runs.values())
-    name = run_name(trial.user_attrs["settings"], trial.user_attrs["seed"])
+    finished, name = count_finished(runs), run_name(trial.user_attrs["settings"], trial.user_attrs["seed"])
     if trial.state.name == "FAIL":
         result = f"failed: {trial.user_attrs['error']}"
     elif trial.state.name == "PRUNED":
@@ -626,10 +635,9 @@ def after_trial(sweep, trial, bar):
 def print_plan(sweep):
     """Print what the sweep consists of, and how much of it is done."""
     runs = best_trials(sweep)
-    finished = sum(trial.state.is_finished() for trial in runs.values())
     kind = f"search, {sweep.trials} settings" if sweep.trials else f"grid, {len(sweep.grid)} settings"
-    print(f"{sweep.out_dir}: {kind}, seeds {', '.join(map(str, sweep.seeds))}; {finished} of {len(runs)} runs are "
-          f"finished; {sweep.jobs} at a time", flush=True)
+    print(f"{sweep.out_dir}: {kind}, seeds {', '.join(map(str, sweep.seeds))}; {count_finished(runs)} of {len(runs)} "
+          f"runs are finished; {sweep.jobs} at a time", flush=True)
 
 
 def print_results(sweep, runs):
@@ -644,12 +652,10 @@ def print_results(sweep, runs):
         print(f"failed: {name}: {error}")
     print("difference: from the first row, seed by seed, ± its standard error\nbetter, worse: by a paired t-test, at "
           f"{SIGNIFICANCE:.0%} for the whole table (Bonferroni), if the number of seeds was fixed beforehand")
-    local = [folder for name, trial in runs.items()
-             if trial.state.name == "COMPLETE" and Path(folder := sweep.out_dir / name, "log.jsonl").exists()]
-    for warning in compare.comparability_warnings([compare.read_run(folder) for folder in local]):
+    for warning in compare.comparability_warnings(read_runs(sweep, runs.values())):
         print(f"note: {warning}")
     if sweep.trials:
-        print(confirmation(sweep, rows))
+        print(confirmation(sweep, runs))
 
 
 def group_trials(sweep, runs):
@@ -669,6 +675,13 @@ def group_trials(sweep, runs):
 def losses_of(trials):
     """The losses of those of these trials that are complete, seed → loss."""
     return {trial.user_attrs["seed"]: trial.value for trial in trials if trial.state.name == "COMPLETE"}
+
+
+def read_runs(sweep, trials):
+    """The logs of those of these trials that are complete and were trained on this machine (see compare.read_run)."""
+    folders = [sweep.out_dir / run_name(trial.user_attrs["settings"], trial.user_attrs["seed"])
+               for trial in trials if trial.state.name == "COMPLETE"]
+    return [compare.read_run(str(folder)) for folder in folders if (folder / "log.jsonl").exists()]
 
 
 def mean_loss(trials):
@@ -734,12 +747,12 @@ def paired_difference(losses, baseline, comparisons):
     return mean, deviation / math.sqrt(n), verdict
 
 
-def confirmation(sweep, rows):
+def confirmation(sweep, runs):
     """How to confirm the best settings of a search, as text."""
-    best = rows[1] if len(rows) > 1 else rows[0]
-    if not best["difference"].startswith("-"):
+    baseline, *others = group_trials(sweep, runs).values()  # from the lowest loss
+    if not others or mean_loss(others[0]) >= mean_loss(baseline):
         return "no settings have a lower loss than the config as it is"
-    flags = " ".join(f"--vary {name}={best[name]}" for name in sweep.varied)
+    flags = " ".join(f"--vary {name}={value}" for name, value in others[0][0].user_attrs["settings"].items())
     return ("the lowest of many losses is partly luck; to confirm it with new seeds, run the same command with these "
             f"flags instead of its --vary and --trials:\n{flags} --seeds 5 --seed={sweep.seeds[-1] + 1} "
             f"--out_dir={sweep.out_dir}-best")
@@ -747,13 +760,9 @@ def confirmation(sweep, rows):
 
 def plot(sweep, runs):
     """Plot the losses of the best settings and, of a search, Optuna's plots, into the folder of the sweep."""
-    (baseline, first), *others = group_trials(sweep, runs).items()
-    others = sorted((trials for _, trials in others), key=mean_loss)
-    path, groups = sweep.out_dir / "losses.png", []
-    for trials in [first, *others]:
-        folders = [sweep.out_dir / run_name(trial.user_attrs["settings"], trial.user_attrs["seed"])
-                   for trial in trials if trial.state.name == "COMPLETE"]
-        groups.append([compare.read_run(str(folder)) for folder in folders if (folder / "log.jsonl").exists()])
+    path = sweep.out_dir / "losses.png"
+    baseline, *others = group_trials(sweep, runs).values()
+    groups = [read_runs(sweep, trials) for trials in [baseline, *sorted(others, key=mean_loss)]]
     groups = [group for group in groups if group]  # the others have no result, or only on other machines
     if not groups:
         return print("no plot: no run on this machine is complete")

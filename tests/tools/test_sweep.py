@@ -408,6 +408,19 @@ def test_a_search_samples_its_ranges_and_plots_what_matters(with_data, capsys, f
     assert "another sweep (its --vary learning_rate differs)" in fails(sweep.main, words)
 
 
+def test_the_best_settings_are_confirmed_also_without_a_baseline():
+    search = sweep.Sweep({}, Config(), {"dropout": sweep.Range(0.0, 0.5, False)}, [7], 2, True, 1, "")
+
+    def trial(dropout, loss):
+        state = optuna.trial.TrialState.FAIL if loss is None else optuna.trial.TrialState.COMPLETE
+        return optuna.create_trial(state=state, value=loss, user_attrs={"settings": {"dropout": dropout}, "seed": 7})
+
+    runs = {"a": trial(Config().dropout, 2.0), "b": trial(0.2, 2.1), "c": trial(0.3, 2.2)}
+    assert sweep.confirmation(search, runs) == "no settings have a lower loss than the config as it is"
+    runs["a"] = trial(Config().dropout, None)
+    assert "\n--vary dropout=0.2 --seeds 5 --seed=8 --out_dir=" in sweep.confirmation(search, runs)
+
+
 def test_a_bad_setting_is_pruned_and_the_others_get_all_seeds(with_data, monkeypatch, capsys):
     """The median of one run is enough here; the baseline, which is not in the range, is trained first."""
     pruner = functools.partial(optuna.pruners.MedianPruner, n_startup_trials=1)
