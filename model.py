@@ -32,6 +32,7 @@ class GPTConfig:
     dropout: float = 0.1
     bias: bool = True
     gelu: str = "tanh"
+    architecture: str = "gpt2"  # or "modern": see modern.py
 
     @classmethod
     def from_settings(cls, settings, vocab_size):
@@ -39,7 +40,7 @@ class GPTConfig:
         names = [field.name for field in fields(cls) if field.name != "vocab_size"]
         return cls(vocab_size, **{name: getattr(settings, name) for name in names})
 
-    def training_bytes(self, device_type, dtype):
+    def training_bytes(self, parameters, device_type, dtype):
         """Estimated memory for training with matrix products in `dtype`, in bytes: (fixed, per sequence).
 
         The fixed part is the buffers of the loss and, for each parameter, at most 24 bytes: the weight, the gradient,
@@ -47,7 +48,7 @@ class GPTConfig:
         activations kept for the backward pass. On a CPU they were measured in bfloat16 (docs/speed.md) and include the
         weights of attention; on CUDA they are what autograd saves, and one layer more for all outside of the blocks.
         """
-        fixed = 24 * count_parameters(self) + fused_loss_bytes(self.n_embd, self.vocab_size, device_type, dtype)
+        fixed = 24 * parameters + fused_loss_bytes(self.n_embd, self.vocab_size, device_type, dtype)
         per_token = self.n_layer * (65 * self.n_embd + 8 * self.n_head * self.block_size)
         if device_type == "cuda":
             per_token = (self.n_layer + 1) * (10 + 14 * dtype.itemsize) * self.n_embd
@@ -106,16 +107,20 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C). With a KVCache, the T tokens follow the cached ones and attend to them too."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
+        y = self.attend(q, k, v, cache)  # (B, T, H, D)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+
+    def attend(self, q, k, v, cache):
+        """Attention by the fastest function: queries, keys and values (B, T, H, D) each -> (B, T, H, D)."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D) each
         if cache is not None:
             y = F.scaled_dot_product_attention(q, *cache.append(self.layer, k, v), attn_mask=cache.mask)
-        elif self.training and x.device.type == "cpu":
+        elif self.training and q.device.type == "cpu":
             y = causal_attention(q, k, v, self.attn_dropout)
         else:
             dropout = self.attn_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return y.transpose(1, 2)  # (B, T, H, D)
 
 
 class MLP(nn.Module):
@@ -157,16 +162,21 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
+        self.transformer = nn.ModuleDict(self._make_layers(config))
+        self.int8_head = None  # see to_int8
+        if not self.transformer.wte.weight.is_meta:  # counting parameters needs no values
+            self._init_weights()
+
+    @staticmethod
+    def _make_layers(config):
+        """The layers of a GPTConfig, by GPT-2's names."""
+        return dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # also the weight of the output head
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
-        self.int8_head = None  # see to_int8
-        if not self.transformer.wte.weight.is_meta:  # count_parameters needs no values
-            self._init_weights()
+        )
 
     def _init_weights(self):
         """GPT-2's: std 0.02, for projections into the residual stream less, so that it does not grow with depth."""
@@ -217,10 +227,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
         positions = cache.positions if cache is not None else torch.arange(T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x, cache)
+        x = self.hidden_states(idx, positions, cache)  # (B, T, C)
         if cache is not None:
             x = x[:, -1:]  # (B, 1, C)
         x = self.transformer.ln_f(x)  # (B, T, C)
@@ -228,6 +235,14 @@ class GPT(nn.Module):
             mean, losses = self.loss_function(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
             return mean if reduction == "mean" else losses.view(B, T)
         return self.int8_head(x) if self.int8_head else linear(x, self.transformer.wte.weight)  # (B, T, V)
+
+    def hidden_states(self, idx, positions, cache):
+        """Token ids (B, T) at `positions` (T) of the context window -> the output of the last block, (B, T, C)."""
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        return x
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, end_of_text=None,
@@ -286,10 +301,10 @@ class GPT(nn.Module):
         return decode
 
 
-def count_parameters(config):
-    """Number of parameters of GPT(config), counted without allocating memory or drawing random numbers."""
+def count_parameters(config, model_class=GPT):
+    """Number of parameters of model_class(config), counted without allocating memory or drawing random numbers."""
     with torch.device("meta"):
-        return GPT(config).num_parameters()
+        return model_class(config).num_parameters()
 
 
 def window_start(n, block_size):

@@ -30,7 +30,9 @@ from config import BUDGETS, read_command_line
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
-from model import GPT, GPTConfig, count_parameters
+from model import GPTConfig, count_parameters
+from modern import MODELS
+from muon import Muon
 from runtime import files
 from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, broadcast_weights,
                                  check_equal_weights, cleanup_distributed, init_distributed, is_first_on_machine,
@@ -70,12 +72,13 @@ def main(argv=None):
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         model_config = GPTConfig.from_settings(cfg, data.vocab_size)
+        parameters = count_parameters(model_config, MODELS[cfg.architecture])
         sequences_per_rank = cfg.sequences_per_step // world_size
-        check_memory(count_parameters(model_config), sequences_per_rank * cfg.block_size, device)
+        check_memory(parameters, sequences_per_rank * cfg.block_size, device)
     if broadcast_object(data.sha256) != data.sha256:
         raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
     micro_batch_size = pick_micro_batch_size(
-        cfg.device_batch_size, sequences_per_rank, model_config.training_bytes(device.type, dtype), device,
+        cfg.device_batch_size, sequences_per_rank, model_config.training_bytes(parameters, device.type, dtype), device,
         equal_sizes=cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))  # may be compiled
 
     # ---- model and optimizers ----
@@ -83,7 +86,7 @@ def main(argv=None):
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays in float32
     torch.manual_seed(cfg.seed)
-    model = GPT(model_config).to(device)
+    model = MODELS[cfg.architecture](model_config).to(device)
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients underflow
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
@@ -169,19 +172,20 @@ def make_optimizers(model, cfg):
     AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) updates all parameters. With optimizer = "muon", Muon (Jordan et
     al. 2024, kellerjordan.github.io/posts/muon) updates the matrices of the blocks, and AdamW the rest.
     """
-    decayed, not_decayed, muon = [], [], []  # the first two for AdamW
+    decayed, not_decayed, muon = [], [], {}  # the first two for AdamW
     for name, p in model.named_parameters():
         if p.dim() < 2:
             not_decayed.append(p)  # biases and norms
         elif cfg.optimizer == "muon" and name.startswith("transformer.h."):
-            muon.append(p)
+            muon[name] = p
         else:
             decayed.append(p)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                                     fused=pick_fused(decayed[0].device))]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        parts = [3 if name.endswith("c_attn.weight") else 1 for name in muon]  # queries, keys and values
+        optimizers.append(Muon(list(muon.values()), cfg.muon_lr, cfg.weight_decay, parts))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # the one at the end of warmup; torch's schedulers use this key

@@ -45,13 +45,16 @@ class Config:
 
     init_from: str = setting("scratch", "scratch, or a run folder: start from its weights and architecture")
 
+    architecture: Literal["gpt2", "modern"] = setting(
+        "gpt2", "gpt2: the published GPT (model.py); modern: rotary positions, value embeddings and more (modern.py)")
     n_layer: int = setting(6, "number of blocks", low=1, high=1000)
     n_head: int = setting(6, "attention heads per block", low=1)
     n_embd: int = setting(384, "embedding dimension, a multiple of n_head", low=1, high=2**20)
     block_size: int = setting(128, "length of a sequence (and of the context window) in tokens", low=2)
     dropout: float = setting(0.1, "probability of dropping an activation in training", low=0, high=0.99)
-    bias: bool = setting(True, "biases in linear layers and layer norms")
-    gelu: Literal["tanh", "exact"] = setting("tanh", "GELU: tanh approximation, as in GPT-2, or exact, as in nanoGPT")
+    bias: bool = setting(True, "biases in linear layers and layer norms; modern has none")
+    gelu: Literal["tanh", "exact"] = setting("tanh", "GELU: tanh approximation, as in GPT-2, or exact, as in nanoGPT; "
+                                               "modern has none")
 
     batch_size: int = setting(32, "sequences per iteration", low=1)
     gradient_accumulation_steps: int = setting(32, "iterations per optimizer step", low=1)
@@ -97,6 +100,9 @@ class Config:
         object.__setattr__(self, "init_from", str(Path(self.init_from)))  # drops a slash at the end
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
+        if self.architecture == "modern" and self.n_embd % (2 * self.n_head):
+            raise UserError(f"n_embd / n_head = {self.n_embd // self.n_head} is odd, but rotary positions need pairs: "
+                            "choose another n_embd or n_head")
         if self.max_tokens:
             step_tokens = self.sequences_per_step * self.block_size
             if self.max_tokens < step_tokens:

@@ -315,7 +315,7 @@ def test_init_from_takes_every_field_of_the_architecture(trained, monkeypatch):
     for name in architecture:
         value = source["model_config"][name]
         assert getattr(cfg, name) == value
-        other = {"bias": not value, "gelu": "exact"}.get(name, 2 * value)
+        other = {"bias": not value, "gelu": "exact", "architecture": "modern"}.get(name, 2 * value)
         with pytest.raises(
                 UserError, match=f"^{name} = {other!r} differs from that of init_from = 'out/tiny', {value!r}"):
             checkpoint.open_run(settings | {name: other}, {"warmup_iters": 1}, args, world_size=1)

@@ -10,15 +10,21 @@ import torch.nn.functional as F
 from config import Config
 from layers import fused_linear_cross_entropy, linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, count_parameters, fast_topk, sample_token, window_start
+from modern import MODELS
 from runtime.hardware import autocast
+
+each_architecture = pytest.mark.parametrize("architecture", MODELS)
 
 
 def small(**changes):
     """A small model in eval mode, with weights large enough that its samples differ."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16) | changes)).eval()
+    config = GPTConfig(**dict(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16) | changes)
+    model = MODELS[config.architecture](config).eval()
     with torch.no_grad():
         for p in model.parameters():
+            if config.architecture == "modern":  # some of its matrices are initialized to zero
+                p.normal_(std=0.02)
             p.mul_(8)
     return model
 
@@ -35,10 +41,11 @@ def test_published_model_has_29995392_parameters(published):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_count_parameters_builds_no_model_and_draws_no_random_numbers(bias):
-    config = GPTConfig(300, 16, 3, 2, 24, bias=bias)
-    expected, state = GPT(config).num_parameters(), torch.get_rng_state()
-    assert count_parameters(config) == expected
+@each_architecture
+def test_count_parameters_builds_no_model_and_draws_no_random_numbers(bias, architecture):
+    config, model_class = GPTConfig(300, 16, 3, 2, 24, bias=bias), MODELS[architecture]
+    expected, state = model_class(config).num_parameters(), torch.get_rng_state()
+    assert count_parameters(config, model_class) == expected
     assert count_parameters(GPTConfig(10**9, n_embd=1200)) > 1.2e12  # more than any memory
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -107,7 +114,7 @@ def test_the_estimate_for_a_gpu_is_what_autograd_saves(dtype):
                    if address not in weights and t.size(0) in (8, 8 * 64))  # others: weights in autocast's dtype
 
     def estimate(n_layer):
-        return 8 * GPTConfig(50, 64, n_layer, 2, 64).training_bytes("cuda", dtype)[1]
+        return 8 * GPTConfig(50, 64, n_layer, 2, 64).training_bytes(0, "cuda", dtype)[1]
 
     masks = 2 * 2 * 8 * 64 * 64  # in two layers
     assert estimate(4) - estimate(2) == pytest.approx(saved_bytes(4) - saved_bytes(2) + masks, rel=0.02)
@@ -121,8 +128,9 @@ def test_the_gelu_is_the_tanh_approximation_or_exact(changes, approximate):
     assert (F.gelu(x) - F.gelu(x, approximate="tanh")).abs().max() > 1e-4
 
 
-def test_logits_do_not_depend_on_later_tokens():
-    model, idx = small(), torch.randint(50, (1, 8))
+@each_architecture
+def test_logits_do_not_depend_on_later_tokens(architecture):
+    model, idx = small(architecture=architecture), torch.randint(50, (1, 8))
     logits = model(idx)
     for t in range(1, 8):
         changed = idx.clone()
@@ -131,8 +139,9 @@ def test_logits_do_not_depend_on_later_tokens():
         assert not torch.allclose(model(changed)[0, t], logits[0, t])
 
 
-def test_loss_is_the_cross_entropy_of_the_logits():
-    model, idx = small(), torch.randint(50, (3, 9))
+@each_architecture
+def test_loss_is_the_cross_entropy_of_the_logits(architecture):
+    model, idx = small(architecture=architecture), torch.randint(50, (3, 9))
     x, y = idx[:, :-1], idx[:, 1:]
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view(3, 8)
     torch.testing.assert_close(model(x, y, reduction="none"), expected)
@@ -163,8 +172,9 @@ def test_more_tokens_than_a_block_are_a_clear_error():
 
 @pytest.mark.parametrize("block_size", [2, 7, 8])
 @pytest.mark.parametrize("prompt", [1, 8, 21])
-def test_cached_logits_equal_uncached_logits_also_past_the_block(block_size, prompt):
-    model = small(block_size=block_size)
+@each_architecture
+def test_cached_logits_equal_uncached_logits_also_past_the_block(block_size, prompt, architecture):
+    model = small(block_size=block_size, architecture=architecture)
     idx = torch.randint(50, (2, prompt))
     cached = []
     hook = model.register_forward_hook(lambda module, inputs, logits: cached.append(logits[:, -1].clone()))
@@ -186,8 +196,9 @@ def test_window_start_advances_by_half_a_block():
 
 @torch.no_grad()
 @pytest.mark.parametrize("fixed_shapes", [False, True])  # as on a CPU, as on a GPU
-def test_cache_filled_by_a_prompt_and_by_single_tokens(fixed_shapes):
-    model, idx = small().double(), torch.randint(50, (2, 8))
+@each_architecture
+def test_cache_filled_by_a_prompt_and_by_single_tokens(fixed_shapes, architecture):
+    model, idx = small(architecture=architecture).double(), torch.randint(50, (2, 8))
     cache = KVCache(model.config, 2, "cpu", torch.float64)
     cache.fixed_shapes = fixed_shapes
     model(idx[:, :5], cache=cache)
@@ -281,9 +292,11 @@ def test_float32_samples_equal_those_of_plain_code():
 
 
 @pytest.mark.parametrize("B", [1, 2])
-def test_bfloat16_and_int8_logits_are_close_to_float32(B):
+@each_architecture
+def test_bfloat16_and_int8_logits_are_close_to_float32(B, architecture):
     torch.manual_seed(0)
-    idx, exact = torch.randint(300, (B, 16)), small(vocab_size=300, block_size=16, n_embd=64)
+    idx = torch.randint(300, (B, 16))
+    exact = small(vocab_size=300, block_size=16, n_embd=64, architecture=architecture)
     with torch.no_grad():
         for p in exact.parameters():
             if p.dim() == 1:

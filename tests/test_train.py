@@ -22,6 +22,7 @@ from config import Config, read_config_file
 from conftest import ROOT, TINY, launch
 from data.dataset import Split, TrainingOrder
 from model import GPT, GPTConfig
+from muon import Muon
 from runtime.errors import UserError
 
 TINY_MODEL = GPTConfig(300, 16, 2, 2, 16)  # TINY's
@@ -248,7 +249,7 @@ def test_all_optimizers_get_the_same_multiplier(optimizer):
         multiplier = multiplier_at(state)
         assert train.set_learning_rate(state) == 3e-3 * multiplier
         for o in optimizers:
-            initial = 0.01 if isinstance(o, torch.optim.Muon) else 3e-3
+            initial = 0.01 if isinstance(o, Muon) else 3e-3
             assert [group["lr"] for group in o.param_groups] == [initial * multiplier] * len(o.param_groups)
 
 
@@ -517,11 +518,13 @@ def test_steps_skipped_in_float16_are_counted(with_data, capsys):
 # ---- stopping and resuming ----
 
 
-@pytest.mark.parametrize("stop, optimizer, schedule", [
-    (2, "adamw", "cosine"), (8, "adamw", "wsd"), (14, "adamw", "linear"), (6, "muon", "wsd"), (14, "muon", "cosine")])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(with_data, stop, optimizer, schedule):
+@pytest.mark.parametrize("stop, optimizer, schedule, architecture", [
+    (2, "adamw", "cosine", "gpt2"), (8, "adamw", "wsd", "gpt2"), (14, "adamw", "linear", "modern"),
+    (6, "muon", "wsd", "gpt2"), (14, "muon", "cosine", "gpt2"), (6, "muon", "linear", "modern")])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(with_data, stop, optimizer, schedule, architecture):
     """With dropout and gradient accumulation, stopped at and between evaluations (every 8 iterations)."""
-    words = [*TINY, "--dropout=0.2", "--lr_decay_iters=24", f"--optimizer={optimizer}", f"--lr_schedule={schedule}"]
+    words = [*TINY, "--dropout=0.2", "--lr_decay_iters=24", f"--optimizer={optimizer}", f"--lr_schedule={schedule}",
+             f"--architecture={architecture}"]
     train.main([*words, "--out_dir=out/whole"])
     train.main([*words, "--out_dir=out/parts", f"--max_iters={stop}"])
     train.main([*words, "--out_dir=out/parts", "--resume"])

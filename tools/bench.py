@@ -1,7 +1,8 @@
 """Measure this program's speed on this machine, against a plain training loop and the hardware's limits.
 
-    python -m tools.bench                   every subject, a few minutes each
-    python -m tools.bench train --json      one subject, as JSON
+    python -m tools.bench                              every subject but the race, a few minutes each
+    python -m tools.bench train --json                 one subject, as JSON
+    python -m tools.bench race config/speedrun.py      the speedrun and its first record (docs/speedrun.md)
 
 Timings are noisy, so the variants of a subject run interleaved, and ratios are more reliable than absolute numbers.
 Each training variant runs in its own process, which also gives its own peak memory.
@@ -79,7 +80,7 @@ def main(argv=None):
         raise UserError("the subject train uses torch.compile, which needs a compiler: install one of "
                         f"{', '.join(compilers)}")
     results = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.config, args.rounds)}
-    for subject in SUBJECTS if args.subject is None else {args.subject} & SUBJECTS.keys():
+    for subject in SUBJECTS.keys() - {"race"} if args.subject is None else {args.subject} & SUBJECTS.keys():
         with tempfile.TemporaryDirectory() as folder:
             results[subject] = SUBJECTS[subject](args, device, results["ceilings"], Path(folder))
     if args.json:
@@ -93,6 +94,8 @@ def parse_args(argv):
     parser = Parser(prog="python -m tools.bench", description="Measure this program's speed on this machine.")
     parser.add_argument("subject", nargs="?", choices=["machine", *SUBJECTS],
                         help="what to measure; machine: only the hardware's limits (default: everything)")
+    parser.add_argument("race_config", nargs="?", metavar="CONFIG", help="race: a config file, or COMMIT:CONFIG "
+                        "for the config and the program of a commit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, instead of "
                                                             "tables")
@@ -100,6 +103,8 @@ def parse_args(argv):
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant (default: 3)")
     parser.add_argument("--out_dir", help="generate: also this run's validation loss in each dtype")
     args = parser.parse_args(argv)
+    if (args.subject == "race") != bool(args.race_config):
+        parser.error("race needs a config, such as config/speedrun.py, and the other subjects take none")
     if args.rounds < 1:
         parser.error(f"argument --rounds: {args.rounds} is not 1 or more")
     if args.out_dir:
@@ -173,10 +178,11 @@ def median_rates(amounts, seconds):
 
 
 def run_script(command, **options):
-    """Run a script silently. Raises UserError with the last line of its stderr if it fails."""
+    """Run a script silently; returns what it printed. Raises UserError with the last line of its stderr if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
         raise UserError(f"{Path(command[1]).name} failed: {(done.stderr.splitlines() or ['no error message'])[-1]}")
+    return done.stdout
 
 
 def synchronize(device):
@@ -773,8 +779,67 @@ def summarize_profile(name, device, profiler, seconds, count=10):
             f"{name}: idle": 1 - busy / 1e6 / seconds if kernels else None}
 
 
+# ---- the speedrun ----
+
+TARGET_BITS_PER_BYTE = 0.815  # on the whole validation split: the published model's 2.3 nats/token
+FIRST_RECORD = "bdf37bb:config/tinystories_cpu.py"
+
+
+def bench_race(args, device, ceilings, folder):
+    """Seconds from the command `train.py CONFIG` to its end, and the loss on the whole validation split.
+
+    CONFIG runs `rounds` times, with the seeds 1, 2, …, and the first record once, between the first two of them.
+    """
+    runs = [(args.race_config, seed) for seed in range(1, args.rounds + 1)]
+    runs.insert(1, (FIRST_RECORD, 1))
+    seconds, losses, errors = {}, {}, {}
+    for config, seed in runs:
+        name = f"{config} --seed={seed}"
+        seconds[name], losses[name], errors[name] = race(config, seed, device, folder)
+        print(f"{name}: {seconds[name]:.1f} s, {losses[name]:.4f} ± {errors[name]:.4f} bits per byte", file=sys.stderr)
+    own = [f"{args.race_config} --seed={seed}" for seed in range(1, args.rounds + 1)]
+    own_seconds = float(np.median([seconds[name] for name in own]))
+    first_seconds = seconds[f"{FIRST_RECORD} --seed=1"]
+    reached = sum(losses[name] <= TARGET_BITS_PER_BYTE for name in own)
+    return {"seconds": own_seconds, "first_record_seconds": first_seconds,
+            "times_first_record": own_seconds / first_seconds, "reached_0.815": f"{reached} of {len(own)}",
+            "seconds_of_each": seconds, "bits_per_byte_of_each": losses, "standard_error_of_each": errors}
+
+
+def race(config, seed, device, folder):
+    """Train a config in a process of its own: (seconds, bits per byte on the whole validation split, its error)."""
+    program, path = find_program(config, folder)
+    out_dir = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, program / "train.py", f"--out_dir={out_dir}", f"--device={device}"]
+    started = time.perf_counter()
+    run_script([*command, path, f"--seed={seed}"])
+    seconds = time.perf_counter() - started
+    lines = run_script([*command, "--eval_only"]).splitlines()
+    result = {key: float(value) for key, value in (line.split(": ") for line in lines[2:])}
+    return seconds, result["bits_per_byte"], result["standard_error"] * result["bits_per_byte"] / result["loss"]
+
+
+def find_program(config, folder):
+    """The folder of the program and the path of the config for a CONFIG or COMMIT:CONFIG; unpacks it in `folder`.
+
+    Raises UserError if git does not have the commit.
+    """
+    commit, _, path = config.rpartition(":")
+    if not commit or Path(config).exists():
+        return ROOT, Path(config)
+    program, archive = folder / commit, folder / f"{commit}.zip"
+    if not program.exists():
+        done = subprocess.run(["git", "archive", f"--output={archive}", commit], cwd=ROOT, capture_output=True,
+                              text=True)
+        if done.returncode:
+            raise UserError(f"git cannot find commit {commit} of this program, which the race needs: use a clone with "
+                            f"its whole history ({done.stderr.strip()})")
+        shutil.unpack_archive(archive, program)
+    return program, program / path
+
+
 SUBJECTS = {"train": bench_train, "small": bench_small, "generate": bench_generate, "profile": bench_profile,
-            "prepare": bench_prepare, "ranks": bench_ranks, "two-runs": bench_two_runs}
+            "prepare": bench_prepare, "ranks": bench_ranks, "two-runs": bench_two_runs, "race": bench_race}
 
 if __name__ == "__main__":
     main()

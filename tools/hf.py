@@ -174,6 +174,9 @@ def to_hf_model(path, model, end_of_text):
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     c = model.config
+    if c.architecture != "gpt2":
+        raise UserError(f"{path} cannot be exported: transformers has no model of the architecture "
+                        f"{c.architecture!r} (modern.py); train one with --architecture=gpt2")
     hf_model = GPT2LMHeadModel(GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function={"tanh": "gelu_new", "exact": "gelu"}[c.gelu],

@@ -303,7 +303,7 @@ def test_the_memory_estimate_is_above_the_memory_used_but_not_far(dtype):
         optimizer.step()
         optimizer.zero_grad()
     used = torch.cuda.max_memory_allocated() - before
-    fixed, per_sequence = config.training_bytes("cuda", dtype)
+    fixed, per_sequence = config.training_bytes(model.num_parameters(), "cuda", dtype)
     print(f"{used / 1e9:.2f} GB used, {(fixed + sequences * per_sequence) / 1e9:.2f} GB estimated")
     assert 0.5 < used / (fixed + sequences * per_sequence) < 1.1  # auto fills 80% of the free memory
 

@@ -115,9 +115,9 @@ def test_environments_that_torchrun_cannot_work_in_are_refused(monkeypatch):
         init_distributed()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_ranks_equal_one_process_and_have_equal_weights(with_data, large_eps, optimizer):
-    flags = [*FLAGS, f"--optimizer={optimizer}"]
+@pytest.mark.parametrize("optimizer, architecture", [("adamw", "gpt2"), ("muon", "gpt2"), ("muon", "modern")])
+def test_two_ranks_equal_one_process_and_have_equal_weights(with_data, large_eps, optimizer, architecture):
+    flags = [*FLAGS, f"--optimizer={optimizer}", f"--architecture={architecture}"]
     train.main([*flags, "--out_dir=out/one"])
     (code, out, err), other = train_on_ranks(2, [*flags, "--out_dir=out/two"])
     assert code == other[0] == 0 and "in micro-batches of 4 sequences on 2 processes" in out, err

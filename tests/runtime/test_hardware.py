@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from model import GPTConfig
+from model import GPTConfig, count_parameters
 from runtime import hardware
 from runtime.errors import UserError
 from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, max_concurrent_samples,
@@ -27,7 +27,8 @@ PUBLISHED = GPTConfig(50257)
 
 def test_micro_batches_fill_the_memory_and_divide_the_step():
     def size(sequences, equal_sizes=False, config=PUBLISHED, setting="auto"):
-        return pick_micro_batch_size(setting, sequences, config.training_bytes("cpu", torch.bfloat16), CPU, equal_sizes)
+        training_bytes = config.training_bytes(count_parameters(config), "cpu", torch.bfloat16)
+        return pick_micro_batch_size(setting, sequences, training_bytes, CPU, equal_sizes)
 
     assert size(1024) == size(32) == 32
     assert size(42) == 21
@@ -46,7 +47,7 @@ def test_micro_batches_fill_the_memory_and_divide_the_step():
 ])
 def test_micro_batches_fill_the_free_memory_of_a_gpu(monkeypatch, free, dtype, size):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
-    fixed, per_sequence = training_bytes = PUBLISHED.training_bytes("cuda", dtype)
+    fixed, per_sequence = training_bytes = PUBLISHED.training_bytes(count_parameters(PUBLISHED), "cuda", dtype)
     assert pick_micro_batch_size("auto", 1024, training_bytes, CUDA, True) == size
     assert size == 1 or fixed + size * per_sequence < 0.8 * free * 2**30
 

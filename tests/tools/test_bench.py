@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from torch.autograd.profiler_util import Interval
 
 import model
+from config import parse_value
+from conftest import TINY
 from data.tokenizer import Tokenizer
 from layers import linear_cross_entropy
 from model import GPT, count_parameters
@@ -196,3 +200,64 @@ def test_idle_is_the_share_of_time_without_a_kernel():
     assert result["x: idle"] == pytest.approx(0.5)
     with pytest.raises(UserError, match="recorded no kernels"):
         bench.summarize_profile("x", gpu, types.SimpleNamespace(events=lambda: events[3:]), 1e-3)
+
+
+# ---- the speedrun ----
+
+RECORDED_TRAIN = """
+import sys
+from pathlib import Path
+flags = dict(word.lstrip("-").split("=") for word in sys.argv[1:] if "=" in word)
+if "--eval_only" in sys.argv:
+    print("checkpoint: x\\ndataset: data/x\\ntokens: 9\\nloss: 2.0\\nperplexity: 7.389\\nbits_per_byte: "
+          + Path(flags["out_dir"], "loss").read_text() + "\\nstandard_error: 0.5")
+else:
+    name = Path(sys.argv[3]).read_text()
+    Path("order").open("a").write(f"{name} {flags['seed']} {flags['device']}\\n")
+    Path(flags["out_dir"], "loss").write_text("0.816" if name == "first" or flags["seed"] == "2" else "0.815")
+"""
+
+
+def test_a_race_alternates_with_the_first_record(here, monkeypatch, capsys):
+    """With a program in git that writes down how it is called."""
+    (here / "train.py").write_text(RECORDED_TRAIN)
+    (here / "config.py").write_text("first")
+    for words in ("init -q", "add train.py config.py", "-c user.name=x -c user.email=x commit -q -m x"):
+        subprocess.run(["git", *words.split()], cwd=here, check=True)
+    (here / "config.py").write_text("now")
+    monkeypatch.setattr(bench, "ROOT", here)
+    monkeypatch.setattr(bench, "FIRST_RECORD", "HEAD:config.py")
+    bench.main(["race", "config.py", "--json", "--rounds=3", "--device=cpu", "--tiny"])
+    result = json.loads(capsys.readouterr().out)["race"]
+    assert (here / "order").read_text() == "now 1 cpu\nfirst 1 cpu\nnow 2 cpu\nnow 3 cpu\n"
+    assert result["reached_0.815"] == "2 of 3"
+    assert result["bits_per_byte_of_each"] == {"config.py --seed=1": 0.815, "HEAD:config.py --seed=1": 0.816,
+                                               "config.py --seed=2": 0.816, "config.py --seed=3": 0.815}
+    assert result["standard_error_of_each"]["config.py --seed=2"] == pytest.approx(0.5 * 0.816 / 2)
+    own = sorted(result["seconds_of_each"][f"config.py --seed={seed}"] for seed in (1, 2, 3))[1]
+    first = result["seconds_of_each"]["HEAD:config.py --seed=1"]
+    assert result["seconds"] == own and result["times_first_record"] == own / first
+
+
+def test_a_race_trains_and_evaluates(with_data):
+    Path("config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in read_flags(TINY).items()))
+    seconds, bits_per_byte, error = bench.race("config.py", 1, torch.device("cpu"), with_data)
+    assert seconds > 0.5 and 0.5 < bits_per_byte < 6 and 0 < error < 1
+
+
+def read_flags(flags):
+    """The settings of a list of flags, as a dict."""
+    return {name: parse_value(name, value) for name, value in (flag.lstrip("-").split("=") for flag in flags)}
+
+
+@pytest.mark.parametrize("config, message", [
+    ("no-such-commit:config/x.py", "git cannot find commit no-such-commit"),
+    ("config/no_such.py", "train.py failed: error: no config file")])
+def test_a_race_that_cannot_be_run(with_data, config, message):
+    with pytest.raises(UserError, match=message):
+        bench.race(config, 1, torch.device("cpu"), with_data)
+
+
+def test_only_the_race_takes_a_config(fails):
+    assert "race needs a config" in fails(bench.main, ["race"], code=2)
+    assert "other subjects take none" in fails(bench.main, ["small", "config/speedrun.py"], code=2)

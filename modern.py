@@ -1,0 +1,123 @@
+"""A GPT with what lowers the loss per second when a small model is trained for minutes (docs/speedrun.md).
+
+`architecture = "modern"` in a config selects it. It differs from model.py in:
+
+- rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones
+- normalized queries and keys (Henry et al. 2020, arXiv 2010.04245)
+- ReLU² instead of GELU (So et al. 2021, Primer, arXiv 2109.08668)
+- no biases, layer norms without parameters, and blocks whose output matrices start at zero
+- value embeddings (modded-nanogpt, after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
+  vector of its own to its values. That takes parameters but almost no arithmetic
+
+B: batch size, T: sequence length, C: n_embd, H: n_head, D: C / H, V: vocab_size.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from layers import Dropout, Linear
+from model import GPT, CausalSelfAttention
+
+ROTARY_BASE = 1000  # of the wavelengths; the longest is 6,000 tokens, and blocks are much shorter
+
+
+class Modern(GPT):
+    """The language model, with the interface of GPT."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        D = config.n_embd // config.n_head
+        frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2) / D)  # (D / 2), in radians per token
+        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, D / 2)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)  # (block_size, D)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
+
+    @staticmethod
+    def _make_layers(config):
+        """The layers of a GPTConfig. The value embeddings are outside of the blocks, whose matrices Muon updates."""
+        return dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # also the weight of the output head
+            ve=nn.ModuleList(nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)),
+            drop=Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, elementwise_affine=False),
+        )
+
+    def _init_weights(self):
+        """Embeddings: std 0.02. Matrices: so that outputs are as large as inputs; zero for those into the residual."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=p.size(1) ** -0.5 if ".h." in name else 0.02)
+
+    def hidden_states(self, idx, positions, cache):
+        """Token ids (B, T) at `positions` (T) of the context window -> the output of the last block, (B, T, C)."""
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # half the memory traffic between the matrix products
+        x = self.transformer.drop(x)
+        rotation = self.cos[positions, None].to(x.dtype), self.sin[positions, None].to(x.dtype)  # (T, 1, D) each
+        for block, value_embedding in zip(self.transformer.h, self.transformer.ve):
+            x = block(x, rotation, value_embedding(idx), cache)
+        return x
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then the MLP, each with a residual connection."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn = Attention(replace(config, bias=False), layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotation, value_embedding, cache=None):
+        """(B, T, C) -> (B, T, C); see CausalSelfAttention for the other arguments."""
+        x = x + self.attn(normalize(x), rotation, value_embedding, cache)
+        return x + self.mlp(normalize(x))
+
+
+class Attention(CausalSelfAttention):
+    """Multi-head self-attention with a causal mask, rotary positions, normalized queries and keys, and no biases."""
+
+    def forward(self, x, rotation, value_embedding, cache=None):
+        """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `value_embedding` (B, T, C): added to the values.
+
+        With a KVCache, the T tokens follow the cached ones and attend to them too.
+        """
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
+        q, k = rotate(normalize(q), *rotation), rotate(normalize(k), *rotation)
+        v = v + value_embedding.view(v.shape).to(v.dtype)
+        y = self.attend(q, k, v, cache)  # (B, T, H, D)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Linear to 4C, ReLU², linear back to C."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x):
+        """(B, T, C) -> (B, T, C)"""
+        return self.dropout(self.c_proj(F.relu(self.c_fc(x)).square()))
+
+
+MODELS = {"gpt2": GPT, "modern": Modern}  # by the setting `architecture`
+
+
+def normalize(x):
+    """Layer norm over the last dimension, without parameters."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding: x (B, T, H, D); cos, sin (T, 1, D) -> (B, T, H, D)."""
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin

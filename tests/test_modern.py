@@ -1,0 +1,95 @@
+"""modern.py: what differs from model.py. Tests that hold for both architectures are in test_model.py and elsewhere."""
+
+import math
+
+import pytest
+import torch
+
+import sample
+import train
+from conftest import TINY
+from model import GPTConfig
+from modern import Modern, normalize, rotate
+from tools import hf, serve
+
+
+def small(**changes):
+    """A small model in eval mode with its initial weights."""
+    torch.manual_seed(0)
+    return Modern(GPTConfig(**dict(vocab_size=50, block_size=8, n_layer=3, n_head=2, n_embd=16) | changes)).eval()
+
+
+def test_rotated_scores_depend_on_the_distance_alone():
+    model = small(block_size=64, n_embd=32)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 64, 1, 16)  # (1, T, 1, D): the same vector at every position
+    q, k = (rotate(x, model.cos[:, None], model.sin[:, None])[0, :, 0] for x in (q, k))  # (T, D)
+    scores = q @ k.T  # (T, T)
+    for distance in (0, 1, 40):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
+    assert (scores[0] - scores[0, 0]).abs().max() > 0.1
+    torch.testing.assert_close(q.norm(dim=1), q.norm(dim=1)[:1].expand(64))
+
+
+def test_blocks_start_as_the_identity():
+    model, idx = small(), torch.randint(50, (2, 8))
+    expected = normalize(model.transformer.wte(idx)) @ model.transformer.wte.weight.T
+    torch.testing.assert_close(model(idx), expected)
+    loss = model(idx, idx.roll(-1, 1)).item()
+    assert abs(loss - math.log(50)) < 0.15
+
+
+def test_a_value_embedding_adds_to_the_values_of_its_token():
+    """So in a sequence of one token, where attention returns its value, it adds c_proj of itself."""
+    model = small(n_layer=1)
+    attention, x = model.transformer.h[0].attn, torch.randn(1, 1, 16)
+    torch.nn.init.normal_(attention.c_proj.weight)
+    rotation, embedding = (model.cos[:1, None], model.sin[:1, None]), torch.randn(1, 1, 16)
+    with torch.no_grad():
+        difference = attention(x, rotation, embedding) - attention(x, rotation, None)
+        torch.testing.assert_close(difference, attention.c_proj(embedding))
+
+
+@pytest.mark.parametrize("n_layer", [1, 3, 5])
+def test_parameters(n_layer):
+    model = small(n_layer=n_layer)
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.startswith("transformer.h.")]
+    assert shapes == [(48, 16), (16, 16), (64, 16), (16, 64)] * n_layer
+    others = {name for name, _ in model.named_parameters() if not name.startswith("transformer.h.")}
+    assert others == {"transformer.wte.weight"} | {f"transformer.ve.{i}.weight" for i in range(n_layer)}
+    model.transformer.ve[-1].weight.data.fill_(9)
+
+
+@pytest.fixture
+def run(with_data, capsys):
+    """A finished run of the modern architecture, out/x, and what training printed."""
+    train.main([*TINY, "--architecture=modern", "--optimizer=muon", "--out_dir=out/x"])
+    return capsys.readouterr().out
+
+
+def test_a_run_is_sampled_evaluated_and_fine_tuned(run, capsys):
+    assert "13,824 parameters" in run
+    stories = {}
+    for name, flags in {"float32": ["--dtype=float32"], "batch": ["--dtype=float32", "--num_samples=2"],
+                        "int8": ["--dtype=int8"]}.items():
+        sample.main(["--out_dir=out/x", "--temperature=0", "--max_new_tokens=40", *flags])
+        stories[name] = capsys.readouterr().out
+    assert stories["batch"].split("<|endoftext|>\n")[0].strip() == stories["float32"].strip()
+    assert len(stories["int8"]) > 30
+    event = list(serve.generate(torch.device("cpu"), **serve.check_request(
+        {"run": "x", "prompt": "One day", "max_new_tokens": 5}, ["x"])))[0]
+    assert event["model"]["parameters"] == 13_824
+    train.main(["--eval_only", "--out_dir=out/x"])
+    assert "bits_per_byte: " in capsys.readouterr().out
+    train.main([*TINY, "--init_from=out/x", "--architecture=modern", "--block_size=8", "--out_dir=out/y"])
+    assert "starting from the weights of out/x" in capsys.readouterr().out
+
+
+def test_export_is_refused(run, fails):
+    error = fails(hf.main, ["export", "out/x", "model"])
+    assert "transformers has no model of the architecture 'modern'" in error and "--architecture=gpt2" in error
+
+
+def test_an_odd_head_size_is_refused(with_data, fails):
+    flags = [*TINY, "--architecture=modern", "--n_embd=18", "--out_dir=out/x"]
+    assert "n_embd / n_head = 9 is odd" in fails(train.main, flags)
