@@ -5,7 +5,7 @@
 - rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones
 - normalized queries and keys (Henry et al. 2020, arXiv 2010.04245)
 - ReLU² instead of GELU (So et al. 2021, Primer, arXiv 2109.08668)
-- no biases, layer norms without parameters, and blocks whose output matrices start at zero
+- no biases, norms without parameters except the last, and blocks whose output matrices start at zero
 - value embeddings (modded-nanogpt, after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
   vector of its own to its values. That takes parameters but almost no arithmetic
 
@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from layers import Dropout, Linear
 from model import GPT, CausalSelfAttention
 
+# Value embeddings are multiplied by this. AdamW's steps do not depend on the size of the gradient, so that it also
+# multiplies their learning rate, which has to be far higher than that of the token embedding.
+VALUE_SCALE = 16
 ROTARY_BASE = 1000  # of the wavelengths; the longest is 6,000 tokens, and blocks are much shorter
 
 
@@ -43,7 +46,7 @@ class Modern(GPT):
             ve=nn.ModuleList(nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)),
             drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, elementwise_affine=False),
+            ln_f=nn.LayerNorm(config.n_embd, bias=False),
         )
 
     def _init_weights(self):
@@ -51,7 +54,7 @@ class Modern(GPT):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.zeros_(p)
-            else:
+            elif p.dim() == 2:
                 nn.init.normal_(p, std=p.size(1) ** -0.5 if ".h." in name else 0.02)
 
     def hidden_states(self, idx, positions, cache):
@@ -91,7 +94,7 @@ class Attention(CausalSelfAttention):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
         q, k = rotate(normalize(q), *rotation), rotate(normalize(k), *rotation)
-        v = v + value_embedding.view(v.shape).to(v.dtype)
+        v = torch.add(v, value_embedding.view(v.shape).to(v.dtype), alpha=VALUE_SCALE)
         y = self.attend(q, k, v, cache)  # (B, T, H, D)
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 

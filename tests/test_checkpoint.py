@@ -16,7 +16,7 @@ import train
 from config import Config, apply_overrides
 from conftest import TINY
 from data.dataset import with_checksum
-from model import GPTConfig
+from model import GPT, GPTConfig
 from runtime import files
 from runtime.errors import UserError
 
@@ -175,7 +175,7 @@ def test_the_optimizer_is_fused_as_this_machine_does_it(trained, monkeypatch, sa
     for module in (train, checkpoint):
         monkeypatch.setattr(module, "pick_fused", lambda device: resumed_on)
     cfg, device = Config(**last["config"]), torch.device("cpu")
-    model = train.GPT(GPTConfig(**last["model_config"]))
+    model = GPT(GPTConfig(**last["model_config"]))
     state = checkpoint.TrainState(cfg, None, model, train.make_optimizers(model, cfg), torch.amp.GradScaler("cpu"),
                                   device, torch.float32, 4)
     state.restore(last)

@@ -13,6 +13,7 @@ import checkpoint
 import train
 from conftest import TINY
 from faults.processes import ForkedProcess, wait_for_steps
+from model import GPT
 from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, cleanup_distributed,
                                  init_distributed, rank_0_first, sync_stop_and_time)
 from runtime.errors import UserError
@@ -43,11 +44,12 @@ def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
 def train_on_ranks(world_size, flags, **options):
     """`run_ranks` of train.main. Each rank saves its final weights in weights0.pt, weights1.pt, …"""
     def main(argv):
-        models, GPT = [], train.GPT
-        train.GPT = lambda config: models.append(GPT(config)) or models[-1]
+        models = []
+        for name, model_class in train.MODELS.items():
+            train.MODELS[name] = lambda config, new=model_class: models.append(new(config)) or models[-1]
         train.main(argv)
         if models:
-            torch.save(models[0].state_dict(), f"weights{os.environ['RANK']}.pt")
+            torch.save(models[-1].state_dict(), f"weights{os.environ['RANK']}.pt")
     return run_ranks(world_size, main, flags, **options)
 
 
@@ -134,15 +136,15 @@ def test_two_ranks_equal_one_process_and_have_equal_weights(with_data, large_eps
 @pytest.mark.parametrize("start", ["new", "resumed", "init_from"])
 def test_all_ranks_start_with_the_weights_of_rank_0(with_data, monkeypatch, start):
     """Rank 1 initializes and loads other weights, as another processor or PyTorch build could."""
-    original_init, original_load = train.GPT._init_weights, train.GPT.load_state_dict
+    original_init, original_load = GPT._init_weights, GPT.load_state_dict
 
     def add_rank(model):
         with torch.no_grad():
             for p in model.parameters():
                 p += float(os.environ.get("RANK", 0))
 
-    monkeypatch.setattr(train.GPT, "_init_weights", lambda model: (original_init(model), add_rank(model)))
-    monkeypatch.setattr(train.GPT, "load_state_dict", lambda model, w: (original_load(model, w), add_rank(model)))
+    monkeypatch.setattr(GPT, "_init_weights", lambda model: (original_init(model), add_rank(model)))
+    monkeypatch.setattr(GPT, "load_state_dict", lambda model, w: (original_load(model, w), add_rank(model)))
     flags = {"new": [*FLAGS, "--out_dir=out/x"], "resumed": ["--resume", "--out_dir=out/first", "--max_iters=16"],
              "init_from": [*FLAGS, "--out_dir=out/x", "--init_from=out/first"]}[start]
     if start != "new":

@@ -165,6 +165,13 @@ def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, change
     assert not Path("model").exists() and not Path(".model.partial").exists()
 
 
+def test_a_modern_model_is_not_exported(run, fails):
+    train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
+    error = fails(hf.main, ["export", "out/modern", "model"])
+    assert "transformers has no model of the architecture 'modern'" in error and "--architecture=gpt2" in error
+    assert not Path("model").exists()
+
+
 @pytest.mark.parametrize("text", ["validation split", "nursery corpus"])
 def test_an_export_is_checked_on_text_that_fills_its_context(run, text):
     _, tokenizer, state = checkpoint.load_model(Path("out/tiny/ckpt.pt"))
