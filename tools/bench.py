@@ -80,7 +80,8 @@ def main(argv=None):
         raise UserError("the subject train uses torch.compile, which needs a compiler: install one of "
                         f"{', '.join(compilers)}")
     results = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.config, args.rounds)}
-    for subject in SUBJECTS.keys() - {"race"} if args.subject is None else {args.subject} & SUBJECTS.keys():
+    subjects = [name for name in SUBJECTS if name == args.subject or (args.subject is None and name != "race")]
+    for subject in subjects:
         with tempfile.TemporaryDirectory() as folder:
             results[subject] = SUBJECTS[subject](args, device, results["ceilings"], Path(folder))
     if args.json:
@@ -792,10 +793,11 @@ def bench_race(args, device, ceilings, folder):
     """
     runs = [(args.race_config, seed) for seed in range(1, args.rounds + 1)]
     runs.insert(1, (FIRST_RECORD, 1))
+    programs = {config: find_program(config, folder) for config, _ in runs}  # fails now rather than after minutes
     seconds, losses, errors = {}, {}, {}
     for config, seed in runs:
         name = f"{config} --seed={seed}"
-        seconds[name], losses[name], errors[name] = race(config, seed, device, folder)
+        seconds[name], losses[name], errors[name] = race(*programs[config], seed, device, folder)
         print(f"{name}: {seconds[name]:.1f} s, {losses[name]:.4f} ± {errors[name]:.4f} bits per byte", file=sys.stderr)
     own = [f"{args.race_config} --seed={seed}" for seed in range(1, args.rounds + 1)]
     own_seconds = float(np.median([seconds[name] for name in own]))
@@ -806,26 +808,26 @@ def bench_race(args, device, ceilings, folder):
             "seconds_of_each": seconds, "bits_per_byte_of_each": losses, "standard_error_of_each": errors}
 
 
-def race(config, seed, device, folder):
-    """Train a config in a process of its own: (seconds, bits per byte on the whole validation split, its error)."""
-    program, path = find_program(config, folder)
+def race(program, config, seed, device, folder):
+    """Train with the train.py of a folder: (seconds, bits per byte on the whole validation split, standard error)."""
     out_dir = tempfile.mkdtemp(dir=folder)
     command = [sys.executable, program / "train.py", f"--out_dir={out_dir}", f"--device={device}"]
     started = time.perf_counter()
-    run_script([*command, path, f"--seed={seed}"])
+    run_script([*command, config, f"--seed={seed}"])
     seconds = time.perf_counter() - started
-    lines = run_script([*command, "--eval_only"]).splitlines()
-    result = {key: float(value) for key, value in (line.split(": ") for line in lines[2:])}
-    return seconds, result["bits_per_byte"], result["standard_error"] * result["bits_per_byte"] / result["loss"]
+    result = dict(line.split(": ", 1) for line in run_script([*command, "--eval_only"]).splitlines())
+    loss, bits_per_byte, error = (float(result[key]) for key in ("loss", "bits_per_byte", "standard_error"))
+    return seconds, bits_per_byte, error * bits_per_byte / loss
 
 
 def find_program(config, folder):
     """The folder of the program and the path of the config for a CONFIG or COMMIT:CONFIG; unpacks it in `folder`.
 
-    Raises UserError if git does not have the commit.
+    Raises UserError if there is no such config or commit.
     """
     commit, _, path = config.rpartition(":")
     if not commit or Path(config).exists():
+        read_config_file(config)
         return ROOT, Path(config)
     program, archive = folder / commit, folder / f"{commit}.zip"
     if not program.exists():

@@ -27,6 +27,7 @@ import train
 from conftest import ROOT
 from layers import fused_linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, window_start
+from modern import MODELS
 from runtime.hardware import autocast, to_device
 from tools import bench
 
@@ -94,9 +95,13 @@ def loss_and_gradients(model, x, y, dtype=None):
 
 
 @pytest.mark.parametrize("dtype, bound", [(None, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 0.01)])
-def test_loss_and_gradients_equal_those_on_the_cpu(dtype, bound):
+@pytest.mark.parametrize("architecture", MODELS)
+def test_loss_and_gradients_equal_those_on_the_cpu(dtype, bound, architecture):
     torch.manual_seed(0)
-    model = GPT(CONFIG).train()
+    model = MODELS[architecture](CONFIG).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))  # some matrices are initialized to zero
     x, y = torch.randint(300, (2, 6, 16), generator=seeded())
     loss, gradients = loss_and_gradients(copy.deepcopy(model).to(DEVICE), x, y, dtype)
     expected_loss, expected = loss_and_gradients(model, x, y)
@@ -139,15 +144,16 @@ def test_micro_batches_equal_the_whole_batch(data, large_eps):
         torch.testing.assert_close(parts[name], weight, rtol=1e-2, atol=2e-3 if ON_CUDA else 1e-5)
 
 
-def test_compiled_equals_eager_over_20_steps_without_recompiling(data, large_eps, monkeypatch):
+@pytest.mark.parametrize("architecture", MODELS)
+def test_compiled_equals_eager_over_20_steps_without_recompiling(data, large_eps, monkeypatch, architecture):
     """There are evaluations in between, which must not cause recompiling."""
     if not ON_CUDA:  # on a CPU, the default backend takes half a minute
         original = torch.compile
         monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="aot_eager"))
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for compile in ("False", "True"):
-        train.main([*FLAGS, f"--compile={compile}", f"--out_dir=out/{compile}"])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for compile in ("False", "True"):
+            train.main([*FLAGS, f"--architecture={architecture}", f"--compile={compile}", f"--out_dir=out/{compile}"])
     assert len(records("out/True", "step")) == 20 and records("out/True", "run")[0]["compiled"]
     assert losses("out/True") == pytest.approx(losses("out/False"), rel=2e-3)
 

@@ -14,7 +14,7 @@ from torch.autograd.profiler_util import Interval
 
 import model
 from config import parse_value
-from conftest import TINY
+from conftest import ROOT, TINY
 from data.tokenizer import Tokenizer
 from layers import linear_cross_entropy
 from model import GPT, count_parameters
@@ -212,7 +212,7 @@ if "--eval_only" in sys.argv:
     print("checkpoint: x\\ndataset: data/x\\ntokens: 9\\nloss: 2.0\\nperplexity: 7.389\\nbits_per_byte: "
           + Path(flags["out_dir"], "loss").read_text() + "\\nstandard_error: 0.5")
 else:
-    name = Path(sys.argv[3]).read_text()
+    name = Path(sys.argv[3]).read_text().removeprefix("# ")
     Path("order").open("a").write(f"{name} {flags['seed']} {flags['device']}\\n")
     Path(flags["out_dir"], "loss").write_text("0.816" if name == "first" or flags["seed"] == "2" else "0.815")
 """
@@ -221,10 +221,10 @@ else:
 def test_a_race_alternates_with_the_first_record(here, monkeypatch, capsys):
     """With a program in git that writes down how it is called."""
     (here / "train.py").write_text(RECORDED_TRAIN)
-    (here / "config.py").write_text("first")
+    (here / "config.py").write_text("# first")
     for words in ("init -q", "add train.py config.py", "-c user.name=x -c user.email=x commit -q -m x"):
         subprocess.run(["git", *words.split()], cwd=here, check=True)
-    (here / "config.py").write_text("now")
+    (here / "config.py").write_text("# now")
     monkeypatch.setattr(bench, "ROOT", here)
     monkeypatch.setattr(bench, "FIRST_RECORD", "HEAD:config.py")
     bench.main(["race", "config.py", "--json", "--rounds=3", "--device=cpu", "--tiny"])
@@ -241,7 +241,7 @@ def test_a_race_alternates_with_the_first_record(here, monkeypatch, capsys):
 
 def test_a_race_trains_and_evaluates(with_data):
     Path("config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in read_flags(TINY).items()))
-    seconds, bits_per_byte, error = bench.race("config.py", 1, torch.device("cpu"), with_data)
+    seconds, bits_per_byte, error = bench.race(ROOT, "config.py", 1, torch.device("cpu"), with_data)
     assert seconds > 0.5 and 0.5 < bits_per_byte < 6 and 0 < error < 1
 
 
@@ -252,10 +252,15 @@ def read_flags(flags):
 
 @pytest.mark.parametrize("config, message", [
     ("no-such-commit:config/x.py", "git cannot find commit no-such-commit"),
-    ("config/no_such.py", "train.py failed: error: no config file")])
-def test_a_race_that_cannot_be_run(with_data, config, message):
+    ("config/no_such.py", "no config file config/no_such.py")])
+def test_a_race_that_cannot_be_run(here, config, message):
     with pytest.raises(UserError, match=message):
-        bench.race(config, 1, torch.device("cpu"), with_data)
+        bench.find_program(config, here)
+
+
+def test_a_race_without_data_says_how_to_make_them(here):
+    with pytest.raises(UserError, match="train.py failed: error: no data in data/tinystories-bpe4096: create it with "):
+        bench.race(ROOT, ROOT / "config/speedrun.py", 1, torch.device("cpu"), here)
 
 
 def test_only_the_race_takes_a_config(fails):

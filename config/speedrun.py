@@ -1,0 +1,33 @@
+"""The speedrun: the published quality on two CPU cores in the least time (docs/speedrun.md).
+
+python prepare.py --tokenizer bpe:4096 && python train.py config/speedrun.py
+
+For better stories in some minutes more, see config/tinystories_cpu.py.
+"""
+
+dataset = "tinystories-bpe4096"
+
+# A small model learns more per second than a large one until its capacity is used up.
+architecture = "modern"
+n_layer = 4
+n_head = 2
+n_embd = 128
+block_size = 128
+dropout = 0.0  # a part of an epoch cannot overfit
+
+batch_size = 16  # 2,048 tokens per step
+gradient_accumulation_steps = 1
+max_tokens = 3_400_000
+
+optimizer = "muon"
+muon_lr = 0.02
+learning_rate = 6e-3  # AdamW's, for the embeddings
+beta2 = 0.999
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+weight_decay = 0.0
+grad_clip = 1.0
+
+eval_interval = 1_000_000  # only at the end: evaluations count
+eval_iters = 20
