@@ -4,7 +4,6 @@
 
 - rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones
 - normalized queries and keys (Henry et al. 2020, arXiv 2010.04245)
-- ReLU² instead of GELU (So et al. 2021, Primer, arXiv 2109.08668)
 - no biases, norms without parameters except the last, and blocks whose output matrices start at zero
 - value embeddings (modded-nanogpt, after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
   vector of its own to its values. That takes parameters but almost no arithmetic
@@ -18,8 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import Dropout, Linear
-from model import GPT, CausalSelfAttention
+from layers import Dropout
+from model import GPT, MLP, CausalSelfAttention
 
 # Value embeddings are multiplied by this. AdamW's steps do not depend on the size of the gradient, so that it also
 # multiplies their learning rate, which has to be far higher than that of the token embedding.
@@ -74,11 +73,12 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.attn = Attention(replace(config, bias=False), layer)
+        config = replace(config, bias=False)
+        self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
     def forward(self, x, rotation, value_embedding, cache=None):
-        """(B, T, C) -> (B, T, C); see CausalSelfAttention for the other arguments."""
+        """(B, T, C) -> (B, T, C); see Attention for the other arguments."""
         x = x + self.attn(normalize(x), rotation, value_embedding, cache)
         return x + self.mlp(normalize(x))
 
@@ -99,23 +99,6 @@ class Attention(CausalSelfAttention):
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
 
-class MLP(nn.Module):
-    """Linear to 4C, ReLU², linear back to C."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C)"""
-        return self.dropout(self.c_proj(F.relu(self.c_fc(x)).square()))
-
-
-MODELS = {"gpt2": GPT, "modern": Modern}  # by the setting `architecture`
-
-
 def normalize(x):
     """Layer norm over the last dimension, without parameters."""
     return F.layer_norm(x, x.shape[-1:])
@@ -124,3 +107,6 @@ def normalize(x):
 def rotate(x, cos, sin):
     """Rotary position embedding: x (B, T, H, D); cos, sin (T, 1, D) -> (B, T, H, D)."""
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+
+
+MODELS = {"gpt2": GPT, "modern": Modern}  # by the setting `architecture`

@@ -53,8 +53,7 @@ class Config:
     block_size: int = setting(128, "length of a sequence (and of the context window) in tokens", low=2)
     dropout: float = setting(0.1, "probability of dropping an activation in training", low=0, high=0.99)
     bias: bool = setting(True, "biases in linear layers and layer norms; modern has none")
-    gelu: Literal["tanh", "exact"] = setting("tanh", "GELU: tanh approximation, as in GPT-2, or exact, as in nanoGPT; "
-                                               "modern has none")
+    gelu: Literal["tanh", "exact"] = setting("tanh", "GELU: tanh approximation, as in GPT-2, or exact, as in nanoGPT")
 
     batch_size: int = setting(32, "sequences per iteration", low=1)
     gradient_accumulation_steps: int = setting(32, "iterations per optimizer step", low=1)

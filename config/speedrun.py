@@ -17,7 +17,7 @@ dropout = 0.0  # a part of an epoch cannot overfit
 
 batch_size = 16  # 2,048 tokens per step
 gradient_accumulation_steps = 1
-max_tokens = 3_400_000
+max_tokens = 3_650_000
 
 optimizer = "muon"
 muon_lr = 0.02
