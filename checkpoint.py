@@ -29,7 +29,7 @@ from config import Config, apply_overrides
 from data.dataset import Dataset, data_sha256, read_meta
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from modern import MODELS
+from modern import make_model
 from runtime import files
 from runtime.distributed import check_equal_weights, sync_stop_and_time
 from runtime.errors import UserError
@@ -356,8 +356,7 @@ def load_model(path):
     path = Path(path)
     checkpoint = load(path)
     with reading_checkpoint(path):
-        model_config = GPTConfig(**checkpoint["model_config"])
-        model = MODELS[model_config.architecture](model_config)
+        model = make_model(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
     if data_sha256(read_meta(path.parent)) != checkpoint["data_sha256"]:
         raise UserError(f"{path.parent / 'meta.json'} does not belong to the data that {path} was trained on: copy it "

@@ -51,7 +51,8 @@ class GPTConfig:
         fixed = 24 * parameters + fused_loss_bytes(self.n_embd, self.vocab_size, device_type, dtype)
         per_token = self.n_layer * (65 * self.n_embd + 8 * self.n_head * self.block_size)
         if device_type == "cuda":
-            per_token = (self.n_layer + 1) * (10 + 14 * dtype.itemsize) * self.n_embd
+            per_width = 10 + 14 * dtype.itemsize if self.architecture == "gpt2" else 3 + 19 * dtype.itemsize
+            per_token = (self.n_layer + 1) * per_width * self.n_embd
         return fixed, per_token * self.block_size
 
 
@@ -111,7 +112,10 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
     def attend(self, q, k, v, cache):
-        """Attention by the fastest function: queries, keys and values (B, T, H, D) each -> (B, T, H, D)."""
+        """Attention of queries q to keys k and values v, (B, T, H, D) each -> (B, T, H, D), and to those in a KVCache.
+
+        Uses the fastest function for the device.
+        """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D) each
         if cache is not None:
             y = F.scaled_dot_product_attention(q, *cache.append(self.layer, k, v), attn_mask=cache.mask)
@@ -299,12 +303,6 @@ class GPT(nn.Module):
             graph.replay()
             return logits
         return decode
-
-
-def count_parameters(config, model_class=GPT):
-    """Number of parameters of model_class(config), counted without allocating memory or drawing random numbers."""
-    with torch.device("meta"):
-        return model_class(config).num_parameters()
 
 
 def window_start(n, block_size):

@@ -3,10 +3,13 @@
 `architecture = "modern"` in a config selects it. It differs from model.py in:
 
 - rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones
-- normalized queries and keys (Henry et al. 2020, arXiv 2010.04245)
-- no biases, norms without parameters except the last, and blocks whose output matrices start at zero
-- value embeddings (modded-nanogpt, after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
-  vector of its own to its values. That takes parameters but almost no arithmetic
+- layer norm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
+- no biases, and layer norms without parameters except for the last one's weight
+- blocks whose output matrices start at zero
+- value embeddings (modded-nanogpt; after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
+  vector of its own to its values. The model does nothing else with these n_layer * V * C parameters, but every
+  optimizer step updates them all: they suit small vocabularies
+- activations between the matrix products in autocast's dtype, the residual stream included
 
 B: batch size, T: sequence length, C: n_embd, H: n_head, D: C / H, V: vocab_size.
 """
@@ -20,17 +23,17 @@ import torch.nn.functional as F
 from layers import Dropout
 from model import GPT, MLP, CausalSelfAttention
 
-# Value embeddings are multiplied by this. AdamW's steps do not depend on the size of the gradient, so that it also
-# multiplies their learning rate, which has to be far higher than that of the token embedding.
+# Value embeddings are multiplied by this, and so are their initial size and, as AdamW's steps do not depend on the size
+# of a gradient, their learning rate, which has to be far higher than that of the token embedding.
 VALUE_SCALE = 16
-ROTARY_BASE = 1000  # of the wavelengths; the longest is 6,000 tokens, and blocks are much shorter
+ROTARY_BASE = 1000  # wavelengths are from 6 to nearly 2 pi * 1,000 tokens
 
 
 class Modern(GPT):
     """The language model, with the interface of GPT."""
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(replace(config, bias=False))
         D = config.n_embd // config.n_head
         frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2) / D)  # (D / 2), in radians per token
         angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, D / 2)
@@ -73,7 +76,6 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        config = replace(config, bias=False)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
@@ -101,7 +103,8 @@ class Attention(CausalSelfAttention):
 
 def normalize(x):
     """Layer norm over the last dimension, without parameters."""
-    return F.layer_norm(x, x.shape[-1:])
+    with torch.autocast(x.device.type, enabled=False):  # on CUDA it would convert to float32: twice the memory
+        return F.layer_norm(x, x.shape[-1:])
 
 
 def rotate(x, cos, sin):
@@ -109,4 +112,15 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
-MODELS = {"gpt2": GPT, "modern": Modern}  # by the setting `architecture`
+# ---- both architectures ----
+
+
+def make_model(config):
+    """The model of a GPTConfig: a GPT or a Modern, by its `architecture`."""
+    return {"gpt2": GPT, "modern": Modern}[config.architecture](config)
+
+
+def count_parameters(config):
+    """Number of parameters of a GPTConfig's model, counted without allocating memory or drawing random numbers."""
+    with torch.device("meta"):
+        return make_model(config).num_parameters()

@@ -11,7 +11,7 @@ class Muon(torch.optim.Optimizer):
     """The update of a matrix is its momentum with all singular values set to about 1, times the learning rate.
 
     As torch.optim.Muon, except for two things. All matrices of one shape are orthogonalized in batched products, which
-    is faster than one after the other. And a parameter may consist of several matrices below each other: the queries,
+    is faster than one after the other. And a parameter may consist of several matrices, stacked by rows: the queries,
     keys and values of attention are three.
     """
 

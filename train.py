@@ -30,8 +30,8 @@ from config import BUDGETS, read_command_line
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
-from model import GPTConfig, count_parameters
-from modern import MODELS
+from model import GPTConfig
+from modern import count_parameters, make_model
 from muon import Muon
 from runtime import files
 from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, broadcast_weights,
@@ -72,7 +72,7 @@ def main(argv=None):
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         model_config = GPTConfig.from_settings(cfg, data.vocab_size)
-        parameters = count_parameters(model_config, MODELS[cfg.architecture])
+        parameters = count_parameters(model_config)
         sequences_per_rank = cfg.sequences_per_step // world_size
         check_memory(parameters, sequences_per_rank * cfg.block_size, device)
     if broadcast_object(data.sha256) != data.sha256:
@@ -86,7 +86,7 @@ def main(argv=None):
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays in float32
     torch.manual_seed(cfg.seed)
-    model = MODELS[cfg.architecture](model_config).to(device)
+    model = make_model(model_config).to(device)
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients underflow
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
@@ -442,8 +442,8 @@ def print_plan(state, compiled):
     """Print the model, the data and the budget, and warn about a learning-rate schedule that looks like a mistake."""
     cfg, data, steps = state.cfg, state.data, total_steps(state)
     tokens = steps * cfg.tokens_per_step
-    print(f"{cfg.out_dir}: {state.model.num_parameters():,} parameters; {cfg.n_layer} layers, {cfg.n_head} heads, "
-          f"width {cfg.n_embd}, block {cfg.block_size}, vocabulary {data.vocab_size:,}\n"
+    print(f"{cfg.out_dir}: {state.model.num_parameters():,} parameters; {cfg.architecture}, {cfg.n_layer} layers, "
+          f"{cfg.n_head} heads, width {cfg.n_embd}, block {cfg.block_size}, vocabulary {data.vocab_size:,}\n"
           f"{data.folder}: {len(data.train.tokens):,} training tokens, {len(data.validation.tokens):,} validation "
           f"tokens\na step: {cfg.sequences_per_step:,} sequences = {cfg.tokens_per_step:,} tokens, in micro-batches of "
           f"{state.micro_batch_size} sequences" + (f" on {state.world_size} processes" if state.world_size > 1 else ""))

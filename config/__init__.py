@@ -46,7 +46,7 @@ class Config:
     init_from: str = setting("scratch", "scratch, or a run folder: start from its weights and architecture")
 
     architecture: Literal["gpt2", "modern"] = setting(
-        "gpt2", "gpt2: the published GPT (model.py); modern: rotary positions, value embeddings and more (modern.py)")
+        "gpt2", "gpt2: the published GPT, in model.py; modern: for small vocabularies and few tokens, in modern.py")
     n_layer: int = setting(6, "number of blocks", low=1, high=1000)
     n_head: int = setting(6, "attention heads per block", low=1)
     n_embd: int = setting(384, "embedding dimension, a multiple of n_head", low=1, high=2**20)
@@ -99,9 +99,11 @@ class Config:
         object.__setattr__(self, "init_from", str(Path(self.init_from)))  # drops a slash at the end
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
-        if self.architecture == "modern" and self.n_embd % (2 * self.n_head):
-            raise UserError(f"n_embd / n_head = {self.n_embd // self.n_head} is odd, but rotary positions need pairs: "
-                            "choose another n_embd or n_head")
+        if self.architecture == "modern":
+            object.__setattr__(self, "bias", False)  # it has none
+            if self.n_embd % (2 * self.n_head):
+                raise UserError(f"n_embd / n_head = {self.n_embd // self.n_head} is odd, but the rotary positions of "
+                                "architecture = 'modern' need pairs: choose another n_embd or n_head")
         if self.max_tokens:
             step_tokens = self.sequences_per_step * self.block_size
             if self.max_tokens < step_tokens:

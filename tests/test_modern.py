@@ -8,6 +8,7 @@ import torch
 import sample
 import train
 from conftest import TINY
+from layers import Dropout
 from model import GPTConfig
 from modern import VALUE_SCALE, Modern, normalize, rotate
 from tools import serve
@@ -50,14 +51,32 @@ def test_a_value_embedding_adds_to_the_values_of_its_token():
         torch.testing.assert_close(difference, attention.c_proj(VALUE_SCALE * embedding), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n_layer", [1, 3, 5])
-def test_parameters(n_layer):
-    model = small(n_layer=n_layer)
+def test_each_block_has_a_value_embedding_of_its_own():
+    model, idx = small(), torch.tensor([[3, 7, 3, 9]])
+    for block in model.transformer.h:
+        torch.nn.init.normal_(block.attn.c_proj.weight)
+    model(idx, idx.roll(-1, 1)).backward()
+    assert len(model.transformer.ve) == 3
+    for embedding in model.transformer.ve:
+        assert embedding.weight.grad.any(1).nonzero().flatten().tolist() == [3, 7, 9]
+
+
+def test_parameters():
+    model = small()
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.startswith("transformer.h.")]
-    assert shapes == [(48, 16), (16, 16), (64, 16), (16, 64)] * n_layer
+    assert shapes == [(48, 16), (16, 16), (64, 16), (16, 64)] * 3
     others = {name for name, _ in model.named_parameters() if not name.startswith("transformer.h.")}
     assert others == {"transformer.wte.weight", "transformer.ln_f.weight"} | {
-        f"transformer.ve.{i}.weight" for i in range(n_layer)}
+        f"transformer.ve.{i}.weight" for i in range(3)}
+
+
+def test_every_dropout_is_used():
+    model, used = small(dropout=0.5).train(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            module.register_forward_hook(lambda *_, name=name: used.add(name))
+    model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(used) == 1 + 3 * 3 == sum(isinstance(module, Dropout) for module in model.modules())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from config import Config, read_config_file
 from conftest import ROOT, TINY, launch
 from data.dataset import Split, TrainingOrder
 from model import GPT, GPTConfig
+from modern import make_model
 from muon import Muon
 from runtime.errors import UserError
 
@@ -419,9 +421,9 @@ def test_what_a_run_takes_without_compiling():
 # ---- one optimizer step ----
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay(optimizer):
-    model = GPT(TINY_MODEL)
+@pytest.mark.parametrize("optimizer, architecture", [("adamw", "gpt2"), ("muon", "gpt2"), ("muon", "modern")])
+def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay(optimizer, architecture):
+    model = make_model(replace(TINY_MODEL, architecture=architecture))
     names = {p: name for name, p in model.named_parameters()}
     optimizers = train.make_optimizers(model, Config(optimizer=optimizer, learning_rate=3e-3, muon_lr=0.01))
     groups = [(type(o).__name__, g, {names[p] for p in g["params"]}) for o in optimizers for g in o.param_groups]
@@ -435,8 +437,13 @@ def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay(optimizer):
     assert {g["lr"] for kind, g, _ in groups if kind == "Muon"} <= {0.01}
     assert {g["lr"] for kind, g, _ in groups if kind == "AdamW"} == {3e-3}
     decayed = set().union(*(members for _, g, members in groups if g["weight_decay"] == 0.1))
-    assert decayed == hidden | {"transformer.wte.weight", "transformer.wpe.weight"}
+    embeddings = {"gpt2": ["wte", "wpe"], "modern": ["wte", "ve.0", "ve.1"]}[architecture]
+    assert decayed == hidden | {f"transformer.{name}.weight" for name in embeddings}
     assert {g["weight_decay"] for _, g, _ in groups} == {0.1, 0.0}
+    if optimizer == "muon":
+        parts = {names[p]: count for p, count in zip(optimizers[1].param_groups[0]["params"], optimizers[1].parts)}
+        assert {name for name, count in parts.items() if count == 3} == {
+            f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)} and set(parts.values()) == {1, 3}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -472,13 +479,15 @@ def test_a_step_is_adamw_with_clipping_on_the_next_sequences(with_data, large_ep
         torch.testing.assert_close(weights("out/x")[name], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_compiled_training_gives_the_same_losses(with_data, large_eps, monkeypatch):
+@pytest.mark.parametrize("architecture, dtype, tolerance", [("gpt2", "float32", 1e-3), ("modern", "bfloat16", 1e-2)])
+def test_compiled_training_gives_the_same_losses(with_data, large_eps, monkeypatch, architecture, dtype, tolerance):
     """With tracing only (aot_eager): generating C++ code would take half as long as all other tests."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for setting in ("False", "True"):
-        train.main([*TINY, "--max_iters=8", "--dropout=0", f"--compile={setting}", f"--out_dir=out/{setting}"])
+        train.main([*TINY, "--max_iters=8", "--dropout=0", f"--compile={setting}", f"--out_dir=out/{setting}",
+                    f"--architecture={architecture}", f"--dtype={dtype}"])
     losses = {setting: [r["loss"] for r in records(f"out/{setting}", "step")] for setting in ("False", "True")}
-    assert losses["True"] == pytest.approx(losses["False"], rel=1e-3)
+    assert losses["True"] == pytest.approx(losses["False"], rel=tolerance)
     assert not any("orig_mod" in name for name in weights("out/True"))
     assert records("out/True", "run")[0]["compiled"]
 

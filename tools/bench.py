@@ -46,12 +46,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import checkpoint
 import model as model_module
 import train
-from config import read_config_file
+from config import Config, read_config_file
 from data import nursery
 from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from layers import linear_cross_entropy
-from model import GPT, GPTConfig, KVCache, count_parameters, sample_token, window_start
+from model import GPT, GPTConfig, KVCache, sample_token, window_start
+from modern import count_parameters
 from runtime import files, startup
 from runtime.distributed import all_reduce_gradients, cleanup_distributed, init_distributed, sync_stop_and_time
 from runtime.errors import Parser, UserError, exit_with_one_line
@@ -101,7 +102,8 @@ def parse_args(argv):
     parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, instead of "
                                                             "tables")
     parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the benchmark itself")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant; race: seeds "
+                        "of the config (default: 3)")
     parser.add_argument("--out_dir", help="generate: also this run's validation loss in each dtype")
     args = parser.parse_args(argv)
     if (args.subject == "race") != bool(args.race_config):
@@ -783,7 +785,7 @@ def summarize_profile(name, device, profiler, seconds, count=10):
 # ---- the speedrun ----
 
 TARGET_BITS_PER_BYTE = 0.815  # on the whole validation split: the published model's 2.3 nats/token
-FIRST_RECORD = "bdf37bb:config/tinystories_cpu.py"
+FIRST_RECORD = "bdf37bb051fc:config/tinystories_cpu.py"
 
 
 def bench_race(args, device, ceilings, folder):
@@ -791,53 +793,61 @@ def bench_race(args, device, ceilings, folder):
 
     CONFIG runs `rounds` times, with the seeds 1, 2, …, and the first record once, between the first two of them.
     """
-    runs = [(args.race_config, seed) for seed in range(1, args.rounds + 1)]
-    runs.insert(1, (FIRST_RECORD, 1))
-    programs = {config: find_program(config, folder) for config, _ in runs}  # fails now rather than after minutes
+    own, first = find_program(args.race_config, folder), find_program(FIRST_RECORD, folder)
+    runs = [(f"{args.race_config} --seed={seed}", own, seed) for seed in range(1, args.rounds + 1)]
+    own_names, first_name = [name for name, _, _ in runs], "the first record"
+    runs.insert(1, (first_name, first, 1))
     seconds, losses, errors = {}, {}, {}
-    for config, seed in runs:
-        name = f"{config} --seed={seed}"
-        seconds[name], losses[name], errors[name] = race(*programs[config], seed, device, folder)
+    for name, program, seed in runs:
+        seconds[name], losses[name], errors[name] = race(*program, seed, device, folder)
         print(f"{name}: {seconds[name]:.1f} s, {losses[name]:.4f} ± {errors[name]:.4f} bits per byte", file=sys.stderr)
-    own = [f"{args.race_config} --seed={seed}" for seed in range(1, args.rounds + 1)]
-    own_seconds = float(np.median([seconds[name] for name in own]))
-    first_seconds = seconds[f"{FIRST_RECORD} --seed=1"]
-    reached = sum(losses[name] <= TARGET_BITS_PER_BYTE for name in own)
-    return {"seconds": own_seconds, "first_record_seconds": first_seconds,
-            "times_first_record": own_seconds / first_seconds, "reached_0.815": f"{reached} of {len(own)}",
+    own_seconds = float(np.median([seconds[name] for name in own_names]))
+    reached = sum(losses[name] <= TARGET_BITS_PER_BYTE for name in own_names)
+    return {"seconds": own_seconds, "first_record_seconds": seconds[first_name],
+            "times_first_record": own_seconds / seconds[first_name],
+            f"reached_{TARGET_BITS_PER_BYTE}": f"{reached} of {len(own_names)}",
             "seconds_of_each": seconds, "bits_per_byte_of_each": losses, "standard_error_of_each": errors}
 
 
-def race(program, config, seed, device, folder):
-    """Train with the train.py of a folder: (seconds, bits per byte on the whole validation split, standard error)."""
-    out_dir = tempfile.mkdtemp(dir=folder)
-    command = [sys.executable, program / "train.py", f"--out_dir={out_dir}", f"--device={device}"]
+def race(script, config, seed, device, folder):
+    """Train with a train.py: (seconds, bits per byte on the whole validation split, standard error over windows)."""
+    command = [sys.executable, script, f"--out_dir={tempfile.mkdtemp(dir=folder)}", f"--device={device}"]
     started = time.perf_counter()
     run_script([*command, config, f"--seed={seed}"])
     seconds = time.perf_counter() - started
-    result = dict(line.split(": ", 1) for line in run_script([*command, "--eval_only"]).splitlines())
-    loss, bits_per_byte, error = (float(result[key]) for key in ("loss", "bits_per_byte", "standard_error"))
-    return seconds, bits_per_byte, error * bits_per_byte / loss
+    result = dict(re.findall(r"^(\w+): (.*)$", run_script([*command, "--eval_only"]), re.M))
+    loss, bits_per_byte = float(result["loss"]), float(result["bits_per_byte"])
+    return seconds, bits_per_byte, float(result.get("standard_error", "nan")) * bits_per_byte / loss
 
 
 def find_program(config, folder):
-    """The folder of the program and the path of the config for a CONFIG or COMMIT:CONFIG; unpacks it in `folder`.
+    """The paths of train.py and of the config for CONFIG or COMMIT:CONFIG, which is unpacked in `folder`.
 
-    Raises UserError if there is no such config or commit.
+    Raises UserError if there is no such commit or config, or its dataset is not prepared.
     """
-    commit, _, path = config.rpartition(":")
+    commit, _, name = config.rpartition(":")
     if not commit or Path(config).exists():
-        read_config_file(config)
-        return ROOT, Path(config)
-    program, archive = folder / commit, folder / f"{commit}.zip"
-    if not program.exists():
-        done = subprocess.run(["git", "archive", f"--output={archive}", commit], cwd=ROOT, capture_output=True,
-                              text=True)
-        if done.returncode:
-            raise UserError(f"git cannot find commit {commit} of this program, which the race needs: use a clone with "
-                            f"its whole history ({done.stderr.strip()})")
-        shutil.unpack_archive(archive, program)
-    return program, program / path
+        program, path = ROOT, Path(config)
+    else:
+        program = unpack_commit(commit, folder)
+        path = program / name
+    settings = read_config_file(path)
+    read_meta(Path("data", settings.get("dataset", Config.dataset)))
+    return program / "train.py", path
+
+
+def unpack_commit(commit, folder):
+    """Unpack the program of a git commit in a new folder in `folder`; returns it. Raises UserError if there is none."""
+    program = Path(tempfile.mkdtemp(dir=folder))
+    archive = program.with_suffix(".zip")
+    if not shutil.which("git"):
+        raise UserError("the race needs git, for the program of the first record: install git")
+    done = subprocess.run(["git", "archive", f"--output={archive}", commit], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"git cannot find commit {commit} of this program: use a clone with its whole history "
+                        f"({done.stderr.strip()})")
+    shutil.unpack_archive(archive, program)
+    return program
 
 
 SUBJECTS = {"train": bench_train, "small": bench_small, "generate": bench_generate, "profile": bench_profile,

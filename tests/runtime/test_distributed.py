@@ -44,12 +44,11 @@ def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
 def train_on_ranks(world_size, flags, **options):
     """`run_ranks` of train.main. Each rank saves its final weights in weights0.pt, weights1.pt, …"""
     def main(argv):
-        models = []
-        for name, model_class in train.MODELS.items():
-            train.MODELS[name] = lambda config, new=model_class: models.append(new(config)) or models[-1]
+        models, make_model = [], train.make_model
+        train.make_model = lambda config: models.append(make_model(config)) or models[-1]
         train.main(argv)
         if models:
-            torch.save(models[-1].state_dict(), f"weights{os.environ['RANK']}.pt")
+            torch.save(models[0].state_dict(), f"weights{os.environ['RANK']}.pt")
     return run_ranks(world_size, main, flags, **options)
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from model import GPTConfig, count_parameters
+from model import GPTConfig
+from modern import count_parameters
 from runtime import hardware
 from runtime.errors import UserError
 from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit, max_concurrent_samples,

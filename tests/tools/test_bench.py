@@ -14,10 +14,11 @@ from torch.autograd.profiler_util import Interval
 
 import model
 from config import parse_value
-from conftest import ROOT, TINY
+from conftest import TINY
 from data.tokenizer import Tokenizer
 from layers import linear_cross_entropy
-from model import GPT, count_parameters
+from model import GPT
+from modern import count_parameters
 from runtime import files
 from runtime.errors import UserError
 from tools import bench
@@ -218,12 +219,18 @@ else:
 """
 
 
-def test_a_race_alternates_with_the_first_record(here, monkeypatch, capsys):
+def commit_files(folder, *names):
+    """Make a git repository of a folder, with one commit of these files."""
+    for words in (["init", "-q"], ["add", *names], "-c user.name=x -c user.email=x commit -q -m x".split()):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+
+
+def test_a_race_alternates_with_the_first_record(with_data, here, monkeypatch, capsys):
     """With a program in git that writes down how it is called."""
+    (here / "data" / "tinystories").symlink_to(here / "data" / "nursery-bpe300")  # the default dataset
     (here / "train.py").write_text(RECORDED_TRAIN)
     (here / "config.py").write_text("# first")
-    for words in ("init -q", "add train.py config.py", "-c user.name=x -c user.email=x commit -q -m x"):
-        subprocess.run(["git", *words.split()], cwd=here, check=True)
+    commit_files(here, "train.py", "config.py")
     (here / "config.py").write_text("# now")
     monkeypatch.setattr(bench, "ROOT", here)
     monkeypatch.setattr(bench, "FIRST_RECORD", "HEAD:config.py")
@@ -231,17 +238,21 @@ def test_a_race_alternates_with_the_first_record(here, monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out)["race"]
     assert (here / "order").read_text() == "now 1 cpu\nfirst 1 cpu\nnow 2 cpu\nnow 3 cpu\n"
     assert result["reached_0.815"] == "2 of 3"
-    assert result["bits_per_byte_of_each"] == {"config.py --seed=1": 0.815, "HEAD:config.py --seed=1": 0.816,
+    assert result["bits_per_byte_of_each"] == {"config.py --seed=1": 0.815, "the first record": 0.816,
                                                "config.py --seed=2": 0.816, "config.py --seed=3": 0.815}
     assert result["standard_error_of_each"]["config.py --seed=2"] == pytest.approx(0.5 * 0.816 / 2)
     own = sorted(result["seconds_of_each"][f"config.py --seed={seed}"] for seed in (1, 2, 3))[1]
-    first = result["seconds_of_each"]["HEAD:config.py --seed=1"]
+    first = result["seconds_of_each"]["the first record"]
     assert result["seconds"] == own and result["times_first_record"] == own / first
+    bench.main(["race", "HEAD:config.py", "--json", "--rounds=1", "--device=cpu", "--tiny"])  # against itself
+    result = json.loads(capsys.readouterr().out)["race"]
+    assert list(result["seconds_of_each"]) == ["HEAD:config.py --seed=1", "the first record"]
 
 
 def test_a_race_trains_and_evaluates(with_data):
     Path("config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in read_flags(TINY).items()))
-    seconds, bits_per_byte, error = bench.race(ROOT, "config.py", 1, torch.device("cpu"), with_data)
+    script, config = bench.find_program("config.py", with_data)
+    seconds, bits_per_byte, error = bench.race(script, config, 1, torch.device("cpu"), with_data)
     assert seconds > 0.5 and 0.5 < bits_per_byte < 6 and 0 < error < 1
 
 
@@ -251,16 +262,23 @@ def read_flags(flags):
 
 
 @pytest.mark.parametrize("config, message", [
-    ("no-such-commit:config/x.py", "git cannot find commit no-such-commit"),
-    ("config/no_such.py", "no config file config/no_such.py")])
-def test_a_race_that_cannot_be_run(here, config, message):
+    ("no/such-commit:config.py", "git cannot find commit no/such-commit"),
+    ("HEAD:no_such.py", "no config file .*no_such.py"), ("no_such.py", "no config file no_such.py"),
+    ("HEAD:config.py", "no data in data/nothing: create it with ")])
+def test_a_race_that_cannot_be_run(here, monkeypatch, config, message):
+    (here / "config.py").write_text("dataset = 'nothing'")
+    commit_files(here, "config.py")
+    monkeypatch.setattr(bench, "ROOT", here)
     with pytest.raises(UserError, match=message):
         bench.find_program(config, here)
 
 
-def test_a_race_without_data_says_how_to_make_them(here):
-    with pytest.raises(UserError, match="train.py failed: error: no data in data/tinystories-bpe4096: create it with "):
-        bench.race(ROOT, ROOT / "config/speedrun.py", 1, torch.device("cpu"), here)
+def test_all_subjects_are_measured_but_the_race(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SUBJECTS", dict.fromkeys(bench.SUBJECTS, lambda *args: {}))
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *args: {})
+    bench.main(["--json", "--device=cpu"])
+    assert list(json.loads(capsys.readouterr().out)) == [
+        "machine", "ceilings", *(name for name in bench.SUBJECTS if name != "race")]
 
 
 def test_only_the_race_takes_a_config(fails):
