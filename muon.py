@@ -5,6 +5,9 @@ import torch
 # The quintic polynomial of each iteration moves singular values towards 1: s → a s + b s³ + c s⁵.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+# Elements of a batch on a CPU. One product of many small matrices is up to 3.5 times as fast as many products, but of
+# larger ones it is slower once they do not fit in the cache (docs/speed.md).
+CPU_BATCH_ELEMENTS = 2**20
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,7 +39,11 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(pair[0].shape, []).append(pair)
         for (rows, columns), pairs in by_shape.items():
             weights, updates = zip(*pairs)
-            updates = orthogonalize(torch.stack(updates)).to(weights[0].dtype).unbind()
+            batch_size = len(pairs)
+            if weights[0].device.type == "cpu":
+                batch_size = max(1, CPU_BATCH_ELEMENTS // (rows * columns))
+            batches = [orthogonalize(batch) for batch in torch.stack(updates).split(batch_size)]
+            updates = torch.cat(batches).to(weights[0].dtype).unbind()
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
