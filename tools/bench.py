@@ -799,8 +799,9 @@ def bench_race(args, device, ceilings, folder):
     runs.insert(1, (first_name, first, 1))
     seconds, losses, errors = {}, {}, {}
     for name, program, seed in runs:
+        print(name, end=": ", file=sys.stderr, flush=True)
         seconds[name], losses[name], errors[name] = race(*program, seed, device, folder)
-        print(f"{name}: {seconds[name]:.1f} s, {losses[name]:.4f} ± {errors[name]:.4f} bits per byte", file=sys.stderr)
+        print(f"{seconds[name]:.1f} s, {losses[name]:.4f} ± {errors[name]:.4f} bits per byte", file=sys.stderr)
     own_seconds = float(np.median([seconds[name] for name in own_names]))
     reached = sum(losses[name] <= TARGET_BITS_PER_BYTE for name in own_names)
     return {"seconds": own_seconds, "first_record_seconds": seconds[first_name],
