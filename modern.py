@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from layers import Dropout
 from model import GPT, MLP, CausalSelfAttention
 
-# Value embeddings are multiplied by this, and so are their initial size and, as AdamW's steps do not depend on the size
-# of a gradient, their learning rate, which has to be far higher than that of the token embedding.
+# A factor on value embeddings. It acts like a 16 times larger initial size and, as AdamW's steps do not depend on the
+# size of the gradient, like a 16 times higher learning rate. Checkpoints depend on it.
 VALUE_SCALE = 16
 ROTARY_BASE = 1000  # wavelengths are from 6 to nearly 2 pi * 1,000 tokens
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config)  # model.py's; in another one, c_proj is the matrix that starts at zero
 
     def forward(self, x, rotation, value_embedding, cache=None):
         """(B, T, C) -> (B, T, C); see Attention for the other arguments."""

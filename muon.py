@@ -13,9 +13,9 @@ CPU_BATCH_ELEMENTS = 2**20
 class Muon(torch.optim.Optimizer):
     """The update of a matrix is its momentum with all singular values set to about 1, times the learning rate.
 
-    As torch.optim.Muon, except for two things. All matrices of one shape are orthogonalized in batched products, which
-    is faster than one after the other. And a parameter may consist of several matrices, stacked by rows: the queries,
-    keys and values of attention are three.
+    As torch.optim.Muon, except for two things. Matrices of one shape are orthogonalized in batched products, which is
+    faster if they are small. And a parameter may consist of several matrices, stacked by rows: the queries, keys and
+    values of attention are three.
     """
 
     def __init__(self, params, lr, weight_decay, parts, momentum=0.95):

@@ -80,11 +80,13 @@ def main(argv=None):
     if args.subject in (None, "train") and not any(map(shutil.which, compilers)):
         raise UserError("the subject train uses torch.compile, which needs a compiler: install one of "
                         f"{', '.join(compilers)}")
-    results = {"machine": describe_machine(device), "ceilings": measure_ceilings(device, args.config, args.rounds)}
+    results = {"machine": describe_machine(device)}
+    if args.subject != "race":
+        results["ceilings"] = measure_ceilings(device, args.config, args.rounds)
     subjects = [name for name in SUBJECTS if name == args.subject or (args.subject is None and name != "race")]
     for subject in subjects:
         with tempfile.TemporaryDirectory() as folder:
-            results[subject] = SUBJECTS[subject](args, device, results["ceilings"], Path(folder))
+            results[subject] = SUBJECTS[subject](args, device, results.get("ceilings"), Path(folder))
     if args.json:
         return print(json.dumps(results, indent=2))
     for subject, result in results.items():
@@ -95,7 +97,8 @@ def parse_args(argv):
     """The command line as a namespace, with `config`: the GPTConfig to measure."""
     parser = Parser(prog="python -m tools.bench", description="Measure this program's speed on this machine.")
     parser.add_argument("subject", nargs="?", choices=["machine", *SUBJECTS],
-                        help="what to measure; machine: only the hardware's limits (default: everything)")
+                        help="what to measure; machine: only the hardware's limits (default: everything but "
+                             "the race)")
     parser.add_argument("race_config", nargs="?", metavar="CONFIG", help="race: a config file, or COMMIT:CONFIG "
                         "for the config and the program of a commit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -832,6 +835,9 @@ def find_program(config, folder):
     else:
         program = unpack_commit(commit, folder)
         path = program / name
+        if not path.is_file():
+            raise UserError(f"commit {commit} has no config file {name!r}: name one, such as "
+                            f"{commit}:config/speedrun.py")
     settings = read_config_file(path)
     read_meta(Path("data", settings.get("dataset", Config.dataset)))
     return program / "train.py", path

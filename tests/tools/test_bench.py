@@ -263,7 +263,8 @@ def read_flags(flags):
 
 @pytest.mark.parametrize("config, message", [
     ("no/such-commit:config.py", "git cannot find commit no/such-commit"),
-    ("HEAD:no_such.py", "no config file .*no_such.py"), ("no_such.py", "no config file no_such.py"),
+    ("HEAD:no_such.py", "commit HEAD has no config file 'no_such.py'"),
+    ("HEAD:", "commit HEAD has no config file ''"), ("no_such.py", "no config file no_such.py"),
     ("HEAD:config.py", "no data in data/nothing: create it with ")])
 def test_a_race_that_cannot_be_run(here, monkeypatch, config, message):
     (here / "config.py").write_text("dataset = 'nothing'")
