@@ -210,8 +210,7 @@ def _init_from(settings):
     architecture = {f.name: getattr(model.config, f.name) for f in fields(GPTConfig)
                     if f.name not in ("vocab_size", "dropout")}
     cfg = Config(**architecture | settings)
-    # The setting `architecture` first: it may change others.
-    for name, value in sorted(architecture.items(), key=lambda item: item[0] != "architecture"):
+    for name, value in architecture.items():
         wanted = getattr(cfg, name)
         if wanted != value and not (name == "block_size" and wanted < value):
             raise UserError(f"{name} = {wanted!r} differs from that of init_from = {cfg.init_from!r}, {value!r}: leave "

@@ -4,7 +4,7 @@
 
 - rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones
 - layer norm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
-- no biases, and layer norms without parameters except for the last one's weight
+- layer norms without parameters, except for the last one
 - blocks whose output matrices start at zero
 - value embeddings (modded-nanogpt; after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
   vector of its own to its values. The model does nothing else with these n_layer * V * C parameters, but every
@@ -13,8 +13,6 @@
 
 B: batch size, T: sequence length, C: n_embd, H: n_head, D: C / H, V: vocab_size.
 """
-
-from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -33,7 +31,7 @@ class Modern(GPT):
     """The language model, with the interface of GPT."""
 
     def __init__(self, config):
-        super().__init__(replace(config, bias=False))
+        super().__init__(config)
         D = config.n_embd // config.n_head
         frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2) / D)  # (D / 2), in radians per token
         angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, D / 2)
@@ -48,13 +46,13 @@ class Modern(GPT):
             ve=nn.ModuleList(nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)),
             drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=False),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         )
 
     def _init_weights(self):
         """Embeddings: std 0.02. Matrices: so that outputs are as large as inputs; zero for those into the residual."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=p.size(1) ** -0.5 if ".h." in name else 0.02)
@@ -86,7 +84,7 @@ class Block(nn.Module):
 
 
 class Attention(CausalSelfAttention):
-    """Multi-head self-attention with a causal mask, rotary positions, normalized queries and keys, and no biases."""
+    """Multi-head self-attention with a causal mask, rotary positions, and normalized queries and keys."""
 
     def forward(self, x, rotation, value_embedding, cache=None):
         """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `value_embedding` (B, T, C): added to the values.

@@ -52,7 +52,7 @@ class Config:
     n_embd: int = setting(384, "embedding dimension, a multiple of n_head", low=1, high=2**20)
     block_size: int = setting(128, "length of a sequence (and of the context window) in tokens", low=2)
     dropout: float = setting(0.1, "probability of dropping an activation in training", low=0, high=0.99)
-    bias: bool = setting(True, "biases in linear layers and layer norms; modern has none")
+    bias: bool = setting(True, "biases in linear layers and layer norms")
     gelu: Literal["tanh", "exact"] = setting("tanh", "GELU: tanh approximation, as in GPT-2, or exact, as in nanoGPT")
 
     batch_size: int = setting(32, "sequences per iteration", low=1)
@@ -99,11 +99,9 @@ class Config:
         object.__setattr__(self, "init_from", str(Path(self.init_from)))  # drops a slash at the end
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
-        if self.architecture == "modern":
-            object.__setattr__(self, "bias", False)  # it has none
-            if self.n_embd % (2 * self.n_head):
-                raise UserError(f"n_embd / n_head = {self.n_embd // self.n_head} is odd, but the rotary positions of "
-                                "architecture = 'modern' need pairs: choose another n_embd or n_head")
+        if self.architecture == "modern" and self.n_embd % (2 * self.n_head):
+            raise UserError(f"n_embd / n_head = {self.n_embd // self.n_head} is odd, but the rotary positions of "
+                            "architecture = 'modern' need pairs: choose another n_embd or n_head")
         if self.max_tokens:
             step_tokens = self.sequences_per_step * self.block_size
             if self.max_tokens < step_tokens:

@@ -14,6 +14,7 @@ n_layer = 6
 n_head = 3
 n_embd = 192
 block_size = 128
+bias = False
 dropout = 0.0  # an epoch cannot overfit
 
 batch_size = 16  # 2,048 tokens per step

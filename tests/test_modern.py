@@ -17,7 +17,8 @@ from tools import serve
 def small(**changes):
     """A small model in eval mode with its initial weights."""
     torch.manual_seed(0)
-    return Modern(GPTConfig(**dict(vocab_size=50, block_size=8, n_layer=3, n_head=2, n_embd=16) | changes)).eval()
+    config = dict(vocab_size=50, block_size=8, n_layer=3, n_head=2, n_embd=16, bias=False)
+    return Modern(GPTConfig(**config | changes)).eval()
 
 
 def test_rotated_scores_depend_on_the_distance_alone():
@@ -70,6 +71,11 @@ def test_parameters():
         f"transformer.ve.{i}.weight" for i in range(3)}
 
 
+def test_biases_are_a_setting_and_start_at_zero():
+    biases = [p for name, p in small(bias=True).named_parameters() if name.endswith("bias")]
+    assert len(biases) == 3 * 4 + 1 and not any(p.any() for p in biases)
+
+
 def test_every_dropout_is_used():
     model, used = small(dropout=0.5).train(), set()
     for name, module in model.named_modules():
@@ -82,7 +88,7 @@ def test_every_dropout_is_used():
 @pytest.fixture
 def run(with_data, capsys):
     """A finished run of the modern architecture, out/x, and what training printed."""
-    train.main([*TINY, "--architecture=modern", "--optimizer=muon", "--out_dir=out/x"])
+    train.main([*TINY, "--architecture=modern", "--bias=False", "--optimizer=muon", "--out_dir=out/x"])
     return capsys.readouterr().out
 
 
@@ -100,7 +106,7 @@ def test_a_run_is_sampled_evaluated_and_fine_tuned(run, capsys):
     assert event["model"]["parameters"] == 20_560
     train.main(["--eval_only", "--out_dir=out/x"])
     assert "bits_per_byte: " in capsys.readouterr().out
-    train.main([*TINY, "--init_from=out/x", "--architecture=modern", "--block_size=8", "--out_dir=out/y"])
+    train.main([*TINY, "--init_from=out/x", "--block_size=8", "--out_dir=out/y"])
     assert "starting from the weights of out/x" in capsys.readouterr().out
 
 

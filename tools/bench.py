@@ -787,7 +787,7 @@ def summarize_profile(name, device, profiler, seconds, count=10):
 
 # ---- the speedrun ----
 
-TARGET_BITS_PER_BYTE = 0.815  # on the whole validation split: the published model's 2.3 nats/token
+TARGET_BITS_PER_BYTE = 0.815  # on the whole validation split (docs/speedrun.md)
 FIRST_RECORD = "bdf37bb051fc:config/tinystories_cpu.py"
 
 
