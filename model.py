@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import (Dropout, Int8Linear, Linear, causal_attention, fused_linear_cross_entropy, fused_loss_bytes,
-                    linear)
+from layers import (Dropout, Int8Linear, Linear, UsedTokens, causal_attention, fused_linear_cross_entropy,
+                    fused_loss_bytes, linear)
 
 
 @dataclass
@@ -168,6 +168,7 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(self._make_layers(config))
         self.int8_head = None  # see to_int8
+        self.used_tokens = None  # see skip_unused_tokens
         if not self.transformer.wte.weight.is_meta:  # counting parameters needs no values
             self._init_weights()
 
@@ -218,6 +219,39 @@ class GPT(nn.Module):
         self.int8_head = Int8Linear(self.transformer.wte.weight)
         return self.bfloat16()
 
+    @torch.no_grad()
+    def set_embeddings(self, embeddings):
+        """Start from token embeddings (V, C) whose rows have a mean square of 1, instead of random ones.
+
+        They are scaled to ten times the std of random ones, so that training does not change them quickly; the last
+        norm's gain is a tenth, so that the logits are no larger.
+        """
+        self.transformer.wte.weight.copy_(0.2 * embeddings)
+        self.transformer.ln_f.weight.fill_(0.1)
+
+    def skip_unused_tokens(self, used, equalize):
+        """Make training cheaper if it uses a part of the vocabulary: `used`, a bool tensor (V). See `UsedTokens`.
+
+        `equalize` gives the unused tokens equal embeddings, as it needs; without it, nothing is done unless they are.
+        """
+        weight = self.transformer.wte.weight
+        unused = ~used.to(weight.device)
+        if not unused.any():
+            return
+        with torch.no_grad():
+            if equalize:
+                weight[unused] = weight[unused][0]
+            if (weight[unused] == weight[unused][0]).all():
+                self.used_tokens = UsedTokens(~unused)
+
+    def loss(self, x, targets):
+        """Hidden states x (N, C), targets (N) -> the mean loss, and the loss of each token (N) without a gradient."""
+        weight = self.transformer.wte.weight
+        if self.used_tokens is None:
+            return self.loss_function(x, weight, targets)
+        rows, targets = self.used_tokens.head(weight, targets)
+        return self.loss_function(x, rows, targets, len(self.used_tokens.unused))
+
     def forward(self, idx, targets=None, cache=None, reduction="mean"):
         """Token ids (B, T) -> logits (B, T, V); with targets (B, T), the mean loss in nats/token instead.
 
@@ -236,7 +270,7 @@ class GPT(nn.Module):
             x = x[:, -1:]  # (B, 1, C)
         x = self.transformer.ln_f(x)  # (B, T, C)
         if targets is not None:
-            mean, losses = self.loss_function(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
+            mean, losses = self.loss(x.flatten(0, 1), targets.flatten())
             return mean if reduction == "mean" else losses.view(B, T)
         return self.int8_head(x) if self.int8_head else linear(x, self.transformer.wte.weight)  # (B, T, V)
 

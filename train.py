@@ -29,6 +29,7 @@ from checkpoint import TrainState, best_checkpoint, create_run_folder, open_run,
 from config import BUDGETS, read_command_line
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
+from embeddings import cooccurrence_embeddings
 from evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
 from model import GPTConfig
 from modern import count_parameters, make_model
@@ -96,6 +97,10 @@ def main(argv=None):
         state.best_val_loss = broadcast_object(state.best_val_loss)  # infinity if ckpt.pt cannot be used
     elif init_checkpoint:
         model.load_pretrained(init_checkpoint["model"])
+    elif cfg.init_embeddings == "cooccurrence":
+        set_embeddings(state)
+    model.skip_unused_tokens(torch.from_numpy(data.train.used_tokens()),
+                             equalize=not (resume_checkpoint or init_checkpoint))
     broadcast_weights(model.parameters())
 
     # ---- what will be done ----
@@ -116,7 +121,7 @@ def main(argv=None):
     # ---- the loop ----
     train_model = model
     if use_compile:
-        model.loss_function = torch.compiler.disable(model.loss_function)  # it is fused by hand already
+        model.loss = torch.compiler.disable(model.loss)  # it is fused by hand already
         train_model = torch.compile(model)  # only for training: evaluation takes little time
     state.start_clock()
     bar = tqdm(total=total_steps(state), initial=state.step, unit=" steps", dynamic_ncols=True,
@@ -161,6 +166,19 @@ def main(argv=None):
     cleanup_distributed()
     if rank == 0:
         print_summary(state)
+
+
+# ---- initial weights ----
+
+
+def set_embeddings(state):
+    """Set the token embeddings to those computed from the sequences of the run, of at most one epoch or 8 M tokens."""
+    cfg, order = state.cfg, state.data.order
+    count = min(order.windows_per_epoch, math.ceil(2**23 / cfg.block_size))
+    if not cfg.max_minutes:  # the length is known
+        count = min(count, cfg.max_iters * cfg.batch_size)
+    sequences, _ = order.sequences(0, count)
+    state.model.set_embeddings(cooccurrence_embeddings(sequences, state.data.vocab_size, cfg.n_embd))
 
 
 # ---- optimizers and learning rate ----

@@ -45,6 +45,9 @@ class Config:
 
     init_from: str = setting("scratch", "scratch, or a run folder: start from its weights and architecture")
 
+    init_embeddings: Literal["random", "cooccurrence"] = setting(
+        "random", "random, or cooccurrence: token embeddings computed from the text of the run, see embeddings.py")
+
     architecture: Literal["gpt2", "modern"] = setting(
         "gpt2", "gpt2: the published GPT, in model.py; modern: for small vocabularies and few tokens, in modern.py")
     n_layer: int = setting(6, "number of blocks", low=1, high=1000)

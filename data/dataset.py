@@ -89,6 +89,13 @@ class Split:
         self.path = path
         self.bytes_per_token = meta["splits"][split]["bytes"] / len(self.tokens)
 
+    def used_tokens(self):
+        """Whether each token of the vocabulary occurs in the split: a bool array (vocab_size)."""
+        used = np.zeros(self.vocab_size, dtype=bool)
+        for i in range(0, len(self.tokens), 2**24):  # 16 M tokens at a time: a comparison of all would take gigabytes
+            used[self.tokens[i:i + 2**24]] = True
+        return used
+
     def windows(self, starts):
         """The windows that start at the token positions `starts` (B,): inputs and targets, int64 arrays (B, T).
 

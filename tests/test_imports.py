@@ -8,7 +8,7 @@ from conftest import ROOT
 
 # Each file may import only files of later groups, and files of its own folder (which must not form a cycle either).
 ORDER = [["tools"], ["train"], ["evaluate"], ["prepare", "sample"], ["checkpoint"], ["modern"], ["model"],
-         ["layers", "muon"], ["config"], ["data"], ["runtime"]]
+         ["embeddings", "layers", "muon"], ["config"], ["data"], ["runtime"]]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 FILES = [path for pattern in ("*.py", "tools/*.py", "config/__init__.py", "data/*.py", "runtime/*.py")
          for path in sorted(ROOT.glob(pattern))]

@@ -8,7 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import layers
-from layers import Dropout, Int8Linear, Linear, causal_attention, fused_linear_cross_entropy, linear_cross_entropy
+from layers import (Dropout, Int8Linear, Linear, UsedTokens, causal_attention, fused_linear_cross_entropy,
+                    linear_cross_entropy)
 
 
 @pytest.fixture(params=[(1, 1), (5, 1), (7, 64), (1000, 64), (1000, 1)])
@@ -66,6 +67,29 @@ def test_loss_in_bfloat16_equals_plain_autocast_to_rounding(chunks):
     for actual, expected in zip(torch.autograd.grad(mean, (x, weight)), torch.autograd.grad(plain, (x, weight))):
         assert actual.dtype == torch.float32
         assert (actual - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("loss_function", [fused_linear_cross_entropy, linear_cross_entropy])
+def test_a_head_of_the_used_tokens_gives_the_losses_and_gradients_of_the_whole_head(chunks, loss_function):
+    used = torch.rand(50, generator=torch.Generator().manual_seed(1)) < 0.5
+    x, weight = leaves((14, 16), (50, 16))
+    with torch.no_grad():
+        weight[~used] = weight[~used][0]
+    head = UsedTokens(used)
+    assert 15 < len(head.used) < 35 and len(head.unused) == 50 - len(head.used)
+    y = head.used[torch.randint(len(head.used), (14,))]
+    y[3] = -1
+    mean, losses = loss_function(x, weight, y)
+    rows, targets = head.head(weight, y)
+    assert len(rows) == len(head.used) + 1
+    mean_of_rows, losses_of_rows = loss_function(x, rows, targets, len(head.unused))
+    torch.testing.assert_close(losses_of_rows, losses, rtol=1e-4, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(3 * mean_of_rows, (x, weight)), torch.autograd.grad(3 * mean, (x, weight))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    y[5] = head.unused[-1]  # in validation text an unused token can be a target
+    with torch.no_grad():
+        losses_of_rows = loss_function(x, *head.head(weight, y), len(head.unused))[1]
+        torch.testing.assert_close(losses_of_rows, loss_function(x, weight, y)[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("target_logit", [0.0, 4.0, 8.0, 12.0])

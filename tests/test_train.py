@@ -18,10 +18,11 @@ import torch
 
 import checkpoint
 import train
-from checkpoint import TrainState
+from checkpoint import TrainState, load_model
 from config import Config, read_config_file
 from conftest import ROOT, TINY, launch
-from data.dataset import Split, TrainingOrder
+from data.dataset import Split, TrainingOrder, evaluation_windows
+from embeddings import cooccurrence_embeddings
 from model import GPT, GPTConfig
 from modern import make_model
 from muon import Muon
@@ -461,11 +462,16 @@ def test_a_step_does_not_depend_on_the_micro_batch_size(with_data, large_eps, si
 
 
 def test_a_step_is_adamw_with_clipping_on_the_next_sequences(with_data, large_eps):
-    """The first step against a plain computation: all sequences at once, and AdamW's formulas."""
+    """The first step against a plain computation: all sequences at once, all tokens, and AdamW's formulas."""
     train.main([*TINY, "--max_iters=2", "--dropout=0", "--grad_clip=0.1", "--out_dir=out/x"])
     torch.manual_seed(1337)
     model = GPT(GPTConfig(300, 16, 2, 2, 16, 0.0))
-    x, y = TrainingOrder(Split("data/nursery-bpe300", "train", 16), 1337).sequences(0, 8)
+    split = Split("data/nursery-bpe300", "train", 16)
+    unused = torch.from_numpy(~split.used_tokens())
+    assert 10 < unused.sum() < 290
+    with torch.no_grad():
+        model.transformer.wte.weight[unused] = model.transformer.wte.weight[unused][0]
+    x, y = TrainingOrder(split, 1337).sequences(0, 8)
     loss = model(torch.from_numpy(x), torch.from_numpy(y))
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
@@ -477,6 +483,41 @@ def test_a_step_is_adamw_with_clipping_on_the_next_sequences(with_data, large_ep
         decayed = p * (1 - lr * 0.1) if p.dim() == 2 else p  # weight decay: matrices, not biases and norms
         expected = decayed - lr * g / (g.abs() + 1e-3)  # AdamW's first step, with bias correction
         torch.testing.assert_close(weights("out/x")[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_unused_tokens_keep_equal_embeddings_and_the_loss_is_that_of_the_whole_vocabulary(with_data):
+    train.main([*TINY, "--max_iters=20", "--optimizer=muon", "--out_dir=out/x"])
+    unused = torch.from_numpy(~Split("data/nursery-bpe300", "train", 16).used_tokens())
+    rows = weights("out/x")["transformer.wte.weight"][unused]
+    assert len(rows) > 10 and torch.equal(rows, rows[:1].expand_as(rows))
+    model, _, _ = load_model("out/x/ckpt.pt")  # computes the whole vocabulary
+    validation = Split("data/nursery-bpe300", "validation", 16)
+    x, y = (torch.from_numpy(a) for a in validation.windows(evaluation_windows(validation, 2 * 4)))
+    assert model(x, y).item() == pytest.approx(records("out/x", "eval")[-1]["val_loss"], rel=1e-4)
+
+
+def test_a_run_whose_unused_embeddings_differ_computes_the_whole_vocabulary(with_data):
+    """Runs of earlier versions, and fine-tuning on other text."""
+    model = GPT(GPTConfig(300, 16, 2, 2, 16, 0.0))
+    used = torch.arange(300) < 200
+    model.skip_unused_tokens(used, equalize=False)
+    assert model.used_tokens is None
+    model.skip_unused_tokens(used, equalize=True)
+    assert len(model.used_tokens.used) == 200
+    model.used_tokens = None
+    model.skip_unused_tokens(used | True, equalize=True)  # all occur
+    assert model.used_tokens is None
+
+
+def test_embeddings_start_from_the_text_of_the_run(with_data):
+    train.main([*TINY, "--max_iters=2", "--warmup_iters=0", "--init_embeddings=cooccurrence",
+                "--learning_rate=1e-9", "--min_lr=0",
+                "--out_dir=out/x"])
+    sequences = TrainingOrder(Split("data/nursery-bpe300", "train", 16), 1337).sequences(0, 8)[0]
+    expected = 0.2 * cooccurrence_embeddings(sequences, 300, 16)
+    torch.testing.assert_close(weights("out/x")["transformer.wte.weight"], expected, rtol=0, atol=1e-6)
+    assert expected.square().mean(1).max() > 0.03
+    torch.testing.assert_close(weights("out/x")["transformer.ln_f.weight"], torch.full((16,), 0.1))
 
 
 @pytest.mark.parametrize("architecture, dtype, tolerance", [("gpt2", "float32", 1e-3), ("modern", "bfloat16", 1e-2)])
