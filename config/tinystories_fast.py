@@ -14,6 +14,7 @@ n_embd = 384
 block_size = 128
 dropout = 0.0  # a part of an epoch cannot overfit
 bias = True
+init_embeddings = "cooccurrence"
 
 # Many small steps: 1,024 tokens each, where the published recipe has 131,072.
 batch_size = 8
