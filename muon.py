@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
     queries, keys and values of attention are three.
     """
 
-    def __init__(self, params, lr, weight_decay, parts, momentum=0.95, beta2=0.95):
+    def __init__(self, params, lr, weight_decay, parts, momentum=0.9, beta2=0.95):
         """`params`: a list of matrices. `parts`: the number of matrices that each of them consists of, a list.
 
         `beta2` is that of the rows' mean squares.

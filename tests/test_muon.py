@@ -69,8 +69,8 @@ def test_steps_equal_a_plain_computation():
         set_gradients(params, seed)
         optimizer.step()
         for p, w, m, squares in zip(params, plain, momentum, mean_squares):
-            m.mul_(0.95).add_(p.grad, alpha=0.05)
-            update = orthogonalize((0.05 * p.grad + 0.95 * m)[None]).float()
+            m.mul_(0.9).add_(p.grad, alpha=0.1)
+            update = orthogonalize((0.1 * p.grad + 0.9 * m)[None]).float()
             update = normalize_rows(update, [squares], beta2=0.95)[0]
             w.mul_(1 - 0.1 * 0.2).sub_(0.1 * max(1, w.size(0) / w.size(1)) ** 0.5 * update)
             assert (p - w).norm() < 0.01 * w.norm()  # rounding of bfloat16 differs in batched products
@@ -99,7 +99,7 @@ def test_a_checkpoint_without_mean_squares_can_be_resumed():
     set_gradients(ours, seed=2)
     optimizer.step()
     group, = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.2, 0.95)
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.2, 0.95)  # the run keeps its own
     for p, q in zip(ours, torchs):
         momentum = 0.95 * theirs.state[q]["momentum_buffer"] + 0.05 * p.grad
         torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], momentum)
