@@ -232,7 +232,7 @@ class GPT(nn.Module):
     def skip_unused_tokens(self, used, equalize):
         """Make training cheaper if it uses a part of the vocabulary: `used`, a bool tensor (V). See `UsedTokens`.
 
-        `equalize` gives the unused tokens equal embeddings, as it needs; without it, nothing is done unless they are.
+        `equalize` sets the embeddings of unused tokens to zero. Without it, nothing is done unless they are equal.
         """
         weight = self.transformer.wte.weight
         unused = ~used.to(weight.device)
@@ -240,7 +240,7 @@ class GPT(nn.Module):
             return
         with torch.no_grad():
             if equalize:
-                weight[unused] = weight[unused][0]
+                weight[unused] = 0  # other values would add up to a large gradient of the hidden states
             if (weight[unused] == weight[unused][0]).all():
                 self.used_tokens = UsedTokens(~unused)
 

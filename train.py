@@ -97,7 +97,7 @@ def main(argv=None):
         state.best_val_loss = broadcast_object(state.best_val_loss)  # infinity if ckpt.pt cannot be used
     elif init_checkpoint:
         model.load_pretrained(init_checkpoint["model"])
-    elif cfg.init_embeddings == "cooccurrence":
+    elif cfg.init_embeddings == "cooccurrence" and rank == 0:  # the others receive the weights below
         set_embeddings(state)
     model.skip_unused_tokens(torch.from_numpy(data.train.used_tokens()),
                              equalize=not (resume_checkpoint or init_checkpoint))
