@@ -52,7 +52,7 @@ def metrics(folder):
 
 def stories(folder):
     """The stories in samples.md, [(iteration, text)], split at the headings expected from the log's evaluations."""
-    text, found = (folder / "samples.md").read_text(encoding="utf-8"), []
+    text, found = (folder / "samples.md").read_bytes().decode(), []
     for record in reversed([r for r in checkpoint.read_log(folder / "log.jsonl") if r["kind"] == "eval"]):
         text, story = text.split(f"## iteration {record['iter']}: validation loss {record['val_loss']:.4f}\n\n")
         found.insert(0, (record["iter"], story.removesuffix("\n\n")))
@@ -128,7 +128,7 @@ def assert_wandb_equals_the_log(folder, path):
         assert found[name] == values
     files = path.parent / "files"
     for (step, name), (iteration, story) in zip(found["story/path"], stories(folder), strict=True):
-        text = (files / name).read_text(encoding="utf-8")
+        text = (files / name).read_bytes().decode()  # a story may contain \r
         assert step == iteration
         assert f'<pre style="white-space:pre-wrap">{html.escape(story)}</pre>' in text
 
