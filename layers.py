@@ -111,13 +111,14 @@ class UsedTokens:
         self.row_of_token = F.pad(row_of_token, (0, 1), value=IGNORED_TARGET)  # the last: of target -1
 
     def head(self, weight, targets):
-        """The head's weight (V, C) and targets (N) -> rows of the used tokens and of one unused token, (U + 1, C), and
-        the targets as rows of these."""
+        """The head's weight (V, C) and targets (N) -> the weight's rows of the U used tokens and of one unused token,
+        (U + 1, C), and the targets as indices of these rows (N).
+        """
         return _HeadRows.apply(weight, self.used, self.unused), self.row_of_token[targets]
 
 
 class _HeadRows(torch.autograd.Function):
-    """See `UsedTokens`."""
+    """See `UsedTokens.head`."""
 
     @staticmethod
     def forward(ctx, weight, used, unused):
@@ -139,8 +140,9 @@ def linear_cross_entropy(x, weight, targets, last_row_tokens=1):
     """Plain version of `fused_linear_cross_entropy`: the place to try another loss (z-loss, softcap, label smoothing).
 
     x (N, C), weight (V, C), targets (N) -> the mean loss, and the loss of each token (N) without a gradient. Targets of
-    -1 are ignored. Training uses the mean, so additional terms belong there; evaluation uses the losses. All logits
-    (N, V) are in memory several times over: lower device_batch_size.
+    -1 are ignored; the last row of the weight stands for `last_row_tokens` tokens of equal logits (see `UsedTokens`).
+    Training uses the mean, so additional terms belong there; evaluation uses the losses. All logits (N, V) are in
+    memory several times over: lower device_batch_size.
     """
     tokens_of_row = torch.ones(len(weight), device=x.device)  # (V)
     tokens_of_row[-1] = last_row_tokens

@@ -82,7 +82,7 @@ def orthogonalize(matrices):
     x = matrices.bfloat16()
     if transposed := x.size(1) > x.size(2):  # the products are of the smaller side
         x = x.mT
-    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True)).clamp_min(1e-7)  # 1.02: values above 1 would diverge
+    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True)).clamp_min(1e-7)  # 1.02: a value of 1.05 would diverge
     for a, b, c in COEFFICIENTS:
         gram = x @ x.mT  # (N, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

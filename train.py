@@ -95,10 +95,8 @@ def main(argv=None):
         state.restore(resume_checkpoint)
         rank_0_result(reopen_run_folder, state, resume_checkpoint["sizes"])
         state.best_val_loss = broadcast_object(state.best_val_loss)  # infinity if ckpt.pt cannot be used
-    elif init_checkpoint:
-        model.load_pretrained(init_checkpoint["model"])
-    elif cfg.init_embeddings == "cooccurrence" and rank == 0:  # the others receive the weights below
-        set_embeddings(state)
+    else:
+        set_initial_weights(state, init_checkpoint)
     model.skip_unused_tokens(torch.from_numpy(data.train.used_tokens()),
                              equalize=not (resume_checkpoint or init_checkpoint))
     broadcast_weights(model.parameters())
@@ -171,9 +169,17 @@ def main(argv=None):
 # ---- initial weights ----
 
 
-def set_embeddings(state):
-    """Set the token embeddings to those computed from the sequences of the run, of at most one epoch or 8 M tokens."""
+def set_initial_weights(state, init_checkpoint):
+    """Load the weights of `init_checkpoint`, if there is one, or set the token embeddings as init_embeddings says.
+
+    They are computed from the sequences of the run, at most one epoch or 8 M tokens; by rank 0 only, as it then sends
+    its weights to the others.
+    """
     cfg, order = state.cfg, state.data.order
+    if init_checkpoint:
+        return state.model.load_pretrained(init_checkpoint["model"])
+    if cfg.init_embeddings == "random" or state.rank > 0:
+        return
     count = min(order.windows_per_epoch, math.ceil(2**23 / cfg.block_size))
     if not cfg.max_minutes:  # the length is known
         count = min(count, cfg.max_iters * cfg.batch_size)

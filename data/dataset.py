@@ -92,7 +92,7 @@ class Split:
     def used_tokens(self):
         """Whether each token of the vocabulary occurs in the split: a bool array (vocab_size)."""
         used = np.zeros(self.vocab_size, dtype=bool)
-        for i in range(0, len(self.tokens), 2**24):  # 16 M tokens at a time: a comparison of all would take gigabytes
+        for i in range(0, len(self.tokens), 2**24):  # 16 M tokens at a time: indexing converts them to int64
             used[self.tokens[i:i + 2**24]] = True
         return used
 

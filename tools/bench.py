@@ -60,6 +60,7 @@ from runtime.hardware import describe_device, git_commit, pick_device, pick_dtyp
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = GPTConfig(vocab_size=50257)
+VOCABULARY_PER_USED_TOKEN = 4  # training data uses a quarter of it, as 8 million tokens of TinyStories do of GPT-2's
 TINY = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)  # for --tiny
 BATCH_SIZE = 32
 FAST = ROOT / "config" / "tinystories_fast.py"  # the config of the subject `small`
@@ -368,7 +369,7 @@ def flops_utilization(tokens_per_s, workload, ceilings):
     `mfu` is relative to the data sheet of a GPU in PEAK_TFLOPS, `mfu_of_measured` to the fastest product measured. Of
     the vocabulary, only the tokens of the data are counted.
     """
-    config = replace(workload.config, vocab_size=workload.config.vocab_size // 4)
+    config = replace(workload.config, vocab_size=workload.config.vocab_size // VOCABULARY_PER_USED_TOKEN)
     flops = tokens_per_s * (6 * count_parameters(config) + 12 * config.n_layer * config.block_size * config.n_embd)
     gpu = torch.cuda.get_device_name(workload.device) if workload.device.type == "cuda" else ""
     measured = max(ceilings["matmul_bf16_gflops"], ceilings["matmul_fp32_gflops"]) * 1e9  # bf16 is slow on some CPUs
@@ -473,10 +474,7 @@ def random_batch(workload):
 
 
 def write_random_dataset(folder, config):
-    """Write a dataset of random tokens, with a tokenizer of a GPTConfig's vocab_size.
-
-    It uses a quarter of the vocabulary, as 8 million tokens of TinyStories do of GPT-2's.
-    """
+    """Write a dataset of random tokens, with a tokenizer of a GPTConfig's vocab_size."""
     folder.mkdir(parents=True)
     size = config.vocab_size
     ranks = {bytes([i]) if i < 256 else bytes(divmod(i, 256)): i for i in range(size - 1)}  # single bytes, then pairs
@@ -485,7 +483,7 @@ def write_random_dataset(folder, config):
     tokenizer.save(folder)
     splits = {}
     for split, count in (("train", 4_000_000), ("validation", 100_000)):
-        tokens = np.random.default_rng(0).integers(size // 4, size=count, dtype=np.uint16)
+        tokens = np.random.default_rng(0).integers(size // VOCABULARY_PER_USED_TOKEN, size=count, dtype=np.uint16)
         tokens.tofile(folder / f"{split}.bin")
         splits[split] = {"stories": 1, "tokens": count, "bytes": 4 * count,
                          "sha256": hashlib.sha256(tokens).hexdigest()}

@@ -126,7 +126,7 @@ def test_prepare_and_train_keys_and_the_tables(small, monkeypatch, capsys):
     assert result.keys() >= {"baseline_tokens_per_s", "baseline_bf16_compiled_tokens_per_s", "tokens_per_s", "mfu",
                              "baseline_peak_mb", "peak_mb"}
     assert result["tokens_per_s"] == 32 * 16 / 2.0 and result["first_round_s_of_each"]["baseline"] == 3.0
-    used = replace(bench.TINY, vocab_size=75)  # the data has a quarter of the tokens
+    used = replace(bench.TINY, vocab_size=75)  # the data uses a quarter of the vocabulary
     flops_per_token = 6 * count_parameters(used) + 12 * 2 * 16 * 32
     assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops_per_token / result["mfu_of_tflops"] / 1e12)
     assert result["mfu_of_measured"] == result["mfu"]  # there is no data sheet of a CPU
