@@ -22,7 +22,7 @@ gradient_accumulation_steps = 1
 max_tokens = 3_276_800
 
 optimizer = "muon"
-muon_lr = 0.01  # 0.02 is as good for a few hundred thousand tokens, and worse the longer the run
+muon_lr = 0.01  # the longer the run, the lower the best one (docs/recipes.md)
 learning_rate = 6e-3  # AdamW's, so mostly that of the embeddings
 beta2 = 0.999  # the large gradients of a rare token are many steps apart (docs/recipes.md)
 lr_schedule = "linear"
