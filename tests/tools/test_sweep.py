@@ -387,9 +387,11 @@ def test_a_search_without_new_settings_ends(with_data, capsys):
     sweep.main(words)
     assert len(final_losses("out/few")) <= 2 and len(table(capsys.readouterr().out)) == len(final_losses("out/few"))
     trials = trials_of("out/few")
-    assert len(trials) == 5 and {trial.user_attrs["error"] for trial in trials} <= {"", sweep.SKIPPED}
+    assert {trial.user_attrs["error"] for trial in trials} <= {"", sweep.SKIPPED}
+    # A job that looks for a run when the other one has just taken the last adds a trial without a seed, and skips it.
+    assert sum("seed" in trial.user_attrs for trial in trials) == 5
     sweep.main(words)
-    assert len(trials_of("out/few")) == 5
+    assert len(trials_of("out/few")) == len(trials)
 
 
 def test_a_search_samples_its_ranges_and_plots_what_matters(with_data, capsys, fails):
