@@ -389,7 +389,7 @@ def test_a_search_without_new_settings_ends(with_data, capsys):
     trials = trials_of("out/few")
     assert {trial.user_attrs["error"] for trial in trials} <= {"", sweep.SKIPPED}
     # A job that looks for a run when the other one has just taken the last adds a trial without a seed, and skips it.
-    assert sum("seed" in trial.user_attrs for trial in trials) == 5
+    assert sum("seed" in trial.user_attrs for trial in trials) == 5 and len(trials) <= 6
     sweep.main(words)
     assert len(trials_of("out/few")) == len(trials)
 
