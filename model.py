@@ -85,6 +85,10 @@ class KVCache:
             self.kv_length = int(self.length)
             self.mask = self.mask[:, :self.kv_length]
 
+    def keep(self, rows):
+        """Drop all sequences but those at `rows` (int tensor) of the batch."""
+        self.kv = self.kv[:, :, rows]
+
     def append(self, layer, k, v):
         """Store the keys and values (B, H, T, D) of new tokens; returns the layer's, (B, H, kv_length, D) each."""
         keys, values = self.kv[layer, 0], self.kv[layer, 1]  # (B, block_size, H, D) each
@@ -298,25 +302,31 @@ class GPT(nn.Module):
         """
         B, block_size = idx.size(0), self.config.block_size
         weight = self.transformer.wte.weight
-        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        rows = torch.arange(B, device=idx.device)  # of the sequences in the cache and in idx
+        tokens = torch.full((B,), -1, device=idx.device)
         cache = KVCache(self.config, B, weight.device, weight.dtype)
         decode = self.capture_decode_graph(cache) if weight.is_cuda else lambda token: self(token, cache=cache)
         start = None  # of the context window in the cache
         for _ in range(max_new_tokens):
             if start == window_start(idx.size(1), block_size):
-                logits = decode(idx[:, -1:])  # (B, 1, V)
+                logits = decode(idx[:, -1:])  # (b, 1, V), b = len(rows)
             else:
                 start = window_start(idx.size(1), block_size)
                 cache.length.zero_()
-                logits = self(idx[:, start:], cache=cache)  # (B, 1, V)
-            token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)  # (B)
+                logits = self(idx[:, start:], cache=cache)  # (b, 1, V)
+            token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)  # (b)
             if end_of_text is not None:
-                token = token.masked_fill(ended, end_of_text)
-                ended |= token == end_of_text
-            yield (token, logits[:, -1]) if with_logits else token
-            if end_of_text is not None and ended.all():
+                token = token.masked_fill(tokens[rows] == end_of_text, end_of_text)
+            tokens = tokens.index_copy(0, rows, token)  # (B), not in place: the caller has the last ones
+            yield (tokens, logits[:, -1]) if with_logits else tokens
+            idx = torch.cat([idx, token[:, None]], dim=1)  # (b, T + 1)
+            running = token != end_of_text if end_of_text is not None else torch.ones_like(token, dtype=torch.bool)
+            if not running.any():
                 return
-            idx = torch.cat([idx, token[:, None]], dim=1)  # (B, T + 1)
+            # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
+            if running.float().mean() < 0.8 and not cache.fixed_shapes and not with_logits:
+                rows, idx = rows[running], idx[running]
+                cache.keep(running)
 
     def capture_decode_graph(self, cache):
         """Capture a decoding step as a CUDA graph: a function of tokens (B, 1) -> logits (B, 1, V).

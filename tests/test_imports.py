@@ -10,7 +10,7 @@ from conftest import ROOT
 ORDER = [["tools"], ["train"], ["evaluate"], ["prepare", "sample"], ["checkpoint"], ["modern"], ["model"],
          ["embeddings", "layers", "muon"], ["config"], ["data"], ["runtime"]]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
-FILES = [path for pattern in ("*.py", "tools/*.py", "config/__init__.py", "data/*.py", "runtime/*.py")
+FILES = [path for pattern in ("*.py", "tools/*.py", "tools/*/*.py", "config/__init__.py", "data/*.py", "runtime/*.py")
          for path in sorted(ROOT.glob(pattern))]
 
 

@@ -1,0 +1,183 @@
+"""tools/judge.py: the table, judge.json and judge.txt, the plot, and what is left out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sacrebleu", reason="pip install -r requirements-extra.txt")
+
+from conftest import ROOT
+from data import nursery
+from data.dataset import Split
+from data.tokenizer import END_OF_TEXT, Tokenizer
+from tools import judge
+
+FLAGS = ["--num_samples=12", "--max_new_tokens=60"]
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """A folder with data/nursery-bpe300 and the run out/tiny."""
+    folder = tmp_path_factory.mktemp("judged")
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    """The current folder: that of the module's run, without earlier results."""
+    monkeypatch.chdir(folder)
+    for name in ("judge.json", "judge.txt"):
+        Path("out/tiny", name).unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture
+def result(here, capsys):
+    """A function that runs the judge: returns the table as label → cells, the other lines, and stderr."""
+    def result(*argv):
+        capsys.readouterr()
+        judge.main([*argv, *FLAGS])
+        out, err = capsys.readouterr()
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[0] == "|"]
+        return {label: cells for label, *cells in lines}, [x for x in out.splitlines() if x[0] != "|"], err
+    return result
+
+
+def test_the_table_and_judge_json(result):
+    table, lines, err = result("out/tiny")
+    assert table["measure [95% interval]"] == ["out/tiny", "held-out (6)"] and not err
+    for section, measures in judge.MEASURES.items():
+        assert section in table
+        for label, _ in measures.values():
+            if "pairs" not in label and label in table:
+                assert len(table[label]) == 2
+    assert table["stories that the grammar allows, %"] == ["0.0 [0.0, 0.0]", "100.0 [100.0, 100.0]"]
+    assert table["right of two (word order), %; chance 50"][1] == "–" != table["loss, tokens 0–15 of a story"][0]
+    assert [line.split(":")[0] for line in lines] == ["out/tiny", "held-out (6)"] and "longest copied span" in lines[0]
+
+    found = json.loads(Path("out/tiny/judge.json").read_text(encoding="utf-8"))
+    assert found["checkpoint"] == "out/tiny/ckpt.pt" and found["seed"] == 1 and found["dataset"] == "nursery-bpe300"
+    assert set(found["measures"]["words"]) == {"value", "low", "high"}
+    assert found["reference"]["ends"]["value"] == 1 and "loss_window_end" not in found["reference"]
+    assert len(found["curves"]["loss_by_window_position"]) == 16 and len(found["curves"]["novelty"]) == 12
+    stories = Path("out/tiny/judge.txt").read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
+    assert len(stories) == 12 and found["longest_copy"]["text"] in stories[found["longest_copy"]["story"]]
+    assert found["longest_copy"]["text"] in found["longest_copy"]["source"]
+
+
+def test_the_same_seed_gives_the_same_result(result):
+    first, second, other = (result("out/tiny", f"--seed={seed}")[0] for seed in (3, 3, 4))
+    assert first == second != other
+
+
+def test_judge_txt_can_be_judged_without_the_model(result):
+    with_model = result("out/tiny")[0]
+    table, _, err = result("out/tiny/judge.txt", "--dataset", "nursery-bpe300")
+    for label, (cell, _) in ((label, cells) for label, cells in table.items() if cells[0] != "" and "[" in cells[0]):
+        if label != "stories that end, %":  # a file does not say
+            assert with_model[label][0] == cell, label
+    assert "loss, second half of the window" not in table and not err
+
+
+def test_several_columns_and_controls(result):
+    Path("stories.txt").write_text(f"\n{END_OF_TEXT}\n".join(nursery.stories(20, seed=9)), encoding="utf-8")
+    table, _, _ = result("out/tiny", "stories.txt", "--controls")
+    assert table["measure [95% interval]"] == ["out/tiny", "stories.txt", "trigram model", "shuffled sentences",
+                                               "held-out (6)"]
+    assert [cell.split()[0] for cell in table["stories that the grammar allows, %"]] == [
+        "0.0", "100.0", "0.0", "0.0", "100.0"]
+    one_hero = [cell.split()[0] for cell in table["stories with one consistent hero, %"]]
+    assert one_hero[1] == one_hero[-1] == "100.0"
+    assert table["3-grams not in the training text, %"][2] == "0.0 [0.0, 0.0]"  # what defines a trigram model
+
+
+def test_an_opening(result):
+    tokenizer = Tokenizer.load("out/tiny")
+    held_out = judge.split_stories(tokenizer, Split("data/nursery-bpe300", "validation", 1).tokens)
+    opening = held_out[2][:40]
+    table, _, err = result("out/tiny", "--start", opening)
+    count = sum(story.startswith(opening) for story in held_out)
+    assert table["measure [95% interval]"][1] == f"held-out ({count})" and 0 < count < 6 and not err
+    stories = Path("out/tiny/judge.txt").read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
+    assert len(held_out) == 6 and len(stories) == 12 and all(story.startswith(opening) for story in stories)
+    assert "note: no held-out story of data/nursery-bpe300 begins with 'Xyz'" in result("out/tiny", "--start=Xyz")[2]
+
+
+def test_without_the_data_the_rest_is_measured(result, here):
+    Path("data").rename("elsewhere")
+    try:
+        table, lines, err = result("out/tiny")
+    finally:
+        Path("elsewhere").rename("data")
+    assert err.startswith("note: data/nursery-bpe300, which out/tiny was trained on, is not here: left out are")
+    assert err.count("\n") == 1 and not lines
+    assert table["measure [95% interval]"] == ["out/tiny"] and "words and marks per story" in table
+    assert "stories that the grammar allows, %" in table and "Copied or new" not in table
+    assert json.loads(Path("out/tiny/judge.json").read_text(encoding="utf-8"))["reference"] is None
+
+
+def test_stories_without_a_dataset(result):
+    Path("stories.txt").write_text("A cat sat.\n<|endoftext|>\n\n<|endoftext|>\nA dog ran.\n", encoding="utf-8")
+    table, _, err = result("stories.txt")
+    assert "note: no --dataset: left out are held-out stories and copies" in err
+    assert "note: stories.txt: 1 of 3 stories are empty and left out" in err
+    assert table["words and marks per story"] == ["4.0 [4.0, 4.0]"]
+
+
+def test_other_training_text(result, here):
+    import prepare
+    prepare.main(["nursery", "--tokenizer", "data/nursery-bpe300", "--max_stories", "50", "--name", "fewer"])
+    table, _, err = result("out/tiny", "--dataset=fewer")
+    assert "note: out/tiny was trained on other text than data/fewer: what it copied from that is not found" in err
+    assert "Copied or new" in table
+
+
+def test_the_plot(result):
+    _, lines, _ = result("out/tiny", "--picture=plots/judge.png")
+    assert lines[-1] == "plot: plots/judge.png" and Path("plots/judge.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_are_one_line(here, fails, monkeypatch):
+    assert "no checkpoint in out/typo" in fails(judge.main, ["out/typo"])
+    assert "no data in data/typo" in fails(judge.main, ["out/tiny", "--dataset=typo"])
+    assert "did you mean --num_samples?" in fails(judge.main, ["out/tiny", "--num-samples=3"], code=2)
+    assert "from 1 to 100000" in fails(judge.main, ["out/tiny", "--num_samples=0"], code=2)
+    Path("empty.txt").touch()
+    assert "empty.txt: all 1 stories are empty" in fails(judge.main, ["empty.txt", "--dataset=nursery-bpe300"])
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    assert "cannot read latin.txt as UTF-8" in fails(judge.main, ["latin.txt", "--dataset=nursery-bpe300"])
+    assert not Path("out/tiny/judge.json").exists()
+    monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
+    assert "the judge needs pydivsufsort: pip install -r requirements-extra.txt" in fails(judge.main, ["out/tiny"])
+
+
+def test_a_model_that_writes_nothing(here, fails):
+    checkpoint = torch.load("out/tiny/ckpt.pt", weights_only=True)
+    shutil.copytree("out/tiny", "out/silent", dirs_exist_ok=True)
+    end_of_text = checkpoint["model"]["transformer.wte.weight"][299]
+    end_of_text *= 100
+    checkpoint["model"]["transformer.ln_f.bias"] = 100 * end_of_text  # the most likely token everywhere
+    torch.save(checkpoint, "out/silent/ckpt.pt")
+    assert "out/silent: all 12 stories are empty" in fails(judge.main, ["out/silent", *FLAGS])
+
+
+def test_a_vocabulary_that_cannot_spell_the_opening(here, fails):
+    tokenizer = Tokenizer.load("out/tiny")
+    encoding = tokenizer.encoding
+    ranks = {token: rank for token, rank in encoding._mergeable_ranks.items() if token != b"\xc3"}
+    lacking = Tokenizer(type(encoding)("lacking", pat_str=encoding._pat_str, mergeable_ranks=ranks,
+                                       special_tokens={END_OF_TEXT: 299}))
+    judge.check_vocabulary(lacking, ["Once"])
+    with pytest.raises(judge.UserError, match="the vocabulary lacking cannot spell 'Café': it lacks the byte 195"):
+        judge.check_vocabulary(lacking, ["Once", "Café"])
+
+
+def test_the_documentation_names_every_measure():
+    page = (ROOT / "docs/judging.md").read_text(encoding="utf-8")
+    for measures in judge.MEASURES.values():
+        for label, _ in measures.values():
+            assert label.split(",")[0] in page, label

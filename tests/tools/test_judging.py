@@ -1,0 +1,286 @@
+"""tools/judging: each measure on hand-made stories with known answers."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sacrebleu", reason="pip install -r requirements-extra.txt")
+
+from checkpoint import load_model
+from data import nursery
+from data.tokenizer import Tokenizer
+from tools.judging import controls, grammar, novelty, pairs, scoring, text
+
+# Enough uses of each name to learn it; Honey is also a word.
+LEARNED = ["One day, Lily sang and she was happy. Then Lily ran, and she fell. Soon Lily slept, and she dreamed.",
+           "Once, Tom sang and he was happy. Then Tom ran, and he fell. Soon Tom slept, and he dreamed.",
+           "He saw Honey and ate honey. He saw Honey, and Honey saw him. Mr. Wood met Mrs. Wood and little Mr. Wood."]
+NAMES = {"Lily": "she", "Tom": "he", "Honey": None}
+
+
+def shares(measure):
+    """The numerators and denominators of a measure, as lists."""
+    return [list(values) for values in measure]
+
+
+# ---- intervals ----
+
+
+def test_the_value_is_the_ratio_of_the_sums():
+    assert text.interval([1, 0, 3], [2, 0, 4]) == pytest.approx((4 / 6, 0.5, 0.75), abs=0.01)
+    assert text.interval([2] * 50, [4] * 50) == (0.5, 0.5, 0.5)
+    assert text.interval([0, 0], [0, 0]) is None and text.interval([], []) is None
+
+
+def test_the_interval_is_that_of_the_normal_distribution_for_many_stories():
+    value, low, high = text.interval([1] * 150 + [0] * 350, [1] * 500)
+    assert value == 0.3
+    assert [low, high] == pytest.approx([0.3 - 0.0402, 0.3 + 0.0402], abs=0.006)  # 1.96 * sqrt(0.3 * 0.7 / 500)
+
+
+# ---- varied ----
+
+
+def test_words_and_sentences():
+    story = '"Wait, Mr. Fox!" said Tim\'s mom. She had 2 cups… "No."\n\nThe end'
+    assert text.split_words(story)[:9] == ['"', "wait", ",", "mr", ".", "fox", "!", '"', "said"]
+    assert "tim's" in text.split_words(story) and "2" in text.split_words(story)
+    assert text.split_sentences(story) == ['"Wait, Mr. Fox!"', "said Tim's mom.", "She had 2 cups…", '"No."', "The end"]
+
+
+def test_distinct_n_grams_are_counted_in_groups_of_ten_stories():
+    stories = ["a b a b".split()] * 10 + ["c d e f".split()] * 10 + ["too few for a group".split()]
+    assert shares(text.distinct(stories, 1)) == [[2, 4], [40, 40]]
+    assert shares(text.distinct(stories, 2)) == [[2, 3], [30, 30]]
+    assert shares(text.distinct(stories[:3], 3)) == [[2], [6]]
+
+
+def test_self_bleu():
+    same, other = "the cat sat on the mat".split(), "a dog ran in my yard".split()
+    assert shares(text.self_bleu([same, same])) == [pytest.approx([1, 1]), [1, 1]]
+    assert max(text.self_bleu([same, other])[0]) == 0
+    assert shares(text.self_bleu([same])) == [[], []]  # nothing to compare with
+
+
+def test_openings_and_endings_of_other_stories():
+    stories = ["Hi. It was fun. Bye.", "Hi. Bye.", "Hello. The end.", "Hey. Bye."]
+    measures = text.variety(stories)
+    assert shares(measures["same_opening"])[0] == [1, 1, 0, 0]
+    assert shares(measures["same_ending"])[0] == [1, 1, 0, 1]
+
+
+# ---- whole ----
+
+
+def test_wholeness():
+    stories = ['He said, "Go." He ran home. He ran home.', 'He said, "Go. A b c d e a b c d e.', "“Go,” he said."]
+    measures = text.wholeness(stories, [True, False, True])
+    assert shares(measures["ends"])[0] == [1, 0, 1]
+    assert shares(measures["words"])[0] == [15, 17, 7]
+    assert shares(measures["quotes_balanced"])[0] == [1, 0, 1]
+    assert shares(measures["repeated_sentences"]) == [[1, 0, 0], [3, 2, 1]]  # only those of three words
+    assert shares(measures["repeated_4_grams"]) == [[1, 2, 0], [12, 14, 4]]
+
+
+# ---- consistent ----
+
+
+def test_names_and_their_pronouns_are_learned():
+    assert text.learn_names(LEARNED) == NAMES
+
+
+@pytest.mark.parametrize("story, names, not_introduced, pronouns, agreeing", [
+    ("There was a girl named Lily. She met Tom. She ran.", ["Lily", "Tom"], [], 0, 0),
+    ("There was a girl named Lily. She sang. She ran.", ["Lily"], [], 2, 2),
+    ("There was a girl named Lily. He sang. She ran.", ["Lily"], [], 2, 1),
+    ("There was a boy named Lily. He sang.", ["Lily"], [], 1, 1),  # the noun counts more than the name
+    ("Lily sang. Her mom came. She ran. Lily slept, and she dreamed.", ["Lily"], [], 1, 1),  # the mom ran
+    ('Lily sang. "He ran," said Lily. She slept.', ["Lily"], [], 1, 1),  # quotations are not counted
+    ("Honey sang. He ran. She ran.", ["Honey"], [], 0, 0),  # may be either
+    ("Lily sang. It rained. Tom ran.", ["Lily", "Tom"], ["Tom"], 0, 0),
+    ("Lily sang. It rained. Her friend Tom ran. Tom fell.", ["Lily", "Tom"], [], 0, 0),
+    ("Lily sang. It rained. Tom the goat ran.", ["Lily", "Tom"], [], 0, 0),
+    ("Lily sang. It rained. Mama Honey ran.", ["Lily"], [], 0, 0),  # a title
+    ("Once there was a cat. It sang.", [], [], 0, 0)])
+def test_the_cast_of_a_story(story, names, not_introduced, pronouns, agreeing):
+    cast = text.find_cast(story, NAMES)
+    assert (cast.names, cast.not_introduced, cast.pronouns, cast.agreeing) == (
+        names, not_introduced, pronouns, agreeing)
+    assert cast.hero == (names[0] if names else None)
+    assert cast.has_one_hero == (bool(names) and not not_introduced and pronouns == agreeing)
+
+
+def test_consistency():
+    stories = ["Lily sang. She ran.", "Lily sang. He ran. Tom ran.", "A cat sang."]
+    measures = text.consistency(stories, NAMES)
+    assert shares(measures["names"])[0] == [1, 2, 0]
+    assert shares(measures["names_not_introduced"]) == [[0, 1, 0], [1, 2, 0]]
+    assert shares(measures["pronouns_agree"]) == [[1, 0, 0], [1, 1, 0]]
+    assert shares(measures["one_hero"]) == [[1, 0, 0], [1, 1, 0]]  # of the stories that have a name
+
+
+# ---- the grammar of the nursery corpus ----
+
+STORIES = list(nursery.stories(60, seed=9))
+
+
+def test_every_story_of_the_corpus_is_possible():
+    for story in STORIES:
+        assert grammar.is_possible(story) and grammar.is_possible(story, one_cast=False), story
+
+
+SANDWICH = """Once upon a time, in a small town near the mountains, there lived a curious boy named Tim. One summer
+day, his mom gave him a big sandwich. Tim walked to the meadow and found a nice spot among the flowers. Before he could
+take a bite, his friend Sara walked up. "I am so hungry," said Sara. "My tummy hurts." Tim wanted to eat it all. But he
+saw how sad Sara was. Tim cut the sandwich in two and gave Sara the bigger half. "Here, this is for you," Tim said.
+"Thank you!" said Sara. Tim and Sara hugged, and they stayed friends forever.""".replace("\n", " ")
+
+
+@pytest.mark.parametrize("old, new, with_any_names", [
+    ("Sara hugged", "Sara hugged", True),
+    ("Tim cut", "Max cut", True), ("Tim cut", "Sara cut", True),  # another hero
+    ("But he saw", "But she saw", True), ("sad Sara was", "sad Mia was", True),
+    ("Sara", "Tim", True),  # hero and friend have the same name
+    ("his mom", "her mom", True), ("curious boy", "curious girl", True),
+    (" Tim wanted", "\n\nTim wanted", True),  # a paragraph break where there may be one
+    (" But he saw", "\n\nBut he saw", False), ("Tim cut the sandwich", "Tim cut the cake", False),
+    ("wanted to eat", "wants to eat", False), ("forever.", "forever", False), ("forever.", "forever. The end.", False),
+    ("Tim wanted to eat it all. ", "", False), ("Tim cut", "Sandwich cut", False)])
+def test_a_changed_story(old, new, with_any_names):
+    story = SANDWICH.replace(old, new)
+    assert grammar.is_possible(SANDWICH)
+    assert grammar.is_possible(story) == (story == SANDWICH or "\n" in story and with_any_names)
+    assert grammar.is_possible(story, one_cast=False) == with_any_names
+
+
+# ---- copied or new ----
+
+
+@pytest.mark.parametrize("dtype, vocabulary", [(np.uint16, 4), (np.uint16, 2000), (np.uint32, 70_000)])
+def test_longest_matches_are_those_of_a_search_by_hand(dtype, vocabulary):
+    rng = np.random.default_rng(0)
+    tokens = rng.choice(rng.integers(vocabulary, size=4), 300).astype(dtype)  # four tokens, of any bytes
+    stories = [rng.choice(tokens, length).tolist() for length in (1, 2, 30, 50)] + [[], tokens[40:60].tolist()]
+    found, positions = novelty.TrainingText(tokens, end_of_text=0).longest_matches(stories)
+    spans = {tuple(tokens[i:i + n]) for n in range(1, 25) for i in range(len(tokens) - n + 1)}
+    for story, lengths, places in zip(stories, found, positions, strict=True):
+        assert list(lengths) == [max([n for n in range(1, len(story) - i + 1) if tuple(story[i:i + n]) in spans],
+                                     default=0) for i in range(len(story))]
+        for i, (length, place) in enumerate(zip(lengths, places)):
+            assert list(tokens[place:place + length]) == story[i:i + length]
+
+
+def test_novelty_counts_n_grams():
+    text_index = novelty.TrainingText(np.array([1, 2, 3, 0, 4, 5, 0], np.uint16), end_of_text=0)
+    lengths, positions = text_index.longest_matches([[1, 2, 3, 4, 5], [9, 1], []])
+    assert [list(length) for length in lengths] == [[3, 2, 1, 2, 1], [0, 1], []]  # 3, 4 are in different stories
+    measures = novelty.novelty(lengths)
+    assert shares(measures["new_1_grams"]) == [[0, 1, 0], [5, 2, 0]]
+    assert shares(measures["new_2_grams"]) == [[1, 1, 0], [4, 1, 0]]
+    assert shares(measures["new_3_grams"]) == [[2, 0, 0], [3, 0, 0]]
+    assert shares(measures["longest_copy"])[0] == [3, 1, 0]
+    assert text_index.source(positions[0][3]) == (1, [4, 5]) and text_index.source(2) == (0, [1, 2, 3])
+
+
+# ---- minimal pairs and losses ----
+
+
+def test_minimal_pairs():
+    story = "Lily saw a ball. She was glad. Then Lily sat, and she ate the apple."
+    found = {kind: [(pair.good, pair.bad) for pair in each]
+             for kind, each in pairs.minimal_pairs([story], {"Lily": "she", "Kate": "she", "Tom": "he"}, 5).items()}
+    last = "She was glad. Then Lily sat, and she ate the apple."
+    assert found.pop("agreement") == [("Lily saw a ball. She was glad.", "Lily saw a ball. She were glad.")]
+    assert found.pop("article") == [("Lily saw a ball.", "Lily saw an ball.")]
+    assert found.pop("name") == [(story, story.replace("Then Lily", "Then Kate"))]
+    assert found.pop("gender") == [(story, story.replace("and she", "and he"))]
+    assert found.pop("tense")[0] in [("Lily saw a ball.", "Lily see a ball."), (last, last.replace(" sat", " sit"))]
+    assert found.pop("pronoun")[0] in [("Lily saw a ball. She was glad.", "Lily saw a ball. Her was glad."),
+                                       (last, last.replace("and she", "and her"))]
+    assert found.pop("word order")[0] in [("Lily saw a ball.", "Lily saw ball a."),
+                                          (last, last.replace("the apple", "apple the"))]
+    assert not found
+
+
+def test_quotations_are_not_changed_and_the_count_is_limited():
+    stories = ['"He was a fox," said Lily.', "He was a fox.", "He was a dog.", "He was a cat."]
+    found = pairs.minimal_pairs(stories, NAMES, 2)["agreement"]
+    assert [pair.bad for pair in found] == ["He were a fox.", "He were a dog."]
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(trained):
+    """A trained model with blocks of 16 tokens."""
+    model, tokenizer, _ = load_model(trained / "out/tiny/ckpt.pt")
+    return model, tokenizer
+
+
+def test_losses_do_not_depend_on_the_batch(model_and_tokenizer):
+    model, _ = model_and_tokenizer
+    sequences = [[1, 2, 3, 4, 5], [7, 8], list(range(17)), [9, 8, 7]] * 20
+    losses = scoring.token_losses(model, sequences)
+    for sequence, loss in zip(sequences[:4], losses):
+        logits = model(torch.tensor([sequence[:-1]]))[0]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(sequence[1:]), reduction="none")
+        assert loss == pytest.approx(expected.tolist(), abs=1e-4)
+    assert all(np.array_equal(losses[i], losses[i % 4]) for i in range(80))
+
+
+def test_the_more_likely_text_counts_and_ties_count_half(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    good, bad = "Once upon a time", "Once upon a emit"
+    both = {"a": [pairs.Pair("a", good, bad), pairs.Pair("a", bad, good)], "b": [pairs.Pair("b", good, bad)],
+            "c": [pairs.Pair("c", "x" * 40, "x" * 39 + "y"), pairs.Pair("c", "x" + "y" * 40, "y" * 41)]}
+    measures = scoring.language(model, tokenizer, both)
+    assert shares(measures["pairs_a"])[0] == [1, 0] and shares(measures["pairs_b"])[0] == [1]
+    assert len(measures["pairs_c"][0]) == 1  # the second differs outside the window
+    with torch.no_grad():
+        weight = model.transformer.wte.weight.clone()
+        model.transformer.wte.weight.zero_()  # all tokens equally likely
+    same_length = {"d": [pairs.Pair("d", "Once", "Onec")]}
+    tokens = [len(tokenizer.encode(side)) for side in ("Once", "Onec")]
+    score = scoring.language(model, tokenizer, same_length)["pairs_d"][0][0]
+    model.transformer.wte.weight.data.copy_(weight)
+    assert score == (0.5 if tokens[0] == tokens[1] else float(tokens[0] < tokens[1]))
+
+
+def test_loss_by_position(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    stories = STORIES[:4]
+    measures, curves = scoring.context(model, tokenizer, stories)
+    stream = [tokenizer.end_of_text]
+    for story in stories:
+        stream += [*tokenizer.encode(story), tokenizer.end_of_text]
+    count = (len(stream) - 1) // 16
+    x = torch.tensor(stream[:count * 16]).view(count, 16)
+    y = torch.tensor(stream[1:count * 16 + 1]).view(count, 16)
+    losses = model(x, y, reduction="none").detach()
+    assert curves["loss_by_window_position"] == pytest.approx(losses.mean(0).tolist(), abs=1e-4)
+    assert text.interval(*measures["loss_window_start"])[0] == pytest.approx(losses[:, :4].mean().item(), abs=1e-4)
+    assert text.interval(*measures["loss_window_end"])[0] == pytest.approx(losses[:, 8:].mean().item(), abs=1e-4)
+    assert curves["loss_by_story_position"][0] == pytest.approx(
+        torch.stack([losses.flatten()[i] for i, token in enumerate(stream[:-1])
+                     if token == tokenizer.end_of_text and i < count * 16]).mean().item(), abs=1e-4)
+    assert measures["loss_story_0"][1].sum() == 4 * 16
+    assert scoring.context(model, tokenizer, ["Hi."]) == ({}, {})
+
+
+# ---- controls ----
+
+
+def test_shuffled_sentences_are_those_of_the_stories():
+    shuffled = controls.shuffled_sentences(STORIES)
+    assert [len(text.split_sentences(story)) for story in shuffled] == [
+        len(text.split_sentences(story)) for story in STORIES]
+    assert shuffled != STORIES and sorted(sum(map(text.split_sentences, shuffled), [])) == sorted(
+        sum(map(text.split_sentences, STORIES), []))
+
+
+def test_the_trigram_model_has_only_trigrams_of_its_text(trained):
+    tokenizer = Tokenizer.load(trained / "out/tiny")
+    tokens = tokenizer.encode_stories(STORIES)
+    stories = controls.trigram_stories(tokens, tokenizer.end_of_text, 5, max_tokens=100)
+    lengths, _ = novelty.TrainingText(tokens, tokenizer.end_of_text).longest_matches(stories)
+    assert len(stories) == 5 and all(0 < len(story) <= 100 for story in stories)
+    assert all(min(length[:-2]) >= 3 for length in lengths) and len(set(map(tuple, stories))) == 5
+    assert all(tokenizer.decode(story)[0].isupper() for story in stories)  # they begin as stories do

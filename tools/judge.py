@@ -1,0 +1,406 @@
+"""Judge the stories of runs: copied or new, varied, whole, consistent; and what a model knows of language and context.
+
+    python -m tools.judge out/run                            500 stories, next to held-out stories of its dataset
+    python -m tools.judge out/a out/b --picture out/ab.png   two runs, and a plot of novelty and loss by position
+    python -m tools.judge stories.txt --dataset tinystories  stories of another program, as sample.py prints them
+    python -m tools.judge out/run --controls                 next to stories that are known to be bad, too
+
+A story is better if its measures are closer to those of the held-out stories (last column), not if they are higher. A
+run's measures are also written to judge.json in its folder, its stories to judge.txt. The measures are explained and
+validated in docs/judging.md.
+"""
+
+if __name__ == "__main__":
+    from runtime import startup
+
+    startup.before_importing_torch()
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import best_checkpoint, load, load_model
+from data.dataset import Split, read_meta
+from data.tokenizer import END_OF_TEXT, Tokenizer
+from runtime import files
+from runtime.errors import Parser, UserError, exit_with_one_line
+from runtime.hardware import autocast, pick_device, pick_dtype, pick_inference_dtype
+from sample import number, read_prompt
+from tools.compare import markdown, save_figure
+from tools.judging import controls, grammar, novelty, pairs, scoring, text
+
+BATCH = 256  # stories generated at once
+SAMPLE_TOKENS = 1_000_000  # of the training text, from which names are learned and the trigram model is made
+PAIRS = 200  # minimal pairs of each kind
+PERCENT, MEAN, LOSS = (100, ".1f"), (1, ".1f"), (1, ".3f")  # what a value is multiplied by, and its format
+
+# Measure → (what the table calls it, format), in the order of the table.
+MEASURES = {
+    "Copied or new": {
+        **{f"new_{n}_grams": (f"{n}-grams not in the training text, %", PERCENT) for n in (1, 2, 3, 4, 6, 8, 10, 12)},
+        "longest_copy": ("longest copied span of a story, tokens", MEAN)},
+    "Varied": {
+        **{f"distinct_{n}": (f"distinct {n}-grams in {text.GROUP} stories, %", PERCENT) for n in (1, 2, 3)},
+        "self_bleu": (f"self-BLEU of {text.BLEU_STORIES} stories, %", PERCENT),
+        "same_opening": ("first sentence of another story, %", PERCENT),
+        "same_ending": ("last sentence of another story, %", PERCENT)},
+    "Whole": {
+        "ends": ("stories that end, %", PERCENT), "words": ("words and marks per story", MEAN),
+        "quotes_balanced": ("stories with balanced quotation marks, %", PERCENT),
+        "repeated_sentences": ("sentences repeated in their story, %", PERCENT),
+        "repeated_4_grams": ("4-grams repeated in their story, %", PERCENT)},
+    "Consistent": {
+        "names": ("names per story", MEAN),
+        "names_not_introduced": ("names not introduced, %", PERCENT),
+        "pronouns_agree": ("pronouns that agree with the hero, %", PERCENT),
+        "one_hero": ("stories with one consistent hero, %", PERCENT),
+        "possible": ("stories that the grammar allows, %", PERCENT),
+        "possible_with_any_names": ("... with any names and pronouns, %", PERCENT)},
+    "Knows its language": {
+        f"pairs_{kind.replace(' ', '_')}": (f"right of two ({kind}), %; chance 50", PERCENT)
+        for kind in (*pairs.RULES, "name", "gender")},
+    "Uses its context": {
+        "loss_window_start": ("loss, first quarter of the window", LOSS),
+        "loss_window_end": ("loss, second half of the window", LOSS),
+        **{f"loss_story_{a}": (f"loss, tokens {a}–{b - 1} of a story", LOSS) for a, b in scoring.STORY_SPANS}},
+}
+
+
+@dataclass
+class Column:
+    """A column of the table: stories and what was measured on them."""
+
+    name: str
+    stories: list  # texts
+    ended: list  # whether each story has an end of text
+    out_dir: Path = None  # for a run
+    about: dict = field(default_factory=dict)  # the checkpoint and its settings, for judge.json
+    measures: dict = field(default_factory=dict)  # name → (numerators, denominators)
+    curves: dict = field(default_factory=dict)  # name → list, for the plot
+    longest_copy: dict = None
+
+
+@dataclass
+class HeldOut:
+    """A dataset to compare with: its training text, and stories that no run was trained on."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: np.ndarray  # tokens (N,)
+    stories: list  # texts, as many as are judged
+    names: dict  # of characters, from `text.learn_names`
+
+
+@exit_with_one_line
+def main(argv=None):
+    """Print the table and write judge.json; `argv` as on the command line. User errors are reported in one line."""
+    args = parse_args(argv)
+    check_packages(args)
+    dataset = load_dataset(args)
+    columns = [read_stories(run) if Path(run).is_file() else judge_model(run, dataset, args) for run in args.runs]
+    if dataset:
+        columns += make_controls(dataset, args.max_new_tokens) if args.controls else []
+        columns.append(Column(f"held-out ({len(dataset.stories)})", dataset.stories, [True] * len(dataset.stories)))
+        training_text = novelty.TrainingText(dataset.train, dataset.tokenizer.end_of_text)
+    names = dataset.names if dataset else text.learn_names([story for column in columns for story in column.stories])
+    for column in tqdm(columns, "measuring", leave=False, disable=None):
+        measure_stories(column, names, is_nursery(dataset, args.runs))
+        if dataset:
+            measure_novelty(column, dataset.tokenizer, training_text)
+
+    summaries = [{name: text.interval(*measure) for name, measure in column.measures.items()} for column in columns]
+    print(format_table(columns, summaries))
+    for column, summary in zip(columns, summaries):
+        if column.longest_copy:
+            print(describe_copy(column))
+        if column.out_dir:
+            write(column, summary, summaries[-1] if dataset else None)
+    if args.picture:
+        plot(columns, args.picture)
+        print(f"plot: {args.picture}")
+
+
+def parse_args(argv):
+    """Parse the command line; exits with code 2 for an invalid flag."""
+    parser = Parser(prog="python -m tools.judge", description="Measure how good the stories of runs are.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, as out/tinystories, or a file of "
+                        f"stories separated by {END_OF_TEXT}")
+    parser.add_argument("--num_samples", type=number(int, 1, 100_000, "from 1 to 100000"), default=500,
+                        help="stories to generate, and held-out stories to compare with (default: %(default)s)")
+    parser.add_argument("--dataset", metavar="NAME", help="the folder under data/ with the training text and the "
+                        "held-out stories (default: that of the first run)")
+    parser.add_argument("--start", default="", help="the opening of all stories, or FILE:opening.txt (default: none: "
+                        "openings are part of what is judged)")
+    parser.add_argument("--temperature", type=number(float, 0, 100, "from 0 to 100"), default=0.8,
+                        help="as in sample.py (default: %(default)s)")
+    parser.add_argument("--top_k", type=number(int, 0, 10**9, "0 or more"), default=200,
+                        help="as in sample.py (default: %(default)s)")
+    parser.add_argument("--top_p", type=number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0,
+                        help="as in sample.py (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9, "1 or more"), default=400,
+                        help="maximum length of a story in tokens (default: %(default)s)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1, "from 0 to 2**63 - 1"), default=1,
+                        help="the same seed gives the same stories (default: %(default)s)")
+    parser.add_argument("--controls", action="store_true", help="add two columns of bad stories: shuffled sentences "
+                        "of held-out stories, and a trigram model")
+    parser.add_argument("--picture", metavar="FILE", help="plot novelty and loss by position: .png, .svg or .pdf")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    args = parser.parse_args(argv)
+    args.start, args.device = read_prompt(args.start), pick_device(args.device)
+    return args
+
+
+def check_packages(args):
+    """Raise UserError if a package is missing that will be needed after minutes."""
+    for package in ("pydivsufsort", "sacrebleu", *["matplotlib"] * bool(args.picture)):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the judge needs {package}:  pip install -r requirements-extra.txt")
+
+
+# ---- what is compared with what ----
+
+
+def note(message):
+    """Print a line about something that the table lacks."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def load_dataset(args):
+    """The `HeldOut` of --dataset or of the first run; None, with a note, if there is none on this machine.
+
+    Raises UserError if a dataset is damaged, or the one named is missing.
+    """
+    runs = [run for run in args.runs if not Path(run).is_file()]
+    name = args.dataset or (load(best_checkpoint(runs[0]))["config"]["dataset"] if runs else None)
+    if name is None:
+        return note("no --dataset: left out are held-out stories and copies")
+    folder = Path("data", name)
+    if not args.dataset and not folder.exists():
+        return note(f"{folder}, which {runs[0]} was trained on, is not here: left out are held-out stories, copies, "
+                    "language and context (--dataset NAME compares with another)")
+    tokenizer = Tokenizer.load(folder)
+    train, validation = (Split(folder, split, 1).tokens for split in ("train", "validation"))
+    for run in runs:
+        if read_meta(run)["splits"]["train"]["bytes"] != read_meta(folder)["splits"]["train"]["bytes"]:
+            note(f"{run} was trained on other text than {folder}: what it copied from that is not found")
+    stories = split_stories(tokenizer, validation)
+    matching = [story for story in stories if story.startswith(args.start)]
+    if not matching:
+        note(f"no held-out story of {folder} begins with {args.start!r}: comparing with others")
+    stories = matching or stories
+    count = min(args.num_samples, len(stories))
+    return HeldOut(name, tokenizer, train, [stories[i] for i in np.arange(count) * len(stories) // count],
+                   text.learn_names(split_stories(tokenizer, train[:SAMPLE_TOKENS])))
+
+
+def split_stories(tokenizer, tokens):
+    """The texts of the stories in an array of tokens; the last one may be incomplete."""
+    ends = np.flatnonzero(tokens == tokenizer.end_of_text)
+    stories = (tokenizer.decode(story[story != tokenizer.end_of_text].tolist()) for story in np.split(tokens, ends))
+    return [story for story in stories if story]
+
+
+def is_nursery(dataset, runs):
+    """Whether the stories are of the synthetic corpus, whose grammar is known."""
+    folder = Path("data", dataset.name) if dataset else Path(runs[0])
+    return folder.is_dir() and read_meta(folder).get("source") == "nursery"
+
+
+def read_stories(path):
+    """The column of a file of stories. Raises UserError if it cannot be read or has no story."""
+    try:
+        stories = Path(path).read_bytes().decode().split(END_OF_TEXT)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
+    # sample.py prints a line end after each story and each separator.
+    stories = [story.removeprefix("\n" * (i > 0)).removesuffix("\n") for i, story in enumerate(stories)]
+    return Column(path, *without_empty(path, stories, [True] * len(stories)))
+
+
+def without_empty(name, stories, ended):
+    """The stories that are not empty, and their entries of `ended`. Raises UserError if there is none."""
+    kept = [(story, end) for story, end in zip(stories, ended) if story.strip()]
+    if not kept:
+        raise UserError(f"{name}: all {len(stories)} stories are empty: train longer, or look at them with sample.py")
+    if len(kept) < len(stories):
+        note(f"{name}: {len(stories) - len(kept)} of {len(stories)} stories are empty and left out")
+    return [list(values) for values in zip(*kept)]
+
+
+def make_controls(dataset, max_tokens):
+    """The columns of bad stories."""
+    trigram = controls.trigram_stories(dataset.train[:SAMPLE_TOKENS], dataset.tokenizer.end_of_text,
+                                       len(dataset.stories), max_tokens)
+    return [Column("trigram model", [dataset.tokenizer.decode(story) for story in trigram],
+                   [len(story) < max_tokens for story in trigram]),
+            Column("shuffled sentences", controls.shuffled_sentences(dataset.stories), [True] * len(dataset.stories))]
+
+
+# ---- what needs the model ----
+
+
+def judge_model(run, dataset, args):
+    """The column of a run: its stories, and what is measured with the model itself."""
+    path = best_checkpoint(run)
+    model, tokenizer, checkpoint = load_model(path)
+    check_vocabulary(tokenizer, [args.start, *(dataset.stories if dataset else [])])
+    model.to(args.device)
+    column = Column(str(run), [], [], Path(run))
+    if dataset:
+        with autocast(args.device, pick_dtype("auto", args.device)):
+            pairs_by_kind = pairs.minimal_pairs(dataset.stories, dataset.names, PAIRS)
+            column.measures = scoring.language(model, tokenizer, pairs_by_kind)
+            measures, column.curves = scoring.context(model, tokenizer, dataset.stories)
+            column.measures |= measures
+    model.to(pick_inference_dtype("auto", args.device, BATCH))
+    column.stories, column.ended = without_empty(run, *generate(model, tokenizer, args))
+    settings = ("num_samples", "start", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    column.about = {"checkpoint": str(path), "tokens": checkpoint["tokens"], "figures": checkpoint["figures"],
+                    "dataset": dataset and dataset.name, **{name: getattr(args, name) for name in settings}}
+    return column
+
+
+def check_vocabulary(tokenizer, texts):
+    """Raise UserError if a vocabulary lacks a byte of these texts: tiktoken panics then. Those of prepare.py do not."""
+    known = {token[0] for token in tokenizer.encoding.token_byte_values() if len(token) == 1}
+    for story in texts:
+        if unknown := set(story.encode()) - known:
+            raise UserError(f"the vocabulary {tokenizer.name} cannot spell {story[:40]!r}: it lacks the byte "
+                            f"{min(unknown)}; choose another --start or --dataset")
+
+
+def generate(model, tokenizer, args):
+    """Generate stories in batches: (texts, whether each ended before max_new_tokens)."""
+    opening, device = [tokenizer.end_of_text, *tokenizer.encode(args.start)], args.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    stories, ended = [], []
+    with tqdm(total=args.num_samples, desc="generating", unit=" stories", leave=False, disable=None) as bar:
+        while len(stories) < args.num_samples:
+            count = min(BATCH, args.num_samples - len(stories))
+            prompts = torch.tensor([opening] * count, device=device)
+            tokens, done = [], 0
+            for step in model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                                       generator, tokenizer.end_of_text):
+                tokens.append(step.cpu())
+                finished = int((tokens[-1] == tokenizer.end_of_text).sum())
+                bar.update(finished - done)
+                done = finished
+            bar.update(count - done)
+            for story in torch.stack(tokens, 1).tolist():  # (count, steps)
+                ended.append(tokenizer.end_of_text in story)
+                stories.append(args.start + tokenizer.decode([t for t in story if t != tokenizer.end_of_text]))
+    return stories, ended
+
+
+# ---- what needs only the stories ----
+
+
+def measure_stories(column, names, is_nursery):
+    """Measure a column's stories on their own."""
+    stories = column.stories
+    column.measures |= (text.variety(stories) | text.wholeness(stories, column.ended)
+                        | text.consistency(stories, names))
+    if is_nursery:
+        possible = np.array([grammar.is_possible(story) for story in stories])
+        with_any_names = [known or grammar.is_possible(story, one_cast=False)
+                            for known, story in zip(possible, stories)]
+        column.measures |= {"possible": text.per_story(possible),
+                            "possible_with_any_names": text.per_story(with_any_names)}
+
+
+def measure_novelty(column, tokenizer, training_text):
+    """Compare a column's stories with the training text, and find the longest span that they share."""
+    stories = [tokenizer.encode(story) for story in column.stories]
+    lengths, positions = training_text.longest_matches(stories)
+    column.measures |= novelty.novelty(lengths)
+    values = [text.interval(*column.measures[f"new_{n}_grams"]) for n in range(1, novelty.LONGEST_N + 1)]
+    column.curves["novelty"] = [value[0] for value in values if value]  # none for n-grams longer than all stories
+    story = max(range(len(stories)), key=lambda i: lengths[i].max())
+    start, length = int(lengths[story].argmax()), int(lengths[story].max())
+    if length:
+        training_story, source = training_text.source(int(positions[story][start]))
+        column.longest_copy = {"tokens": length, "text": tokenizer.decode(stories[story][start:start + length]),
+                               "story": story, "training_story": training_story, "source": tokenizer.decode(source)}
+
+
+# ---- the report ----
+
+
+def format_table(columns, summaries):
+    """The measures as a Markdown table, a column of it for each `Column`, – for what was not measured."""
+    lines = [["measure [95% interval]", *(column.name for column in columns)]]
+    for section, measures in MEASURES.items():
+        rows = [[f"  {label}", *(cell(summary.get(name), *form) for summary in summaries)]
+                for name, (label, form) in measures.items() if any(summary.get(name) for summary in summaries)]
+        if rows:
+            lines += [[section, *[""] * len(columns)], *rows]
+    return markdown(lines)
+
+
+def cell(result, factor, form):
+    """A (value, low, high) as text."""
+    if result is None:
+        return "–"
+    value, low, high = (format(factor * x, form) for x in result)
+    return f"{value} [{low}, {high}]"
+
+
+def describe_copy(column):
+    """The longest copied span of a column, as a line."""
+    copy = column.longest_copy
+    shown = copy["text"] if len(copy["text"]) < 300 else copy["text"][:300] + "…"
+    return (f"{column.name}: longest copied span, {copy['tokens']} tokens of training story "
+            f"{copy['training_story']:,}: {json.dumps(shown, ensure_ascii=False)}")
+
+
+def write(column, summary, reference):
+    """Write a run's judge.json and judge.txt. Raises UserError if they cannot be written."""
+    def values(summary):
+        return {name: result and dict(zip(("value", "low", "high"), (round(float(x), 5) for x in result)))
+                for name, result in summary.items()}
+    result = column.about | {"measures": values(summary), "reference": reference and values(reference),
+                             "curves": {name: np.round(curve, 4).tolist() for name, curve in column.curves.items()},
+                             "longest_copy": column.longest_copy}
+    files.atomic_write(column.out_dir / "judge.json", lambda file: file.write(
+        (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode()))
+    files.atomic_write(column.out_dir / "judge.txt", lambda file: file.write(
+        (f"\n{END_OF_TEXT}\n".join(column.stories) + "\n").encode()))
+
+
+def plot(columns, path):
+    """Plot novelty by n, and the loss by position in the window and in the story. Raises UserError if it cannot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = {"novelty": ("n", "share of n-grams not in the training text"),
+              "loss_by_window_position": ("position in the context window", "loss (nats/token)"),
+              "loss_by_story_position": ("position in the story", "loss (nats/token)")}
+    for axes, (curve, (x, y)) in zip(figure.subplots(1, 3), panels.items()):
+        for column in columns:
+            if values := column.curves.get(curve):
+                style = "k--" if column is columns[-1] and not column.out_dir else "-"
+                axes.plot(range(1, len(values) + 1), smooth(values) if curve != "novelty" else values, style,
+                          label=column.name.replace("$", r"\$"))
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        if curve != "novelty":
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        elif axes.lines:
+            axes.legend()
+    save_figure(figure, path)
+
+
+def smooth(values):
+    """The mean of the values at nearby positions: within a tenth of the position."""
+    return [float(np.mean(values[i - (i + 1) // 10:i + 1 + (i + 1) // 10])) for i in range(len(values))]
+
+
+if __name__ == "__main__":
+    main()

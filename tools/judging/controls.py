@@ -1,0 +1,34 @@
+"""Stories that are known to be bad, for comparison: sentences of different stories, and those of a trigram model."""
+
+import itertools
+from collections import defaultdict
+
+import numpy as np
+
+from tools.judging.text import split_sentences
+
+
+def shuffled_sentences(stories):
+    """The sentences of all stories, dealt at random to as many stories of as many sentences."""
+    sentences = [split_sentences(story) for story in stories]
+    shuffled = iter(np.random.default_rng(0).permutation([sentence for story in sentences for sentence in story]))
+    return [" ".join(itertools.islice(shuffled, len(story))) for story in sentences]
+
+
+def trigram_stories(tokens, end_of_text, count, max_tokens):
+    """Stories (lists of tokens) of a trigram model: each token follows the last two as often as in `tokens`.
+
+    A story ends after an end of text or, without one, after `max_tokens`.
+    """
+    followers, rng = defaultdict(list), np.random.default_rng(0)
+    tokens, stories = [end_of_text, *tokens.tolist()], []
+    for a, b, c in zip(tokens, tokens[1:], tokens[2:]):
+        followers[a, b].append(c)
+        if a == end_of_text:
+            followers[end_of_text].append(b)
+    for _ in range(count):
+        story = [end_of_text, rng.choice(followers[end_of_text])]
+        while story[-1] != end_of_text and len(story) <= max_tokens:
+            story.append(rng.choice(followers[story[-2], story[-1]]))
+        stories.append([token for token in story if token != end_of_text])
+    return stories

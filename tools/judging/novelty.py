@@ -1,0 +1,82 @@
+"""Which n-grams of a story stand nowhere in the training text, and which spans are copied from it: a suffix array."""
+
+import numpy as np
+
+LONGEST_N = 12  # of the n-grams whose novelty is reported
+
+
+class TrainingText:
+    """The training tokens with their suffixes in sorted order, to find every span exactly.
+
+    Memory: 15 bytes per token while it is made, 8 afterwards, with tokens of 2 bytes (measured: docs/judging.md).
+    """
+
+    def __init__(self, tokens, end_of_text):
+        """`tokens`: an unsigned integer array (N,); `end_of_text`: the token between stories."""
+        from pydivsufsort import divsufsort
+
+        self.tokens, self.end_of_text = np.append(tokens, tokens.dtype.type(0)), end_of_text  # (N + 1): see _compare
+        width = tokens.dtype.itemsize
+        big_endian = np.ascontiguousarray(tokens, tokens.dtype.newbyteorder(">"))  # bytes then sort as tokens do
+        order = divsufsort(big_endian.view(np.uint8))
+        self.suffixes = order[order % width == 0] // width  # (N,): where the suffixes begin, in sorted order
+
+    def longest_matches(self, stories):
+        """For each position of each story, the longest span from there on that the training text has too.
+
+        `stories`: lists of tokens. Returns two lists of arrays (tokens of the story,): lengths, and positions in
+        `tokens`.
+        """
+        ends = np.cumsum([len(story) + 1 for story in stories])
+        query = np.full(ends[-1] if len(ends) else 0, -1, np.int64)  # -1 after each story: in no vocabulary
+        for story, end in zip(stories, ends):
+            query[end - 1 - len(story):end - 1] = story
+        at = np.flatnonzero(query >= 0)  # (M,)
+        low, high = np.zeros(len(at), np.int64), np.full(len(at), len(self.suffixes))
+        lengths, sources = np.zeros(len(query), np.int64), np.zeros(len(query), np.int64)
+        while (searching := np.flatnonzero(low < high)).size:
+            middle = (low[searching] + high[searching]) // 2
+            positions, places = self.suffixes[middle].astype(np.int64), at[searching]
+            common, is_less = self._compare(positions, query, places)
+            low[searching[is_less]], high[searching[~is_less]] = middle[is_less] + 1, middle[~is_less]
+            # The neighbors of the place where the search ends are among those visited, and one has the longest match.
+            longer = common > lengths[places]
+            lengths[places[longer]], sources[places[longer]] = common[longer], positions[longer]
+        pieces = list(zip(ends - [len(story) + 1 for story in stories], ends - 1))
+        return [lengths[a:b] for a, b in pieces], [sources[a:b] for a, b in pieces]
+
+    def _compare(self, positions, query, places):
+        """Compare suffixes of the training text with suffixes of the query, both given by their positions (M,).
+
+        Returns the lengths of their common prefixes (M,) and whether the former is less (M,).
+        """
+        last = len(self.tokens) - 1  # the extra token at the end stands for the end of the text
+        common, equal = np.zeros(len(places), np.int64), np.arange(len(places))
+        while equal.size:
+            ahead = positions[equal] + common[equal]
+            equal = equal[(ahead < last) & (self.tokens[ahead] == query[places[equal] + common[equal]])]
+            common[equal] += 1
+        ahead = positions + common
+        return common, (ahead == last) | (self.tokens[ahead] < query[places + common])
+
+    def source(self, position):
+        """The number of the training story at a position, from 0, and its tokens."""
+        before = np.flatnonzero(self.tokens[:position] == self.end_of_text)
+        start = before[-1] + 1 if len(before) else 0
+        after = np.flatnonzero(self.tokens[position:-1] == self.end_of_text)
+        return len(before), self.tokens[start:position + after[0] if len(after) else -1].tolist()
+
+
+def novelty(lengths):
+    """n-novelty (Merrill, Smith & Elazar 2024, arXiv 2406.13069): the share of a story's n-grams that are not in the
+    training text, for n = 1 … LONGEST_N, and the longest span of a story that is.
+
+    `lengths`: from `TrainingText.longest_matches`. Returns measures, name → (numerators, denominators), per story.
+    """
+    measures = {}
+    for n in range(1, LONGEST_N + 1):
+        possible = [story[:max(0, len(story) - n + 1)] for story in lengths]
+        measures[f"new_{n}_grams"] = (np.array([(story < n).sum() for story in possible]),
+                                      np.array([len(story) for story in possible]))
+    longest = np.array([story.max(initial=0) for story in lengths])
+    return measures | {"longest_copy": (longest, np.ones(len(longest)))}

@@ -1,0 +1,80 @@
+"""What is measured with the model itself, on held-out text: minimal pairs, and the loss by position."""
+
+import itertools
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from layers import IGNORED_TARGET
+from tools.judging.text import per_story
+
+BATCH = 64  # sequences scored at once
+CONTEXT_WINDOWS = 300  # of held-out text, for the loss by position
+STORY_SPANS = ((0, 16), (16, 64), (64, 128), (128, 256))  # positions in a story, in tokens
+
+
+@torch.no_grad()
+def token_losses(model, sequences):
+    """The losses of the tokens of each sequence from its second token on: a list of arrays.
+
+    `sequences`: lists of 2 … block_size + 1 tokens. Those of similar length go through the model together.
+    """
+    losses, order = [None] * len(sequences), sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in tqdm(range(0, len(order), BATCH), "scoring", leave=False, disable=None):
+        batch = order[start:start + BATCH]
+        padded = pad_sequence([torch.tensor(sequences[i]) for i in batch], batch_first=True,
+                              padding_value=IGNORED_TARGET).to(next(model.parameters()).device)  # (B, T + 1)
+        targets = padded[:, 1:].contiguous()  # (B, T)
+        rows = model(padded[:, :-1].clamp(min=0), targets, reduction="none").float().cpu().numpy()  # (B, T)
+        for i, row in zip(batch, rows):
+            losses[i] = row[:len(sequences[i]) - 1]
+    return losses
+
+
+def language(model, tokenizer, pairs_by_kind):
+    """Of each kind of minimal pairs, the share whose right text is more likely to the model; ties count half.
+
+    `pairs_by_kind`: from `pairs.minimal_pairs`. Returns measures, name → (numerators, denominators), per pair.
+    """
+    measures, sequences, first_differing = {}, [], []
+    for pair in itertools.chain(*pairs_by_kind.values()):
+        good, bad = ([tokenizer.end_of_text, *tokenizer.encode(side)] for side in (pair.good, pair.bad))
+        start = max(0, max(len(good), len(bad)) - model.config.block_size - 1)  # both lose the same context
+        sequences += [good[start:], bad[start:]]
+        first_differing.append(next(i for i, (a, b) in enumerate(zip(good, bad)) if a != b) - start)
+    losses, remaining = token_losses(model, sequences), itertools.count()
+    for kind, found in pairs_by_kind.items():
+        scores = []
+        for i in itertools.islice(remaining, len(found)):
+            first = first_differing[i] - 1  # the first loss that differs
+            good, bad = (losses[2 * i + side][max(0, first):].sum() for side in (0, 1))
+            scores += [0.5 if good == bad else float(good < bad)] if first >= 0 else []  # else it is outside the window
+        measures[f"pairs_{kind.replace(' ', '_')}"] = per_story(scores)
+    return measures
+
+
+def context(model, tokenizer, stories):
+    """The loss on held-out stories by position in the context window and in the story.
+
+    The stories follow each other as in training, so a window may contain several. Returns measures, name →
+    (numerators, denominators), per window, and curves, name → list of mean losses; both empty without a whole window.
+    """
+    T = model.config.block_size
+    stream, places = [tokenizer.end_of_text], []  # tokens, and the position in its story of each one after the first
+    for story in stories:
+        tokens = [*tokenizer.encode(story), tokenizer.end_of_text]
+        stream += tokens
+        places += range(len(tokens))
+    count = min(CONTEXT_WINDOWS, len(places) // T)
+    if not count:
+        return {}, {}
+    losses = np.stack(token_losses(model, [stream[i * T:(i + 1) * T + 1] for i in range(count)]))  # (count, T)
+    places = np.array(places[:count * T]).reshape(count, T)
+    spans = {f"loss_story_{start}": (places >= start) & (places < end) for start, end in STORY_SPANS}
+    spans["loss_window_start"] = np.broadcast_to(np.arange(T) < T // 4, places.shape)
+    spans["loss_window_end"] = np.broadcast_to(np.arange(T) >= T // 2, places.shape)
+    by_story = [losses[places == place].mean() for place in range(min(STORY_SPANS[-1][1], places.max() + 1))]
+    return ({name: ((losses * span).sum(1), span.sum(1)) for name, span in spans.items()},
+            {"loss_by_window_position": losses.mean(0).tolist(), "loss_by_story_position": np.array(by_story).tolist()})

@@ -1,0 +1,267 @@
+"""What tools/judge.py measures on the text of stories: how varied, whole and consistent they are. For English.
+
+Each measure is a pair of arrays with an entry per story (or per group of stories): numerators and denominators. Its
+value is the ratio of their sums; `interval` is the confidence interval of that.
+"""
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)?"
+WORDS_AND_MARKS = re.compile(rf"{WORD}|\d+|[^\w\s]")
+# A sentence ends with its mark and closing quotation marks, or with its paragraph; "Mr." does not end it.
+SENTENCE = re.compile(r"\S.*?(?:(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)[.!?…]+[\"”’')]*(?=\s|$)|$)", re.MULTILINE)
+QUOTATION = re.compile(r"[\"“][^\"“”\n]*[\"”]?")
+# A word; `first` if it begins a sentence or a quotation, so that its capital letter says nothing.
+CAPITALIZED = re.compile(
+    rf"(?P<first>^\W*|[\"“‘(]|[.!?:…][\"”’)]*\s+|\n\s*)?\b(?P<word>{WORD})", re.MULTILINE)
+
+GROUP = 10  # stories in which distinct n-grams are counted: a share of all stories would depend on their number
+BLEU_STORIES = 100  # for the same reason
+RESAMPLES = 1000
+
+TITLES = set("Mr Mrs Ms Miss Dr Mama Papa Mother Father Grandma Grandpa Granny Aunt Auntie Uncle King Queen".split())
+NOT_NAMES = TITLES | set("""I I'm I'll I'd I've Mom Mommy Mum Mummy Dad Daddy Mamma Grandmother Grandfather Grandad
+    Sir God Santa Christmas Easter Halloween English TV Monday Tuesday Wednesday Thursday Friday Saturday Sunday January
+    February March April May June July August September October November December""".split())
+# A character's name is introduced by one of these words earlier in the sentence in which it stands first.
+INTRODUCING = set("""named called name names nickname friend friends brothers sisters cousin twin twins neighbor dog
+    puppy cat kitten pet teddy am i'm meet met""".split())
+# Words for people: a pronoun near one of them may not be the hero's.
+MALE = set("boy man prince king brother son uncle father dad daddy papa grandpa grandfather wizard mr sir".split())
+FEMALE = set("""girl woman lady princess queen sister daughter aunt auntie mother mom mommy mama mum mummy grandma
+    grandmother granny witch fairy mrs ms miss""".split())
+PEOPLE = set("friend child baby doctor teacher neighbor person people someone everyone they them".split())
+
+
+def interval(numerators, denominators):
+    """The ratio of the sums and its 95% confidence interval, by bootstrap over the entries; None if there is no entry.
+
+    Returns (value, low, high).
+    """
+    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
+    if not b.sum():
+        return None
+    picks = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
+    sums = b[picks].sum(1)  # (RESAMPLES,)
+    ratios = a[picks].sum(1)[sums > 0] / sums[sums > 0]
+    return (a.sum() / b.sum(), *np.percentile(ratios, [2.5, 97.5]))
+
+
+def split_words(text):
+    """The words, numbers and punctuation marks of a text, in lower case."""
+    return WORDS_AND_MARKS.findall(text.lower())
+
+
+def split_sentences(text):
+    """The sentences of a text with the marks that end them. A quotation of several sentences is divided too."""
+    return SENTENCE.findall(text)
+
+
+def per_story(values):
+    """The measure that is the mean of one value per story."""
+    values = np.array(values, float)
+    return values, np.ones(len(values))
+
+
+# ---- varied ----
+
+
+def variety(stories):
+    """Measures of how much a list of stories differ from each other, name → (numerators, denominators)."""
+    words = [split_words(story) for story in stories]
+    sentences = [split_sentences(story) for story in stories]
+    return {**{f"distinct_{n}": distinct(words, n) for n in (1, 2, 3)},
+            "self_bleu": self_bleu(words[:BLEU_STORIES]),
+            "same_opening": shared([story[0] for story in sentences if story]),
+            "same_ending": shared([story[-1] for story in sentences if story])}
+
+
+def ngrams(words, n):
+    """The n-grams of a list."""
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def distinct(stories, n):
+    """distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams / n-grams, in groups of GROUP stories.
+
+    `stories`: lists of words. The entries are groups; the last is left out if it is smaller.
+    """
+    groups = [[gram for words in stories[i:i + GROUP] for gram in ngrams(words, n)]
+              for i in range(0, max(1, len(stories) - GROUP + 1), GROUP)]
+    return np.array([len(set(group)) for group in groups]), np.array([len(group) for group in groups])
+
+
+def self_bleu(stories):
+    """Self-BLEU (Zhu et al. 2018, arXiv 1802.01886): the BLEU of each story, the others being its references.
+
+    `stories`: lists of words, at most BLEU_STORIES, because more references give a higher BLEU.
+    """
+    from sacrebleu.metrics import BLEU
+
+    bleu, texts = BLEU(tokenize="none", effective_order=True), [" ".join(words) for words in stories]
+    if len(texts) < 2:
+        return per_story([])
+    return per_story([bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score / 100 for i, text in enumerate(texts)])
+
+
+def shared(sentences):
+    """The share of sentences that others are equal to, among each BLEU_STORIES of them."""
+    groups = [sentences[i:i + BLEU_STORIES] for i in range(0, len(sentences), BLEU_STORIES)]
+    return per_story([group.count(sentence) > 1 for group in groups for sentence in group])
+
+
+# ---- whole ----
+
+
+def wholeness(stories, ended):
+    """Measures of how complete and free of repetition each story is. `ended`: whether each has an end of text."""
+    words = [split_words(story) for story in stories]
+    sentences = [[sentence for sentence in split_sentences(story) if len(sentence.split()) > 2] for story in stories]
+    grams = [ngrams(story, 4) for story in words]
+    return {"ends": per_story(ended),
+            "words": per_story([len(WORDS_AND_MARKS.findall(story)) for story in stories]),
+            "quotes_balanced": per_story([has_balanced_quotes(story) for story in stories]),
+            "repeated_sentences": repeated(sentences),
+            "repeated_4_grams": repeated(grams)}
+
+
+def has_balanced_quotes(story):
+    """Whether every quotation mark of a story has its counterpart."""
+    return story.count('"') % 2 == 0 and story.count("“") == story.count("”")
+
+
+def repeated(stories):
+    """The share of items that occurred earlier in the same list, over lists."""
+    return (np.array([len(items) - len(set(items)) for items in stories]), np.array([len(items) for items in stories]))
+
+
+# ---- consistent ----
+
+
+def learn_names(stories):
+    """The names of characters in some stories, and the pronoun that goes with each: a dict name → "he", "she" or None.
+
+    A name is a word that has a capital letter within sentences, at least three times and in a tenth of its uses (some
+    names are also words: Honey). Its pronoun is the one of at least 90% of those that stand in sentences of the
+    narration that mention no one else.
+    """
+    inside, lower = Counter(), Counter()
+    for story in stories:
+        for match in CAPITALIZED.finditer(story):
+            word = base(match["word"])
+            if not word[0].isupper():
+                lower[word] += 1
+            elif match["first"] is None and word not in NOT_NAMES and not word.isupper():
+                inside[word] += 1
+    names = {name: None for name, count in inside.items() if count >= max(3, 0.1 * (count + lower[name.lower()]))}
+    pronouns = defaultdict(Counter)
+    for story in stories:
+        for sentence in split_sentences(narration(story)):
+            mentioned = set(mentions(sentence, names))
+            if len(mentioned) == 1 and not others(sentence):
+                name = mentioned.pop()
+                pronouns[name].update(subject_pronouns(sentence, name))
+    for name, counts in pronouns.items():
+        he, total = counts["he"], counts.total()
+        if total >= 3 and not 0.1 * total < he < 0.9 * total:
+            names[name] = "he" if he > total / 2 else "she"
+    return names
+
+
+def base(word):
+    """A word without the possessive 's."""
+    return re.sub(r"['’]s?$", "", word)
+
+
+def narration(story):
+    """A story with the characters of its quotations replaced by as many spaces."""
+    return QUOTATION.sub(lambda match: " " * len(match[0]), story)
+
+
+def mentions(text, names):
+    """The names in a text, in order. A name after a title (Mrs. Rose, Mama Bear) is not that of a hero or friend."""
+    words = [base(word) for word in re.findall(WORD, text)]
+    return [word for previous, word in zip(["", *words], words) if word in names and previous not in TITLES]
+
+
+def subject_pronouns(sentence, name):
+    """The words "he" and "she" of a sentence, those after the name if the sentence has it."""
+    return [word for word in split_words(sentence.split(name, 1)[-1]) if word in ("he", "she")]
+
+
+def others(sentence):
+    """The words of a sentence for people other than by name."""
+    return (MALE | FEMALE | PEOPLE) & set(map(base, split_words(sentence)))
+
+
+def consistency(stories, names):
+    """Measures of who a story is about: name → (numerators, denominators). `names`: the result of `learn_names`."""
+    casts = [find_cast(story, names) for story in stories]
+    return {"names": per_story([len(cast.names) for cast in casts]),
+            "names_not_introduced": columns((len(cast.not_introduced), len(cast.names)) for cast in casts),
+            "pronouns_agree": columns((cast.agreeing, cast.pronouns) for cast in casts),
+            "one_hero": columns((cast.has_one_hero, cast.hero is not None) for cast in casts)}
+
+
+def columns(pairs):
+    """Pairs of a numerator and a denominator as two arrays."""
+    numerators, denominators = np.array([*pairs]).reshape(-1, 2).T
+    return numerators, denominators
+
+
+@dataclass
+class Cast:
+    """The characters of a story that have names."""
+
+    names: list  # in the order in which they appear
+    not_introduced: list  # those that appear without having been introduced
+    hero: str  # the first name, None if there is none
+    pronouns: int  # pronouns that must be the hero's
+    agreeing: int  # those that agree with the hero's gender
+
+    @property
+    def has_one_hero(self):
+        """Whether no one takes the hero's place: all other names are introduced, all pronouns agree."""
+        return self.hero is not None and not self.not_introduced and self.agreeing == self.pronouns
+
+
+def is_introduced(name, sentence):
+    """Whether a sentence introduces a name: after a word of INTRODUCING or for a person, or as in "Billy the goat"."""
+    before, after = sentence.split(name, 1)
+    return bool((INTRODUCING | MALE | FEMALE) & set(split_words(before)) or re.match(r",? (?:the|who)\b", after))
+
+
+def find_cast(story, names):
+    """The `Cast` of a story. `names`: the result of `learn_names`.
+
+    Names in the first two sentences need no introduction. The pronouns "he" and "she" must be the hero's in a sentence
+    of the narration whose only person is the hero, after the name, and in the following sentences without a person.
+    """
+    found, not_introduced = [], []
+    for i, sentence in enumerate(split_sentences(story)):
+        for name in mentions(sentence, names):
+            if name not in found:
+                found.append(name)
+                if i > 1 and not is_introduced(name, sentence):
+                    not_introduced.append(name)
+    hero = found[0] if found else None
+    pronouns, is_known, is_hero, gender = [], False, False, names.get(hero)
+    for sentence in split_sentences(narration(story)):
+        mentioned, people = set(mentions(sentence, names)), others(sentence)
+        if mentioned or people:
+            before = split_words(sentence.split(hero)[0]) if hero in mentioned else []
+            nouns = [word for word in before if word in MALE | FEMALE]
+            if nouns and not is_known:  # there was a girl named Alex
+                gender = "he" if nouns[-1] in MALE else "she"
+                people -= set(nouns)
+            is_known |= hero in mentioned
+            is_hero = mentioned == {hero} and not people | {"he", "she"} & set(before)
+        if is_hero:
+            pronouns += subject_pronouns(sentence, hero)
+    if gender is None:
+        pronouns = []
+    return Cast(found, not_introduced, hero, len(pronouns), pronouns.count(gender))
