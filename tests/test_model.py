@@ -212,12 +212,25 @@ def test_cache_filled_by_a_prompt_and_by_single_tokens(fixed_shapes, architectur
 
 def test_generation_stops_when_all_sequences_have_ended():
     model = small()
-    steps = torch.stack(list(model.generate(torch.zeros(4, 1, dtype=torch.long), 400, end_of_text=7,
+    steps = torch.stack(list(model.generate(torch.zeros(4, 1, dtype=torch.long), 4000, end_of_text=7,
                                             generator=torch.Generator().manual_seed(0))), 1)  # (4, steps)
-    assert steps.size(1) < 400
+    assert steps.size(1) < 4000
     ends = [row.tolist().index(7) for row in steps]
     assert len(set(ends)) > 1 and max(ends) == steps.size(1) - 1
     assert all((row[end:] == 7).all() for row, end in zip(steps, ends))
+
+
+def test_ended_sequences_are_dropped_from_the_batch():
+    model, prompts = small().double(), torch.randint(50, (12, 3))
+    endless = torch.stack(list(model.generate(prompts, 30, temperature=0)), 1)  # (12, 30)
+    first = [(row[:, None] == torch.arange(50)).int().argmax(0) for row in endless]  # step of each token, 0 if none
+    end_of_text = int(torch.stack(first).gt(0).sum(0).argmax())  # the one in most sequences, at a later step
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    steps = torch.stack(list(model.generate(prompts, 30, temperature=0, end_of_text=end_of_text)), 1)
+    ended = (endless == end_of_text).int().cumsum(1).gt(0)
+    assert torch.equal(steps, endless.masked_fill(ended, end_of_text)[:, :steps.size(1)])
+    assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
 
 
 def test_generate_with_logits():

@@ -15,8 +15,8 @@ from runtime.hardware import describe_threads
 
 # The scripts and tools, and a package that each imports.
 SCRIPTS = {"prepare.py": "numpy", "train.py": "torch", "sample.py": "torch", "tools.bench": "torch",
-           "tools.compare": "torch", "tools.hf": "torch", "tools.publish": "torch", "tools.serve": "torch",
-           "tools.sweep": "torch"}
+           "tools.compare": "torch", "tools.hf": "torch", "tools.judge": "torch", "tools.publish": "torch",
+           "tools.serve": "torch", "tools.sweep": "torch"}
 
 
 @pytest.fixture
