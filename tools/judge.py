@@ -78,7 +78,7 @@ class Column:
 
     name: str
     stories: list  # texts
-    ended: list  # whether each story has an end of text
+    ended: list  # whether each story has an end of text; None: not known
     out_dir: Path = None  # for a run
     about: dict = field(default_factory=dict)  # the checkpoint and its settings, for judge.json
     measures: dict = field(default_factory=dict)  # name → (numerators, denominators)
@@ -220,7 +220,7 @@ def read_stories(path):
         raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
     # sample.py prints a line end after each story and each separator.
     stories = [story.removeprefix("\n" * (i > 0)).removesuffix("\n") for i, story in enumerate(stories)]
-    return Column(path, *without_empty(path, stories, [True] * len(stories)))
+    return Column(path, without_empty(path, stories, [None] * len(stories))[0], None)
 
 
 def without_empty(name, stories, ended):

@@ -118,11 +118,14 @@ def shared(sentences):
 
 
 def wholeness(stories, ended):
-    """Measures of how complete and free of repetition each story is. `ended`: whether each has an end of text."""
+    """Measures of how complete and free of repetition each story is.
+
+    `ended`: whether each has an end of text; None if that is not known.
+    """
     words = [split_words(story) for story in stories]
     sentences = [[sentence for sentence in split_sentences(story) if len(sentence.split()) > 2] for story in stories]
     grams = [ngrams(story, 4) for story in words]
-    return {"ends": per_story(ended),
+    return {"ends": per_story(ended or []),
             "words": per_story([len(WORDS_AND_MARKS.findall(story)) for story in stories]),
             "quotes_balanced": per_story([has_balanced_quotes(story) for story in stories]),
             "repeated_sentences": repeated(sentences),
