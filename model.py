@@ -86,7 +86,7 @@ class KVCache:
             self.mask = self.mask[:, :self.kv_length]
 
     def keep(self, rows):
-        """Drop all sequences but those at `rows` (int tensor) of the batch."""
+        """Drop all sequences of the batch but those where `rows`, a bool tensor (B), is true."""
         self.kv = self.kv[:, :, rows]
 
     def append(self, layer, k, v):
@@ -298,6 +298,8 @@ class GPT(nn.Module):
         and the logits (B, V) they were sampled from, valid until the next step.
 
         The model reads the context window that begins at `window_start`; the cache is recomputed when that moves.
+        Sequences that have ended are dropped from the batch, unless its shapes are fixed, as on CUDA, or `with_logits`:
+        the random numbers that the others get depend on that.
         Call eval() first: dropout is active in training mode.
         """
         B, block_size = idx.size(0), self.config.block_size
@@ -320,11 +322,13 @@ class GPT(nn.Module):
             tokens = tokens.index_copy(0, rows, token)  # (B), not in place: the caller has the last ones
             yield (tokens, logits[:, -1]) if with_logits else tokens
             idx = torch.cat([idx, token[:, None]], dim=1)  # (b, T + 1)
-            running = token != end_of_text if end_of_text is not None else torch.ones_like(token, dtype=torch.bool)
+            if end_of_text is None:
+                continue
+            running = token != end_of_text  # (b)
             if not running.any():
                 return
             # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
-            if running.float().mean() < 0.8 and not cache.fixed_shapes and not with_logits:
+            if not cache.fixed_shapes and not with_logits and running.float().mean() < 0.8:
                 rows, idx = rows[running], idx[running]
                 cache.keep(running)
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ MEASURES = {
         "possible": ("stories that the grammar allows, %", PERCENT),
         "possible_with_any_names": ("... with any names and pronouns, %", PERCENT)},
     "Knows its language": {
-        f"pairs_{kind.replace(' ', '_')}": (f"right of two ({kind}), %; chance 50", PERCENT)
+        f"pairs_{kind.replace(' ', '_')}": (f"minimal pairs ({kind}), % right; chance 50", PERCENT)
         for kind in (*pairs.RULES, "name", "gender")},
     "Uses its context": {
         "loss_window_start": ("loss, first quarter of the window", LOSS),
@@ -102,15 +103,17 @@ def main(argv=None):
     """Print the table and write judge.json; `argv` as on the command line. User errors are reported in one line."""
     args = parse_args(argv)
     check_packages(args)
-    dataset = load_dataset(args)
-    columns = [read_stories(run) if Path(run).is_file() else judge_model(run, dataset, args) for run in args.runs]
+    checkpoints = {run: best_checkpoint(run) for run in args.runs if Path(run).is_dir()}  # first: errors come early
+    from_files = {run: read_stories(run) for run in args.runs if run not in checkpoints}
+    dataset = load_dataset(checkpoints, args)
+    columns = [from_files.get(run) or judge_model(run, checkpoints[run], dataset, args) for run in args.runs]
     if dataset:
         columns += make_controls(dataset, args.max_new_tokens) if args.controls else []
         columns.append(Column(f"held-out ({len(dataset.stories)})", dataset.stories, [True] * len(dataset.stories)))
         training_text = novelty.TrainingText(dataset.train, dataset.tokenizer.end_of_text)
     names = dataset.names if dataset else text.learn_names([story for column in columns for story in column.stories])
     for column in tqdm(columns, "measuring", leave=False, disable=None):
-        measure_stories(column, names, is_nursery(dataset, args.runs))
+        measure_stories(column, names, is_nursery(dataset, checkpoints))
         if dataset:
             measure_novelty(column, dataset.tokenizer, training_text)
 
@@ -171,28 +174,28 @@ def note(message):
     print(f"note: {message}", file=sys.stderr)
 
 
-def load_dataset(args):
+def load_dataset(checkpoints, args):
     """The `HeldOut` of --dataset or of the first run; None, with a note, if there is none on this machine.
 
     Raises UserError if a dataset is damaged, or the one named is missing.
     """
-    runs = [run for run in args.runs if not Path(run).is_file()]
-    name = args.dataset or (load(best_checkpoint(runs[0]))["config"]["dataset"] if runs else None)
+    run = next(iter(checkpoints), None)
+    name = args.dataset or (run and load(checkpoints[run])["config"]["dataset"])
     if name is None:
-        return note("no --dataset: left out are held-out stories and copies")
+        return note("no --dataset: left out are held-out stories, copies and --controls")
     folder = Path("data", name)
     if not args.dataset and not folder.exists():
-        return note(f"{folder}, which {runs[0]} was trained on, is not here: left out are held-out stories, copies, "
-                    "language and context (--dataset NAME compares with another)")
+        return note(f"{folder}, which {run} was trained on, is not here: left out are held-out stories, copies, "
+                    "language, context and --controls (--dataset NAME compares with another)")
     tokenizer = Tokenizer.load(folder)
     train, validation = (Split(folder, split, 1).tokens for split in ("train", "validation"))
-    for run in runs:
+    for run in checkpoints:
         if read_meta(run)["splits"]["train"]["bytes"] != read_meta(folder)["splits"]["train"]["bytes"]:
             note(f"{run} was trained on other text than {folder}: what it copied from that is not found")
     stories = split_stories(tokenizer, validation)
     matching = [story for story in stories if story.startswith(args.start)]
     if not matching:
-        note(f"no held-out story of {folder} begins with {args.start!r}: comparing with others")
+        note(f"no held-out story of {folder} begins with {args.start[:40]!r}: comparing with others")
     stories = matching or stories
     count = min(args.num_samples, len(stories))
     return HeldOut(name, tokenizer, train, [stories[i] for i in np.arange(count) * len(stories) // count],
@@ -206,19 +209,22 @@ def split_stories(tokenizer, tokens):
     return [story for story in stories if story]
 
 
-def is_nursery(dataset, runs):
+def is_nursery(dataset, checkpoints):
     """Whether the stories are of the synthetic corpus, whose grammar is known."""
-    folder = Path("data", dataset.name) if dataset else Path(runs[0])
-    return folder.is_dir() and read_meta(folder).get("source") == "nursery"
+    folders = [Path("data", dataset.name)] if dataset else [Path(run) for run in checkpoints]
+    return bool(folders) and read_meta(folders[0]).get("source") == "nursery"
 
 
 def read_stories(path):
     """The column of a file of stories. Raises UserError if it cannot be read or has no story."""
     try:
-        stories = Path(path).read_bytes().decode().split(END_OF_TEXT)
+        content = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError as error:
+        raise UserError(f"no run and no stories in {path}: name a run's folder, as out/tinystories") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
-    # sample.py prints a line end after each story and each separator.
+        raise UserError(f"cannot read {path} as UTF-8 stories (of a run, name the folder): {error}") from error
+    # sample.py prints a line end after each story and each separator; other programs, a separator after the last.
+    stories = content.removesuffix("\n").removesuffix(END_OF_TEXT).split(END_OF_TEXT)
     stories = [story.removeprefix("\n" * (i > 0)).removesuffix("\n") for i, story in enumerate(stories)]
     return Column(path, without_empty(path, stories, [None] * len(stories))[0], None)
 
@@ -227,7 +233,7 @@ def without_empty(name, stories, ended):
     """The stories that are not empty, and their entries of `ended`. Raises UserError if there is none."""
     kept = [(story, end) for story, end in zip(stories, ended) if story.strip()]
     if not kept:
-        raise UserError(f"{name}: all {len(stories)} stories are empty: train longer, or look at them with sample.py")
+        raise UserError(f"{name} has only empty stories ({len(stories)}): there is nothing to judge")
     if len(kept) < len(stories):
         note(f"{name}: {len(stories) - len(kept)} of {len(stories)} stories are empty and left out")
     return [list(values) for values in zip(*kept)]
@@ -245,9 +251,8 @@ def make_controls(dataset, max_tokens):
 # ---- what needs the model ----
 
 
-def judge_model(run, dataset, args):
-    """The column of a run: its stories, and what is measured with the model itself."""
-    path = best_checkpoint(run)
+def judge_model(run, path, dataset, args):
+    """The column of a run: the stories of the checkpoint at `path`, and what is measured with the model itself."""
     model, tokenizer, checkpoint = load_model(path)
     check_vocabulary(tokenizer, [args.start, *(dataset.stories if dataset else [])])
     model.to(args.device)
@@ -261,8 +266,9 @@ def judge_model(run, dataset, args):
     model.to(pick_inference_dtype("auto", args.device, BATCH))
     column.stories, column.ended = without_empty(run, *generate(model, tokenizer, args))
     settings = ("num_samples", "start", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
-    column.about = {"checkpoint": str(path), "tokens": checkpoint["tokens"], "figures": checkpoint["figures"],
-                    "dataset": dataset and dataset.name, **{name: getattr(args, name) for name in settings}}
+    column.about = {"checkpoint": str(path), "tokens": checkpoint["tokens"],
+                    "val_loss": checkpoint["figures"].get("val_loss"), "dataset": dataset and dataset.name,
+                    **{name: getattr(args, name) for name in settings}}
     return column
 
 
@@ -319,8 +325,8 @@ def measure_novelty(column, tokenizer, training_text):
     stories = [tokenizer.encode(story) for story in column.stories]
     lengths, positions = training_text.longest_matches(stories)
     column.measures |= novelty.novelty(lengths)
-    values = [text.interval(*column.measures[f"new_{n}_grams"]) for n in range(1, novelty.LONGEST_N + 1)]
-    column.curves["novelty"] = [value[0] for value in values if value]  # none for n-grams longer than all stories
+    counts = [column.measures[f"new_{n}_grams"] for n in range(1, novelty.LONGEST_N + 1)]
+    column.curves["novelty"] = [new.sum() / total.sum() for new, total in counts if total.sum()]
     story = max(range(len(stories)), key=lambda i: lengths[i].max())
     start, length = int(lengths[story].argmax()), int(lengths[story].max())
     if length:
@@ -348,7 +354,7 @@ def cell(result, factor, form):
     if result is None:
         return "–"
     value, low, high = (format(factor * x, form) for x in result)
-    return f"{value} [{low}, {high}]"
+    return value if math.isnan(result[1]) else f"{value} [{low}, {high}]"
 
 
 def describe_copy(column):
@@ -362,7 +368,8 @@ def describe_copy(column):
 def write(column, summary, reference):
     """Write a run's judge.json and judge.txt. Raises UserError if they cannot be written."""
     def values(summary):
-        return {name: result and dict(zip(("value", "low", "high"), (round(float(x), 5) for x in result)))
+        return {name: result and {key: None if math.isnan(x) else round(float(x), 5)
+                                  for key, x in zip(("value", "low", "high"), result)}
                 for name, result in summary.items()}
     result = column.about | {"measures": values(summary), "reference": reference and values(reference),
                              "curves": {name: np.round(curve, 4).tolist() for name, curve in column.curves.items()},

@@ -15,6 +15,7 @@ from data import nursery
 from data.dataset import Split
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from tools import judge
+from tools.judging import novelty, text
 
 FLAGS = ["--num_samples=12", "--max_new_tokens=60"]
 
@@ -51,19 +52,18 @@ def result(here, capsys):
 def test_the_table_and_judge_json(result):
     table, lines, err = result("out/tiny")
     assert table["measure [95% interval]"] == ["out/tiny", "held-out (6)"] and not err
-    for section, measures in judge.MEASURES.items():
-        assert section in table
-        for label, _ in measures.values():
-            if "pairs" not in label and label in table:
-                assert len(table[label]) == 2
-    assert table["stories that the grammar allows, %"] == ["0.0 [0.0, 0.0]", "100.0 [100.0, 100.0]"]
-    assert table["right of two (word order), %; chance 50"][1] == "–" != table["loss, tokens 0–15 of a story"][0]
+    assert all(section in table for section in judge.MEASURES)
+    assert table["stories that the grammar allows, %"] == ["0.0 [0.0, 0.0]", "100.0"]
+    assert table["minimal pairs (word order), % right; chance 50"][1] == "–" != table["loss, tokens 0–15 of a story"][0]
+    assert "[" not in table["words and marks per story"][1] and "[" in table["words and marks per story"][0]  # of 6, 12
+    assert "distinct 2-grams in 10 stories, %" in table and "self-BLEU of 100 stories, %" not in table
     assert [line.split(":")[0] for line in lines] == ["out/tiny", "held-out (6)"] and "longest copied span" in lines[0]
 
     found = json.loads(Path("out/tiny/judge.json").read_text(encoding="utf-8"))
     assert found["checkpoint"] == "out/tiny/ckpt.pt" and found["seed"] == 1 and found["dataset"] == "nursery-bpe300"
-    assert set(found["measures"]["words"]) == {"value", "low", "high"}
-    assert found["reference"]["ends"]["value"] == 1 and "loss_window_end" not in found["reference"]
+    assert set(found["measures"]["words"]) == {"value", "low", "high"} and found["measures"]["self_bleu"] is None
+    assert found["reference"]["ends"] == {"value": 1, "low": None, "high": None}
+    assert "loss_window_end" not in found["reference"]
     assert len(found["curves"]["loss_by_window_position"]) == 16 and len(found["curves"]["novelty"]) == 12
     stories = Path("out/tiny/judge.txt").read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
     assert len(stories) == 12 and found["longest_copy"]["text"] in stories[found["longest_copy"]["story"]]
@@ -75,12 +75,18 @@ def test_the_same_seed_gives_the_same_result(result):
     assert first == second != other
 
 
+def test_stories_that_were_cut_have_not_ended(here):
+    args = judge.parse_args(["out/tiny", "--num_samples=3", "--max_new_tokens=2", "--temperature=0"])
+    stories, ended = judge.generate(*judge.load_model("out/tiny/ckpt.pt")[:2], args)
+    assert len(stories) == 3 and ended == [False] * 3
+
+
 def test_judge_txt_can_be_judged_without_the_model(result):
     with_model = result("out/tiny")[0]
     table, _, err = result("out/tiny/judge.txt", "--dataset", "nursery-bpe300")
-    assert table["stories that end, %"] == ["–", "100.0 [100.0, 100.0]"]  # a file does not say
+    assert table["stories that end, %"] == ["–", "100.0"]  # a file does not say
     for label, (cell, _) in table.items():
-        if cell not in ("", "–", "out/tiny/judge.txt"):
+        if cell not in ("", "–", "out/tiny/judge.txt") and label[0] != "-":
             assert with_model[label][0] == cell, label
     assert "loss, second half of the window" not in table and not err
 
@@ -94,7 +100,7 @@ def test_several_columns_and_controls(result):
         "0.0", "100.0", "0.0", "0.0", "100.0"]
     one_hero = [cell.split()[0] for cell in table["stories with one consistent hero, %"]]
     assert one_hero[1] == one_hero[-1] == "100.0"
-    assert table["3-grams not in the training text, %"][2] == "0.0 [0.0, 0.0]"  # what defines a trigram model
+    assert table["3-grams not in the training text, %"][2] == "0.0"  # what defines a trigram model
 
 
 def test_an_opening(result):
@@ -106,7 +112,30 @@ def test_an_opening(result):
     assert table["measure [95% interval]"][1] == f"held-out ({count})" and 0 < count < 6 and not err
     stories = Path("out/tiny/judge.txt").read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
     assert len(held_out) == 6 and len(stories) == 12 and all(story.startswith(opening) for story in stories)
-    assert "note: no held-out story of data/nursery-bpe300 begins with 'Xyz'" in result("out/tiny", "--start=Xyz")[2]
+    inside = held_out[2][40:80]
+    _, _, err = result("out/tiny", "--start", inside)
+    assert err == f"note: no held-out story of data/nursery-bpe300 begins with {inside!r}: comparing with others\n"
+
+
+def test_held_out_stories_are_spread_and_names_are_those_of_the_training_text(here):
+    tokenizer = Tokenizer.load("out/tiny")
+    training, held_out = (judge.split_stories(tokenizer, Split("data/nursery-bpe300", split, 1).tokens)
+                          for split in ("train", "validation"))
+    args = judge.parse_args(["out/tiny", "--num_samples=3"])
+    dataset = judge.load_dataset({"out/tiny": Path("out/tiny/ckpt.pt")}, args)
+    assert dataset.stories == held_out[::2]
+    assert dataset.names == text.learn_names(training) != text.learn_names(held_out)
+
+
+def test_the_longest_copy_is_that_of_all_stories(here):
+    tokenizer = Tokenizer.load("out/tiny")
+    tokens = Split("data/nursery-bpe300", "train", 1).tokens
+    training = judge.split_stories(tokenizer, tokens)
+    column = judge.Column("", ["Xyz.", training[4][:100] + " Xyz", training[7][:50]], None)
+    judge.measure_novelty(column, tokenizer, novelty.TrainingText(tokens, tokenizer.end_of_text))
+    copy = column.longest_copy
+    assert copy["story"] == 1 and copy["training_story"] == 5 and copy["source"] == training[4]
+    assert training[4][:90] in copy["text"]
 
 
 def test_without_the_data_the_rest_is_measured(result, here):
@@ -125,9 +154,17 @@ def test_without_the_data_the_rest_is_measured(result, here):
 def test_stories_without_a_dataset(result):
     Path("stories.txt").write_text("A cat sat.\n<|endoftext|>\n\n<|endoftext|>\nA dog ran.\n", encoding="utf-8")
     table, _, err = result("stories.txt")
-    assert "note: no --dataset: left out are held-out stories and copies" in err
+    assert "note: no --dataset: left out are held-out stories, copies and --controls" in err
     assert "note: stories.txt: 1 of 3 stories are empty and left out" in err
-    assert table["words and marks per story"] == ["4.0 [4.0, 4.0]"]
+    assert table["words and marks per story"] == ["4.0"]
+
+
+@pytest.mark.parametrize("content", [
+    b"A\ncat.\n<|endoftext|>\nA dog.\n", b"\xef\xbb\xbfA\r\ncat.\r\n<|endoftext|>\r\nA dog.\r\n",
+    b"A\ncat.<|endoftext|>A dog.<|endoftext|>", b"A\ncat.\n<|endoftext|>\nA dog.\n<|endoftext|>\n"])
+def test_files_of_other_programs(here, content):
+    Path("stories.txt").write_bytes(content)
+    assert judge.read_stories("stories.txt").stories == ["A\ncat.", "A dog."]
 
 
 def test_other_training_text(result, here):
@@ -144,14 +181,16 @@ def test_the_plot(result):
 
 
 def test_errors_are_one_line(here, fails, monkeypatch):
-    assert "no checkpoint in out/typo" in fails(judge.main, ["out/typo"])
+    assert "no run and no stories in out/typo" in fails(judge.main, ["out/typo", "--dataset=nursery-bpe300"])
+    assert "no checkpoint in data" in fails(judge.main, ["out/tiny", "data"])
+    assert "of a run, name the folder" in fails(judge.main, ["out/tiny/ckpt.pt"])
     assert "no data in data/typo" in fails(judge.main, ["out/tiny", "--dataset=typo"])
     assert "did you mean --num_samples?" in fails(judge.main, ["out/tiny", "--num-samples=3"], code=2)
     assert "from 1 to 100000" in fails(judge.main, ["out/tiny", "--num_samples=0"], code=2)
     Path("empty.txt").touch()
-    assert "empty.txt: all 1 stories are empty" in fails(judge.main, ["empty.txt", "--dataset=nursery-bpe300"])
+    assert "empty.txt has only empty stories (1)" in fails(judge.main, ["empty.txt", "--dataset=nursery-bpe300"])
     Path("latin.txt").write_bytes(b"caf\xe9")
-    assert "cannot read latin.txt as UTF-8" in fails(judge.main, ["latin.txt", "--dataset=nursery-bpe300"])
+    assert "cannot read latin.txt as UTF-8 stories" in fails(judge.main, ["latin.txt", "--dataset=nursery-bpe300"])
     assert not Path("out/tiny/judge.json").exists()
     monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
     assert "the judge needs pydivsufsort: pip install -r requirements-extra.txt" in fails(judge.main, ["out/tiny"])
@@ -164,7 +203,7 @@ def test_a_model_that_writes_nothing(here, fails):
     end_of_text *= 100
     checkpoint["model"]["transformer.ln_f.bias"] = 100 * end_of_text  # the most likely token everywhere
     torch.save(checkpoint, "out/silent/ckpt.pt")
-    assert "out/silent: all 12 stories are empty" in fails(judge.main, ["out/silent", *FLAGS])
+    assert "out/silent has only empty stories (12)" in fails(judge.main, ["out/silent", *FLAGS])
 
 
 def test_a_vocabulary_that_cannot_spell_the_opening(here, fails):

@@ -18,7 +18,7 @@ def shuffled_sentences(stories):
 def trigram_stories(tokens, end_of_text, count, max_tokens):
     """Stories (lists of tokens) of a trigram model: each token follows the last two as often as in `tokens`.
 
-    A story ends after an end of text or, without one, after `max_tokens`.
+    A story ends after an end of text, after `max_tokens`, or where nothing follows the last two tokens.
     """
     followers, rng = defaultdict(list), np.random.default_rng(0)
     tokens, stories = [end_of_text, *tokens.tolist()], []
@@ -28,7 +28,7 @@ def trigram_stories(tokens, end_of_text, count, max_tokens):
             followers[end_of_text].append(b)
     for _ in range(count):
         story = [end_of_text, rng.choice(followers[end_of_text])]
-        while story[-1] != end_of_text and len(story) <= max_tokens:
-            story.append(rng.choice(followers[story[-2], story[-1]]))
+        while story[-1] != end_of_text and len(story) <= max_tokens and (following := followers[story[-2], story[-1]]):
+            story.append(rng.choice(following))
         stories.append([token for token in story if token != end_of_text])
     return stories

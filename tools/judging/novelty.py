@@ -61,11 +61,11 @@ class TrainingText:
         return common, (ahead == last) | (self.tokens[ahead] < query[places + common])
 
     def source(self, position):
-        """The number of the training story at a position, from 0, and its tokens."""
+        """The number of the training story at a position, from 1, and its tokens."""
         before = np.flatnonzero(self.tokens[:position] == self.end_of_text)
         start = before[-1] + 1 if len(before) else 0
         after = np.flatnonzero(self.tokens[position:-1] == self.end_of_text)
-        return len(before), self.tokens[start:position + after[0] if len(after) else -1].tolist()
+        return len(before) + 1, self.tokens[start:position + after[0] if len(after) else -1].tolist()
 
 
 def novelty(lengths):

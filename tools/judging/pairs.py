@@ -6,7 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from tools.judging.text import SENTENCE, mentions, narration, others
+from tools.judging.text import SENTENCE, mentions, narration, others, split_at
 
 NUMBER = {"was": "were", "is": "are", "has": "have", "does": "do",
           "were": "was", "are": "is", "have": "has", "do": "does"}
@@ -16,14 +16,15 @@ PRESENT = {"went": "go", "saw": "see", "said": "say", "found": "find", "ran": "r
            "liked": "like", "played": "play", "asked": "ask", "walked": "walk", "jumped": "jump", "smiled": "smile"}
 ARTICLE = {"a": "an", "an": "a"}
 CASE = {"he": "him", "she": "her", "they": "them", "He": "Him", "She": "Her", "They": "Them"}
-GENDER = {"he": "she", "she": "he", "He": "She", "She": "He"}
+GENDER = {"he": "she", "she": "he"}
 # Kind → (pattern whose group 1 is replaced, the replacement of each text)
 RULES = {
-    "agreement": (r"\b(?:[Hh]e|[Ss]he|[Ii]t) (was|is|has|does)\b|\b(?:[Tt]hey|[Ww]e) (were|are|have|do)\b", NUMBER.get),
-    "tense": (rf"(?<!and )\b(?:[Hh]e|[Ss]he|[Ii]t|[A-Z][a-z]+) ({'|'.join(PRESENT)})\b", PRESENT.get),
+    "agreement": (r"(?<![Ii]f )\b(?:[Hh]e|[Ss]he|[Ii]t) (was|is|has|does)\b|\b(?:[Tt]hey|[Ww]e) (were|are|have|do)\b",
+                  NUMBER.get),
+    "tense": (rf"\b(?:[Hh]e|[Ss]he|[Ii]t) ({'|'.join(PRESENT)})\b", PRESENT.get),
     "article": (r"\b(a|an)(?= [a-z])", ARTICLE.get),
     "pronoun": (rf"\b({'|'.join(CASE)})(?= [a-z])", CASE.get),
-    "word order": (r"\b((?:the|a|an|his|her|their) [a-z]+)\b", lambda words: " ".join(reversed(words.split()))),
+    "word order": (r"\b((?:the|a|an|his|their) [a-z]+)\b", lambda words: " ".join(reversed(words.split()))),
 }
 
 
@@ -40,7 +41,7 @@ def minimal_pairs(stories, names, count):
     """At most `count` pairs of each kind, each from another story. `names`: the result of `text.learn_names`.
 
     The pairs of RULES are a sentence after the one before it. Those of "name" (a character's name against one that the
-    story does not have) and "gender" (the hero's pronoun against the other) are the story up to that sentence.
+    story does not have) and "gender" (a character's "he" or "she" against the other) are the story up to that sentence.
     """
     pairs = {}
     for number, story in enumerate(stories):
@@ -67,7 +68,8 @@ def all_changes(story, names, random_float):
                 changes[kind].append((previous, end, first + start, first + stop, replace(match[match.lastindex])))
         mentioned = mentions(sentence[0], names)
         if len(set(mentioned)) == 1 and seen and mentioned[0] in seen:
-            name, start = mentioned[0], first + sentence[0].index(mentioned[0])
+            name = mentioned[0]
+            start = first + len(split_at(name, sentence[0])[0])
             rivals = [other for other, gender in names.items() if gender == names[name] and other not in story]
             if rivals:
                 rival = rivals[int(random_float() * len(rivals))]

@@ -38,21 +38,19 @@ def language(model, tokenizer, pairs_by_kind):
 
     `pairs_by_kind`: from `pairs.minimal_pairs`. Returns measures, name → (numerators, denominators), per pair.
     """
-    measures, sequences, first_differing = {}, [], []
+    sequences, scored = [], []  # scored: of each pair, its kind and the index of the first loss that differs
     for pair in itertools.chain(*pairs_by_kind.values()):
         good, bad = ([tokenizer.end_of_text, *tokenizer.encode(side)] for side in (pair.good, pair.bad))
         start = max(0, max(len(good), len(bad)) - model.config.block_size - 1)  # both lose the same context
-        sequences += [good[start:], bad[start:]]
-        first_differing.append(next(i for i, (a, b) in enumerate(zip(good, bad)) if a != b) - start)
-    losses, remaining = token_losses(model, sequences), itertools.count()
-    for kind, found in pairs_by_kind.items():
-        scores = []
-        for i in itertools.islice(remaining, len(found)):
-            first = first_differing[i] - 1  # the first loss that differs
-            good, bad = (losses[2 * i + side][max(0, first):].sum() for side in (0, 1))
-            scores += [0.5 if good == bad else float(good < bad)] if first >= 0 else []  # else it is outside the window
-        measures[f"pairs_{kind.replace(' ', '_')}"] = per_story(scores)
-    return measures
+        first = next((i for i, (a, b) in enumerate(zip(good, bad)) if a != b), 0) - start - 1
+        if first >= 0:  # else they do not differ in the window
+            sequences += [good[start:], bad[start:]]
+            scored.append((pair.kind, first))
+    losses, scores = token_losses(model, sequences), {kind: [] for kind in pairs_by_kind}
+    for (kind, first), good, bad in zip(scored, losses[::2], losses[1::2]):
+        good, bad = good[first:].sum(), bad[first:].sum()
+        scores[kind].append(0.5 if good == bad else float(good < bad))
+    return {f"pairs_{kind.replace(' ', '_')}": per_story(found) for kind, found in scores.items()}
 
 
 def context(model, tokenizer, stories):

@@ -4,6 +4,7 @@ Each measure is a pair of arrays with an entry per story (or per group of storie
 value is the ratio of their sums; `interval` is the confidence interval of that.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ QUOTATION = re.compile(r"[\"“][^\"“”\n]*[\"”]?")
 CAPITALIZED = re.compile(
     rf"(?P<first>^\W*|[\"“‘(]|[.!?:…][\"”’)]*\s+|\n\s*)?\b(?P<word>{WORD})", re.MULTILINE)
 
-GROUP = 10  # stories in which distinct n-grams are counted: a share of all stories would depend on their number
-BLEU_STORIES = 100  # for the same reason
-RESAMPLES = 1000
+GROUP = 10  # stories in which distinct n-grams are counted: the share among all would depend on their number
+BLEU_STORIES = 100  # stories that are compared with each other, for the same reason
+RESAMPLES, FEWEST = 1000, 10  # of the bootstrap: resamples, entries for an interval
 
 TITLES = set("Mr Mrs Ms Miss Dr Mama Papa Mother Father Grandma Grandpa Granny Aunt Auntie Uncle King Queen".split())
 NOT_NAMES = TITLES | set("""I I'm I'll I'd I've Mom Mommy Mum Mummy Dad Daddy Mamma Grandmother Grandfather Grandad
@@ -38,17 +39,20 @@ PEOPLE = set("friend child baby doctor teacher neighbor person people someone ev
 
 
 def interval(numerators, denominators):
-    """The ratio of the sums and its 95% confidence interval, by bootstrap over the entries; None if there is no entry.
+    """The ratio of the sums and its 95% confidence interval, by bootstrap over the entries: (value, low, high).
 
-    Returns (value, low, high).
+    With fewer than FEWEST entries, low and high are NaN. None if there is nothing to measure.
     """
     a, b = np.asarray(numerators, float), np.asarray(denominators, float)
     if not b.sum():
         return None
-    picks = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
-    sums = b[picks].sum(1)  # (RESAMPLES,)
-    ratios = a[picks].sum(1)[sums > 0] / sums[sums > 0]
-    return (a.sum() / b.sum(), *np.percentile(ratios, [2.5, 97.5]))
+    if len(a) < FEWEST:
+        return a.sum() / b.sum(), math.nan, math.nan
+    rng = np.random.default_rng(0)
+    resamples = (rng.integers(len(a), size=len(a)) for _ in range(RESAMPLES))
+    sums = np.array([(a[picks].sum(), b[picks].sum()) for picks in resamples])  # (RESAMPLES, 2)
+    sums = sums[sums[:, 1] > 0]
+    return a.sum() / b.sum(), *np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
 
 
 def split_words(text):
@@ -75,7 +79,7 @@ def variety(stories):
     words = [split_words(story) for story in stories]
     sentences = [split_sentences(story) for story in stories]
     return {**{f"distinct_{n}": distinct(words, n) for n in (1, 2, 3)},
-            "self_bleu": self_bleu(words[:BLEU_STORIES]),
+            "self_bleu": self_bleu(words),
             "same_opening": shared([story[0] for story in sentences if story]),
             "same_ending": shared([story[-1] for story in sentences if story])}
 
@@ -85,33 +89,37 @@ def ngrams(words, n):
     return list(zip(*(words[i:] for i in range(n))))
 
 
+def complete_groups(items, size):
+    """A list divided into groups of this size, without the incomplete last one."""
+    return [items[i:i + size] for i in range(0, len(items) - size + 1, size)]
+
+
 def distinct(stories, n):
     """distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams / n-grams, in groups of GROUP stories.
 
-    `stories`: lists of words. The entries are groups; the last is left out if it is smaller.
+    `stories`: lists of words. The entries are complete groups.
     """
-    groups = [[gram for words in stories[i:i + GROUP] for gram in ngrams(words, n)]
-              for i in range(0, max(1, len(stories) - GROUP + 1), GROUP)]
+    groups = [[gram for words in group for gram in ngrams(words, n)] for group in complete_groups(stories, GROUP)]
     return np.array([len(set(group)) for group in groups]), np.array([len(group) for group in groups])
 
 
 def self_bleu(stories):
     """Self-BLEU (Zhu et al. 2018, arXiv 1802.01886): the BLEU of each story, the others being its references.
 
-    `stories`: lists of words, at most BLEU_STORIES, because more references give a higher BLEU.
+    `stories`: lists of words. The first BLEU_STORIES are measured, because more references give a higher BLEU; none if
+    there are fewer.
     """
     from sacrebleu.metrics import BLEU
 
-    bleu, texts = BLEU(tokenize="none", effective_order=True), [" ".join(words) for words in stories]
-    if len(texts) < 2:
-        return per_story([])
+    bleu = BLEU(tokenize="none", effective_order=True)
+    texts = [" ".join(words) for group in complete_groups(stories, BLEU_STORIES)[:1] for words in group]
     return per_story([bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score / 100 for i, text in enumerate(texts)])
 
 
 def shared(sentences):
-    """The share of sentences that others are equal to, among each BLEU_STORIES of them."""
-    groups = [sentences[i:i + BLEU_STORIES] for i in range(0, len(sentences), BLEU_STORIES)]
-    return per_story([group.count(sentence) > 1 for group in groups for sentence in group])
+    """The share of sentences that others are equal to, in complete groups of BLEU_STORIES."""
+    return per_story([group.count(sentence) > 1 for group in complete_groups(sentences, BLEU_STORIES)
+                      for sentence in group])
 
 
 # ---- whole ----
@@ -149,19 +157,20 @@ def learn_names(stories):
     """The names of characters in some stories, and the pronoun that goes with each: a dict name → "he", "she" or None.
 
     A name is a word that has a capital letter within sentences, at least three times and in a tenth of its uses (some
-    names are also words: Honey). Its pronoun is the one of at least 90% of those that stand in sentences of the
-    narration that mention no one else.
+    names are also words: Honey), but not after a title (Mrs. Rose, Mama Bear). Its pronoun is the one of at least 80%
+    of those in sentences of the narration that mention no one else.
     """
-    inside, lower = Counter(), Counter()
+    inside, lower, pronouns = Counter(), Counter(), defaultdict(Counter)
     for story in stories:
+        previous = ""
         for match in CAPITALIZED.finditer(story):
             word = base(match["word"])
             if not word[0].isupper():
                 lower[word] += 1
-            elif match["first"] is None and word not in NOT_NAMES and not word.isupper():
+            elif match["first"] is None and previous not in TITLES and word not in NOT_NAMES and not word.isupper():
                 inside[word] += 1
+            previous = word
     names = {name: None for name, count in inside.items() if count >= max(3, 0.1 * (count + lower[name.lower()]))}
-    pronouns = defaultdict(Counter)
     for story in stories:
         for sentence in split_sentences(narration(story)):
             mentioned = set(mentions(sentence, names))
@@ -169,9 +178,9 @@ def learn_names(stories):
                 name = mentioned.pop()
                 pronouns[name].update(subject_pronouns(sentence, name))
     for name, counts in pronouns.items():
-        he, total = counts["he"], counts.total()
-        if total >= 3 and not 0.1 * total < he < 0.9 * total:
-            names[name] = "he" if he > total / 2 else "she"
+        pronoun, count = counts.most_common(1)[0] if counts else (None, 0)
+        if counts.total() >= 3 and count >= 0.8 * counts.total():
+            names[name] = pronoun
     return names
 
 
@@ -193,7 +202,12 @@ def mentions(text, names):
 
 def subject_pronouns(sentence, name):
     """The words "he" and "she" of a sentence, those after the name if the sentence has it."""
-    return [word for word in split_words(sentence.split(name, 1)[-1]) if word in ("he", "she")]
+    return [word for word in split_words(split_at(name, sentence)[-1]) if word in ("he", "she")]
+
+
+def split_at(name, sentence):
+    """The parts of a sentence before and after its first mention of a name; the sentence if it has none."""
+    return re.split(rf"\b{re.escape(name)}\b", sentence, maxsplit=1)
 
 
 def others(sentence):
@@ -234,7 +248,7 @@ class Cast:
 
 def is_introduced(name, sentence):
     """Whether a sentence introduces a name: after a word of INTRODUCING or for a person, or as in "Billy the goat"."""
-    before, after = sentence.split(name, 1)
+    before, after = split_at(name, sentence)
     return bool((INTRODUCING | MALE | FEMALE) & set(split_words(before)) or re.match(r",? (?:the|who)\b", after))
 
 
@@ -256,7 +270,7 @@ def find_cast(story, names):
     for sentence in split_sentences(narration(story)):
         mentioned, people = set(mentions(sentence, names)), others(sentence)
         if mentioned or people:
-            before = split_words(sentence.split(hero)[0]) if hero in mentioned else []
+            before = split_words(split_at(hero, sentence)[0]) if hero in mentioned else []
             nouns = [word for word in before if word in MALE | FEMALE]
             if nouns and not is_known:  # there was a girl named Alex
                 gender = "he" if nouns[-1] in MALE else "she"
