@@ -384,23 +384,22 @@ def plot(columns, path):
     """Plot novelty by n, and the loss by position in the window and in the story. Raises UserError if it cannot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
     panels = {"novelty": ("n", "share of n-grams not in the training text"),
               "loss_by_window_position": ("position in the context window", "loss (nats/token)"),
               "loss_by_story_position": ("position in the story", "loss (nats/token)")}
     for axes, (curve, (x, y)) in zip(figure.subplots(1, 3), panels.items()):
-        for column in columns:
+        for i, column in enumerate(columns):
             if values := column.curves.get(curve):
-                style = "k--" if column is columns[-1] and not column.out_dir else "-"
-                axes.plot(range(1, len(values) + 1), smooth(values) if curve != "novelty" else values, style,
-                          label=column.name.replace("$", r"\$"))
+                style = "k--" if column.name.startswith("held-out") else f"C{i}"
+                axes.plot(range(1, len(values) + 1), values if curve == "novelty" else smooth(values), style,
+                          label=column.name.replace("$", r"\$"))  # $ begins a formula
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
         if curve != "novelty":
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
-        elif axes.lines:
-            axes.legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save_figure(figure, path)
 
 
