@@ -114,6 +114,7 @@ def test_words_are_learned_as_names_only_within_sentences_and_without_a_title():
     ("Lily sang. It rained. Her friend Tom ran. Tom fell.", ["Lily", "Tom"], [], 0, 0),
     ("Lily sang. It rained. Tom the goat ran.", ["Lily", "Tom"], [], 0, 0),
     ("Lily sang. It rained. Mama Honey ran.", ["Lily"], [], 0, 0),  # a title
+    ("Lily_2 sang. It rained. Then Tom7 ran to Tommy.", ["Lily", "Tom"], ["Tom"], 0, 0),
     ("Once there was a cat. It sang.", [], [], 0, 0)])
 def test_the_cast_of_a_story(story, names, not_introduced, pronouns, agreeing):
     cast = text.find_cast(story, NAMES)

@@ -207,7 +207,8 @@ def subject_pronouns(sentence, name):
 
 def split_at(name, sentence):
     """The parts of a sentence before and after its first mention of a name; the sentence if it has none."""
-    return re.split(rf"\b{re.escape(name)}\b", sentence, maxsplit=1)
+    letter = r"[^\W\d_]"
+    return re.split(rf"(?<!{letter}){re.escape(name)}(?!{letter})", sentence, maxsplit=1)
 
 
 def others(sentence):
