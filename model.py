@@ -298,8 +298,8 @@ class GPT(nn.Module):
         and the logits (B, V) they were sampled from, valid until the next step.
 
         The model reads the context window that begins at `window_start`; the cache is recomputed when that moves.
-        Sequences that have ended are dropped from the batch, unless its shapes are fixed, as on CUDA, or `with_logits`:
-        the random numbers that the others get depend on that.
+        Sequences that have ended are dropped from the batch, except on CUDA and with `with_logits`. The random numbers
+        of the others depend on that.
         Call eval() first: dropout is active in training mode.
         """
         B, block_size = idx.size(0), self.config.block_size

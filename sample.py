@@ -75,6 +75,17 @@ def parse_args(argv):
     parser.add_argument("--out_dir", help="the run's folder (default: the one under out/ with the newest checkpoint)")
     parser.add_argument("--num_samples", type=number(int, 1, 1000, "from 1 to 1000"), default=1,
                         help="number of stories, generated as one batch (default: 1, printed as it is generated)")
+    add_sampling_flags(parser)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1, "from 0 to 2**63 - 1"),
+                        help="the same seed gives the same stories (default: a new seed each time)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
+                        help="dtype of the weights; auto: the fastest, for one story on a CPU int8 (default: auto)")
+    return parser.parse_args(argv)
+
+
+def add_sampling_flags(parser):
+    """Add the flags for the length of stories and for how a token is sampled."""
     parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9, "1 or more"), default=400,
                         help="maximum length of a story in tokens, without the prompt (default: 400)")
     parser.add_argument("--temperature", type=number(float, 0, 100, "from 0 to 100"), default=0.8,
@@ -83,12 +94,6 @@ def parse_args(argv):
                         help="sample from the k most likely tokens; 0: from all (default: 200)")
     parser.add_argument("--top_p", type=number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0,
                         help="sample from the most likely tokens whose probabilities sum to p (default: 1)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1, "from 0 to 2**63 - 1"),
-                        help="the same seed gives the same stories (default: a new seed each time)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
-                        help="dtype of the weights; auto: the fastest, for one story on a CPU int8 (default: auto)")
-    return parser.parse_args(argv)
 
 
 def number(kind, low, high, allowed):

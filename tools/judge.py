@@ -32,7 +32,7 @@ from data.tokenizer import END_OF_TEXT, Tokenizer
 from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
 from runtime.hardware import autocast, pick_device, pick_dtype, pick_inference_dtype
-from sample import number, read_prompt
+from sample import add_sampling_flags, number, read_prompt
 from tools.compare import markdown, save_figure
 from tools.judging import controls, grammar, novelty, pairs, scoring, text
 
@@ -79,7 +79,7 @@ class Column:
 
     name: str
     stories: list  # texts
-    ended: list  # whether each story has an end of text; None: not known
+    ended: list  # whether each story has an end of text, None if that is not known
     out_dir: Path = None  # for a run
     about: dict = field(default_factory=dict)  # the checkpoint and its settings, for judge.json
     measures: dict = field(default_factory=dict)  # name → (numerators, denominators)
@@ -140,14 +140,7 @@ def parse_args(argv):
                         "held-out stories (default: that of the first run)")
     parser.add_argument("--start", default="", help="the opening of all stories, or FILE:opening.txt (default: none: "
                         "openings are part of what is judged)")
-    parser.add_argument("--temperature", type=number(float, 0, 100, "from 0 to 100"), default=0.8,
-                        help="as in sample.py (default: %(default)s)")
-    parser.add_argument("--top_k", type=number(int, 0, 10**9, "0 or more"), default=200,
-                        help="as in sample.py (default: %(default)s)")
-    parser.add_argument("--top_p", type=number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0,
-                        help="as in sample.py (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9, "1 or more"), default=400,
-                        help="maximum length of a story in tokens (default: %(default)s)")
+    add_sampling_flags(parser)
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1, "from 0 to 2**63 - 1"), default=1,
                         help="the same seed gives the same stories (default: %(default)s)")
     parser.add_argument("--controls", action="store_true", help="add two columns of bad stories: shuffled sentences "
@@ -179,13 +172,13 @@ def load_dataset(checkpoints, args):
 
     Raises UserError if a dataset is damaged, or the one named is missing.
     """
-    run = next(iter(checkpoints), None)
-    name = args.dataset or (run and load(checkpoints[run])["config"]["dataset"])
+    first_run = next(iter(checkpoints), None)
+    name = args.dataset or (first_run and load(checkpoints[first_run])["config"]["dataset"])
     if name is None:
         return note("no --dataset: left out are held-out stories, copies and --controls")
     folder = Path("data", name)
     if not args.dataset and not folder.exists():
-        return note(f"{folder}, which {run} was trained on, is not here: left out are held-out stories, copies, "
+        return note(f"{folder}, which {first_run} was trained on, is not here: left out are held-out stories, copies, "
                     "language, context and --controls (--dataset NAME compares with another)")
     tokenizer = Tokenizer.load(folder)
     train, validation = (Split(folder, split, 1).tokens for split in ("train", "validation"))
@@ -226,7 +219,7 @@ def read_stories(path):
     # sample.py prints a line end after each story and each separator; other programs, a separator after the last.
     stories = content.removesuffix("\n").removesuffix(END_OF_TEXT).split(END_OF_TEXT)
     stories = [story.removeprefix("\n" * (i > 0)).removesuffix("\n") for i, story in enumerate(stories)]
-    return Column(path, without_empty(path, stories, [None] * len(stories))[0], None)
+    return Column(path, *without_empty(path, stories, [None] * len(stories)))
 
 
 def without_empty(name, stories, ended):

@@ -82,6 +82,7 @@ def test_wholeness():
     stories = ['He said, "Go." He ran home. He ran home.', 'He said, "Go. A b c d e a b c d e.', "“Go,” he said."]
     measures = text.wholeness(stories, [True, False, True])
     assert shares(measures["ends"])[0] == [1, 0, 1]
+    assert shares(text.wholeness(stories, [None] * 3)["ends"]) == [[], []]  # not known
     assert shares(measures["words"])[0] == [15, 17, 7]
     assert shares(measures["quotes_balanced"])[0] == [1, 0, 1]
     assert shares(measures["repeated_sentences"]) == [[1, 0, 0], [3, 2, 1]]  # only those of three words
@@ -208,8 +209,7 @@ def test_novelty_counts_n_grams():
 
 def test_minimal_pairs():
     story = "Lily saw a ball. She was glad. Then Lily sat, and she ate the apple."
-    found = {kind: [(pair.good, pair.bad) for pair in each]
-             for kind, each in pairs.minimal_pairs([story], {"Lily": "she", "Kate": "she", "Tom": "he"}, 5).items()}
+    found = pairs.minimal_pairs([story], {"Lily": "she", "Kate": "she", "Tom": "he"}, 5)
     last = "She was glad. Then Lily sat, and she ate the apple."
     assert found.pop("agreement") == [("Lily saw a ball. She was glad.", "Lily saw a ball. She were glad.")]
     assert found.pop("article") == [("Lily saw a ball.", "Lily saw an ball.")]
@@ -225,7 +225,7 @@ def test_minimal_pairs():
 
 def test_words_that_minimal_pairs_leave_alone():
     def changes(story):
-        return {kind: [pair.bad for pair in each] for kind, each in pairs.minimal_pairs([story], {
+        return {kind: [wrong for _, wrong in each] for kind, each in pairs.minimal_pairs([story], {
             "Lily": "she", "Kate": "she", "Anna": "she", "Tom": "he"}, 5).items() if each}
     assert changes("If it was red, they asked her to come and gave her some.").keys() == {"pronoun"}
     assert changes("It was he. He ran to us.")["tense"] == ["It was he. He run to us."]
@@ -238,7 +238,7 @@ def test_words_that_minimal_pairs_leave_alone():
 def test_quotations_are_not_changed_and_the_count_is_limited():
     stories = ['"He was a fox," said Lily.', "He was a fox.", "He was a dog.", "He was a cat."]
     found = pairs.minimal_pairs(stories, NAMES, 2)["agreement"]
-    assert [pair.bad for pair in found] == ["He were a fox.", "He were a dog."]
+    assert [wrong for _, wrong in found] == ["He were a fox.", "He were a dog."]
 
 
 @pytest.fixture(scope="module")
@@ -262,16 +262,16 @@ def test_losses_do_not_depend_on_the_batch(model_and_tokenizer):
 def test_the_more_likely_text_counts_and_ties_count_half(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     good, bad = "Once upon a time", "Once upon a emit"
-    both = {"a": [pairs.Pair("a", good, bad), pairs.Pair("a", bad, good)], "b": [pairs.Pair("b", good, bad)],
-            "c": [pairs.Pair("c", "x" * 40, "x" * 39 + "y"), pairs.Pair("c", "x" + "y" * 40, "y" * 41),
-                  pairs.Pair("c", "xy", "y" * 40), pairs.Pair("c", "xy", "xyy"), pairs.Pair("c", "xy", "xy")]}
+    both = {"a": [(good, bad), (bad, good)], "b": [(good, bad)],
+            "c": [("x" * 40, "x" * 39 + "y"), ("x" + "y" * 40, "y" * 41),
+                  ("xy", "y" * 40), ("xy", "xyy"), ("xy", "xy")]}
     measures = scoring.language(model, tokenizer, both)
     assert shares(measures["pairs_a"])[0] == [1, 0] and shares(measures["pairs_b"])[0] == [1]
     assert len(measures["pairs_c"][0]) == 1  # the others differ outside the window, or only in length, or not
     with torch.no_grad():
         weight = model.transformer.wte.weight.clone()
         model.transformer.wte.weight.zero_()  # all tokens equally likely
-    same_length = {"d": [pairs.Pair("d", "Once", "Onec")]}
+    same_length = {"d": [("Once", "Onec")]}
     tokens = [len(tokenizer.encode(side)) for side in ("Once", "Onec")]
     score = scoring.language(model, tokenizer, same_length)["pairs_d"][0][0]
     model.transformer.wte.weight.data.copy_(weight)

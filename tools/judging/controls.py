@@ -9,7 +9,7 @@ from tools.judging.text import split_sentences
 
 
 def shuffled_sentences(stories):
-    """The sentences of all stories, dealt at random to as many stories of as many sentences."""
+    """The sentences of all stories, distributed at random over as many stories with as many sentences each."""
     sentences = [split_sentences(story) for story in stories]
     shuffled = iter(np.random.default_rng(0).permutation([sentence for story in sentences for sentence in story]))
     return [" ".join(itertools.islice(shuffled, len(story))) for story in sentences]

@@ -1,4 +1,4 @@
-"""Which n-grams of a story stand nowhere in the training text, and which spans are copied from it: a suffix array."""
+"""Which n-grams of a story do not occur in the training text, and which spans are copied from it: a suffix array."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class TrainingText:
         # (N,): where the suffixes of whole tokens begin, in sorted order
 
     def longest_matches(self, stories):
-        """For each position of each story, the longest span from there on that the training text has too.
+        """For each position of each story, the longest span from there on that is also in the training text.
 
         `stories`: lists of tokens. Returns two lists of arrays (tokens of the story,): lengths, and positions in
         `tokens`.

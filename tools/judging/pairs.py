@@ -4,7 +4,6 @@
 
 import random
 import re
-from dataclasses import dataclass
 
 from tools.judging.text import SENTENCE, mentions, narration, others, split_at
 
@@ -28,29 +27,23 @@ RULES = {
 }
 
 
-@dataclass
-class Pair:
-    """Two texts that differ in one place of their last sentence. The first is from a story."""
-
-    kind: str  # a key of RULES, or "name" or "gender"
-    good: str
-    bad: str
-
-
 def minimal_pairs(stories, names, count):
-    """At most `count` pairs of each kind, each from another story. `names`: the result of `text.learn_names`.
+    """Pairs of a right text, from a story, and a wrong one that differs in one place of its last sentence.
+
+    Returns a dict, kind → list of pairs, at most `count` of each kind and each from another story. `names`: the result
+    of `text.learn_names`.
 
     The pairs of RULES are a sentence after the one before it. Those of "name" (a character's name against one that the
     story does not have) and "gender" (a character's "he" or "she" against the other) are the story up to that sentence.
     """
     pairs = {}
     for number, story in enumerate(stories):
-        random_float = random.Random(number).random
+        random_float = random.Random(number).random  # the same values in every version of Python
         for kind, changes in all_changes(story, names, random_float).items():
             found = pairs.setdefault(kind, [])
             if changes and len(found) < count:
                 context, end, start, stop, replacement = changes[int(random_float() * len(changes))]
-                found.append(Pair(kind, story[context:end], story[context:start] + replacement + story[stop:end]))
+                found.append((story[context:end], story[context:start] + replacement + story[stop:end]))
     return pairs
 
 
@@ -67,7 +60,7 @@ def all_changes(story, names, random_float):
                 start, stop = match.span(match.lastindex)
                 changes[kind].append((previous, end, first + start, first + stop, replace(match[match.lastindex])))
         mentioned = mentions(sentence[0], names)
-        if len(set(mentioned)) == 1 and seen and mentioned[0] in seen:
+        if len(set(mentioned)) == 1 and mentioned[0] in seen:
             name = mentioned[0]
             start = first + len(split_at(name, sentence[0])[0])
             rivals = [other for other, gender in names.items() if gender == names[name] and other not in story]

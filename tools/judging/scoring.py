@@ -1,7 +1,5 @@
 """What is measured with the model itself, on held-out text: minimal pairs, and the loss by position."""
 
-import itertools
-
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -39,17 +37,17 @@ def language(model, tokenizer, pairs_by_kind):
     `pairs_by_kind`: from `pairs.minimal_pairs`. Returns measures, name → (numerators, denominators), per pair.
     """
     sequences, scored = [], []  # scored: of each pair, its kind and the index of the first loss that differs
-    for pair in itertools.chain(*pairs_by_kind.values()):
-        good, bad = ([tokenizer.end_of_text, *tokenizer.encode(side)] for side in (pair.good, pair.bad))
-        start = max(0, max(len(good), len(bad)) - model.config.block_size - 1)  # both lose the same context
-        first = next((i for i, (a, b) in enumerate(zip(good, bad)) if a != b), 0) - start - 1
+    for kind, pair in ((kind, pair) for kind, found in pairs_by_kind.items() for pair in found):
+        right, wrong = ([tokenizer.end_of_text, *tokenizer.encode(side)] for side in pair)
+        start = max(0, max(len(right), len(wrong)) - model.config.block_size - 1)  # both lose the same context
+        first = next((i for i, (a, b) in enumerate(zip(right, wrong)) if a != b), 0) - start - 1
         if first >= 0:  # else they do not differ in the window
-            sequences += [good[start:], bad[start:]]
-            scored.append((pair.kind, first))
+            sequences += [right[start:], wrong[start:]]
+            scored.append((kind, first))
     losses, scores = token_losses(model, sequences), {kind: [] for kind in pairs_by_kind}
-    for (kind, first), good, bad in zip(scored, losses[::2], losses[1::2]):
-        good, bad = good[first:].sum(), bad[first:].sum()
-        scores[kind].append(0.5 if good == bad else float(good < bad))
+    for (kind, first), *pair in zip(scored, losses[::2], losses[1::2]):
+        right, wrong = (side[first:].sum() for side in pair)
+        scores[kind].append(0.5 if right == wrong else float(right < wrong))
     return {f"pairs_{kind.replace(' ', '_')}": per_story(found) for kind, found in scores.items()}
 
 
@@ -73,6 +71,6 @@ def context(model, tokenizer, stories):
     spans = {f"loss_story_{start}": (places >= start) & (places < end) for start, end in STORY_SPANS}
     spans["loss_window_start"] = np.broadcast_to(np.arange(T) < T // 4, places.shape)
     spans["loss_window_end"] = np.broadcast_to(np.arange(T) >= T // 2, places.shape)
-    by_story = [losses[places == place].mean() for place in range(min(STORY_SPANS[-1][1], places.max() + 1))]
+    by_story = [float(losses[places == place].mean()) for place in range(min(STORY_SPANS[-1][1], places.max() + 1))]
     return ({name: ((losses * span).sum(1), span.sum(1)) for name, span in spans.items()},
-            {"loss_by_window_position": losses.mean(0).tolist(), "loss_by_story_position": np.array(by_story).tolist()})
+            {"loss_by_window_position": losses.mean(0).tolist(), "loss_by_story_position": by_story})

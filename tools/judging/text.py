@@ -28,7 +28,7 @@ TITLES = set("Mr Mrs Ms Miss Dr Mama Papa Mother Father Grandma Grandpa Granny A
 NOT_NAMES = TITLES | set("""I I'm I'll I'd I've Mom Mommy Mum Mummy Dad Daddy Mamma Grandmother Grandfather Grandad
     Sir God Santa Christmas Easter Halloween English TV Monday Tuesday Wednesday Thursday Friday Saturday Sunday January
     February March April May June July August September October November December""".split())
-# A character's name is introduced by one of these words earlier in the sentence in which it stands first.
+# A character's name is introduced by one of these words, earlier in the sentence where it first appears.
 INTRODUCING = set("""named called name names nickname friend friends brothers sisters cousin twin twins neighbor dog
     puppy cat kitten pet teddy am i'm meet met""".split())
 # Words for people: a pronoun near one of them may not be the hero's.
@@ -128,12 +128,12 @@ def shared(sentences):
 def wholeness(stories, ended):
     """Measures of how complete and free of repetition each story is.
 
-    `ended`: whether each has an end of text; None if that is not known.
+    `ended`: whether each has an end of text, None if that is not known.
     """
     words = [split_words(story) for story in stories]
     sentences = [[sentence for sentence in split_sentences(story) if len(sentence.split()) > 2] for story in stories]
     grams = [ngrams(story, 4) for story in words]
-    return {"ends": per_story(ended or []),
+    return {"ends": per_story([value for value in ended if value is not None]),
             "words": per_story([len(WORDS_AND_MARKS.findall(story)) for story in stories]),
             "quotes_balanced": per_story([has_balanced_quotes(story) for story in stories]),
             "repeated_sentences": repeated(sentences),
