@@ -356,8 +356,9 @@ def load_model(path):
     path = Path(path)
     checkpoint = load(path)
     with reading_checkpoint(path):
-        model = make_model(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
+        with torch.device("meta"):  # no time for random weights
+            model = make_model(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict({name: p.float() for name, p in checkpoint["model"].items()}, assign=True)
     if data_sha256(read_meta(path.parent)) != checkpoint["data_sha256"]:
         raise UserError(f"{path.parent / 'meta.json'} does not belong to the data that {path} was trained on: copy it "
                         "and tokenizer.tiktoken from there")

@@ -5,6 +5,7 @@ B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary s
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn as nn
@@ -28,7 +29,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         """(…) -> (…)"""
-        if not self.training or self.p == 0 or x.device.type != "cpu":
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
             return super().forward(x)
         draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2**63, None)  # uniform in all 64 bits
         bits = draws.view(torch.int16)[:x.numel()].view(x.shape)  # uniform in [-32768, 32767]
@@ -43,9 +46,23 @@ class Linear(nn.Linear):
     There torch's matrix product reads bfloat16 weights at a third of the memory bandwidth, `addmv` at nearly all of it.
     """
 
+    def reset_parameters(self):
+        """Random initial values, but not on the meta device: torch would import torch._dynamo for it, in 1.5 s."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x):
         """(…, in) -> (…, out)"""
         return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without random initial values on the meta device, as `Linear`."""
+
+    def reset_parameters(self):
+        """Random initial values, except on the meta device."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 def linear(x, weight, bias=None):
@@ -57,30 +74,28 @@ def linear(x, weight, bias=None):
 
 
 class Int8Linear(nn.Module):
-    """Weight-only int8 linear layer for inference: weight (out, in) with one scale per row, bfloat16 activations.
+    """Linear layer for inference on a CPU with int8 weights, one scale per row, and integer products.
 
-    Half the bytes of bfloat16, so up to twice the tokens/s where memory bandwidth is the limit.
+    Each call rounds its input to 8 bits, with one scale and offset for all of it (dynamic quantization). On an x86 CPU
+    without AVX-512 VNNI it uses 7 bits, because the kernel then adds pairs of products in 16 bits.
     """
 
     def __init__(self, weight, bias=None):
         super().__init__()
         weight = weight.detach().float()
-        scale = (weight.abs().amax(1).clamp_min(1e-30) / 127).bfloat16()  # rounded before the division below
-        self.padding = -weight.size(1) % 16  # torch's kernel reads 16 columns at a time, even past the end
-        weight = F.pad(weight, (0, self.padding))
-        self.register_buffer("weight", (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().bfloat16())
+        scale = torch.maximum(weight.amax(1), -weight.amin(1)).clamp_min(1e-30) / 127  # (out)
+        with warnings.catch_warnings():
+            # Quantized tensors are deprecated. If torch lacks them, `pick_inference_dtype` does not choose int8.
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            weight = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale).long(), 0, torch.qint8)
+        bias = None if bias is None else bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack(weight, bias)  # in the layout of the kernel
+        on_x86 = torch.backends.quantized.engine in ("x86", "fbgemm")
+        self.reduce_range = on_x86 and not torch.cpu.get_capabilities().get("avx512_vnni", False)
 
     def forward(self, x):
-        """(…, in) -> (…, out)"""
-        if self.padding:
-            x = F.pad(x, (0, self.padding))
-        if hasattr(torch, "_weight_int8pack_mm"):
-            y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.weight, self.scale)  # (N, out)
-        else:  # slow: the function is private, and a later version of torch may lack it
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        """(…, N, in) -> (…, N, out), float32"""
+        return torch.ops.quantized.linear_dynamic.default(x, self.packed, self.reduce_range)
 
 
 def causal_attention(q, k, v, dropout):
@@ -115,6 +130,17 @@ class UsedTokens:
         (U + 1, C), and the targets as indices of these rows (N).
         """
         return _HeadRows.apply(weight, self.used, self.unused), self.row_of_token[targets]
+
+
+def tokens_with_own_rows(weight):
+    """The ids (U) of tokens whose embedding is not the most common one of a weight (V, C): all if no two are equal.
+
+    After training with `UsedTokens` the most common one is that of the tokens that did not occur.
+    """
+    shared = (weight == weight[weight[:, 0].mode().indices]).all(1)  # (V)
+    if not 1 < shared.sum() < len(weight):
+        shared = torch.zeros_like(shared)
+    return (~shared).nonzero().flatten()
 
 
 class _HeadRows(torch.autograd.Function):

@@ -8,13 +8,14 @@ B: batch size, T: sequence length, C: n_embd, H: n_head, D: C / H, V: vocab_size
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import (Dropout, Int8Linear, Linear, UsedTokens, causal_attention, fused_linear_cross_entropy,
-                    fused_loss_bytes, linear)
+from layers import (Dropout, Embedding, Int8Linear, Linear, UsedTokens, causal_attention, fused_linear_cross_entropy,
+                    fused_loss_bytes, linear, tokens_with_own_rows)
 
 
 @dataclass
@@ -59,42 +60,52 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens processed so far, for every layer, with room for one block.
 
-    The length is kept on the device, and on a GPU every decoding step has the same tensor shapes, so that the step
-    can be captured as a CUDA graph.
+    On a GPU the length is only known to the device, and every decoding step has the same tensor shapes, so that the
+    step can be captured as a CUDA graph. Gradients do not pass through the cache: use it under no_grad or
+    inference_mode.
     """
 
     def __init__(self, config, batch_size, device, dtype):
         head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.block_size, config.n_head, head_dim)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, 2, B, block_size, H, D)
+        shape = (2 * config.n_layer, batch_size, config.block_size, config.n_head, head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (2 * n_layer, B, block_size, H, D): k, v, k, v, …
         self.length = torch.zeros((), dtype=torch.long, device=device)  # number of tokens in the cache
         self.slots = torch.arange(config.block_size, device=device)
         self.positions = None  # of the new tokens, counted from the start of the context window: (T)
-        self.mask = None  # added to their attention scores: (T, kv_length)
-        self.kv_length = config.block_size  # number of slots that attention reads
+        self.mask = None  # added to their attention scores: (T, kv_length); None if they attend to all slots read
+        # Views of the keys and of the values of each layer, 2 * n_layer tensors each:
+        self.write_views = None  # the slots of the new tokens, (B, T, H, D); with fixed shapes, all slots
+        self.read_views = None  # the slots that attention reads, (B, H, kv_length, D)
         self.fixed_shapes = self.kv.is_cuda
 
     def advance(self, T):
-        """Set the positions and the attention mask of the next T tokens. Call it once before the layers' `append`."""
+        """Prepare for the next T tokens. Call it once before the layers' `append`."""
         self.positions = self.length + self.slots[:T]
-        future_mask = self.slots > self.positions[:, None]  # (T, block_size)
-        self.mask = torch.zeros(future_mask.shape, device=self.kv.device, dtype=self.kv.dtype)
-        self.mask.masked_fill_(future_mask, -math.inf)
         self.length += T
-        if not self.fixed_shapes:
-            self.kv_length = int(self.length)
-            self.mask = self.mask[:, :self.kv_length]
+        # Views for all layers at once, because on a CPU each of the small operations of a token counts.
+        kv_length = self.kv.size(2) if self.fixed_shapes else int(self.length)
+        self.read_views = self.kv[:, :, :kv_length].transpose(2, 3).unbind()
+        self.write_views = (self.kv if self.fixed_shapes else self.kv[:, :, kv_length - T:kv_length]).unbind()
+        self.mask = None
+        if T > 1 or self.fixed_shapes:
+            future_mask = self.slots[:kv_length] > self.positions[:, None]  # (T, kv_length)
+            self.mask = torch.zeros(future_mask.shape, device=self.kv.device, dtype=self.kv.dtype)
+            self.mask.masked_fill_(future_mask, -math.inf)
 
     def keep(self, rows):
         """Drop all sequences of the batch but those where `rows`, a bool tensor (B), is true."""
-        self.kv = self.kv[:, :, rows]
+        self.kv = self.kv[:, rows]
 
     def append(self, layer, k, v):
-        """Store the keys and values (B, H, T, D) of new tokens; returns the layer's, (B, H, kv_length, D) each."""
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]  # (B, block_size, H, D) each
-        keys.index_copy_(1, self.positions, k.transpose(1, 2))
-        values.index_copy_(1, self.positions, v.transpose(1, 2))
-        return keys[:, :self.kv_length].transpose(1, 2), values[:, :self.kv_length].transpose(1, 2)
+        """Store the keys and values (B, T, H, D) of new tokens; returns the layer's, (B, H, kv_length, D) each."""
+        keys, values = 2 * layer, 2 * layer + 1
+        if self.fixed_shapes:
+            self.write_views[keys].index_copy_(1, self.positions, k)
+            self.write_views[values].index_copy_(1, self.positions, v)
+        else:
+            self.write_views[keys].copy_(k)
+            self.write_views[values].copy_(v)
+        return self.read_views[keys], self.read_views[values]
 
 
 class CausalSelfAttention(nn.Module):
@@ -120,10 +131,12 @@ class CausalSelfAttention(nn.Module):
 
         Uses the fastest function for the device.
         """
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D) each
         if cache is not None:
-            y = F.scaled_dot_product_attention(q, *cache.append(self.layer, k, v), attn_mask=cache.mask)
-        elif self.training and q.device.type == "cpu":
+            k, v = cache.append(self.layer, k, v)  # (B, H, kv_length, D) each
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=cache.mask)  # (B, H, T, D)
+            return y.transpose(1, 2)  # (B, T, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D) each
+        if self.training and q.device.type == "cpu":
             y = causal_attention(q, k, v, self.attn_dropout)
         else:
             dropout = self.attn_dropout.p if self.training else 0.0
@@ -171,7 +184,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(self._make_layers(config))
-        self.int8_head = None  # see to_int8
+        self.head = self.head_tokens = None  # see for_inference
         self.used_tokens = None  # see skip_unused_tokens
         if not self.transformer.wte.weight.is_meta:  # counting parameters needs no values
             self._init_weights()
@@ -180,8 +193,8 @@ class GPT(nn.Module):
     def _make_layers(config):
         """The layers of a GPTConfig, by GPT-2's names."""
         return dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # also the weight of the output head
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wte=Embedding(config.vocab_size, config.n_embd),  # also the weight of the output head
+            wpe=Embedding(config.block_size, config.n_embd),
             drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -211,17 +224,30 @@ class GPT(nn.Module):
         self.load_state_dict({name: w[:self.config.block_size] if name == position_embeddings else w
                               for name, w in weights.items()})
 
-    def to_int8(self):
-        """Quantize all weight matrices to int8, and the rest to bfloat16, for inference on a CPU. Returns self.
+    def for_inference(self, device, dtype):
+        """Convert for generating stories: to a device, and the weights to a torch.dtype. Returns self.
 
-        `forward` then works only without targets.
+        torch.int8 works on a CPU only, with float32 activations. Matrix products then round their input with one scale
+        for the whole batch, so that a story depends slightly on the others.
+
+        Afterwards the model can only generate: it cannot be trained, moved, saved or converted again. Its logits are
+        those of the U tokens in `head_tokens`, (B, T, U). Tokens with equal embeddings, as those that never occurred
+        have after training from random weights, are left out: the head is cheaper, and they are never generated.
         """
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, Linear):
-                    setattr(module, name, Int8Linear(child.weight, child.bias))
-        self.int8_head = Int8Linear(self.transformer.wte.weight)
-        return self.bfloat16()
+        self.eval()
+        self.head_tokens = tokens_with_own_rows(self.transformer.wte.weight.detach().cpu()).to(device)  # (U)
+        self.to(device, None if dtype == torch.int8 else dtype)
+        head_weight = self.transformer.wte.weight.detach()[self.head_tokens]  # (U, C)
+        self.head = Int8Linear(head_weight).forward if dtype == torch.int8 else partial(linear, weight=head_weight)
+        for block in self.transformer.h:
+            for module in list(block.modules()):
+                for name, child in list(module.named_children()):
+                    if dtype == torch.int8 and isinstance(child, Linear):
+                        child = Int8Linear(child.weight, child.bias)
+                    # Not a module but its function: calling modules is a tenth of the time of a token on a CPU.
+                    delattr(module, name)
+                    setattr(module, name, child.forward)
+        return self
 
     @torch.no_grad()
     def set_embeddings(self, embeddings):
@@ -257,7 +283,8 @@ class GPT(nn.Module):
         return self.loss_function(x, rows, targets, len(self.used_tokens.unused))
 
     def forward(self, idx, targets=None, cache=None, reduction="mean"):
-        """Token ids (B, T) -> logits (B, T, V); with targets (B, T), the mean loss in nats/token instead.
+        """Token ids (B, T) -> logits (B, T, V), or (B, T, U) after `for_inference`; with targets (B, T), the mean loss
+        in nats/token instead.
 
         `reduction="none"` returns the loss of each token, (B, T), without a gradient, for evaluation. With a KVCache,
         the tokens follow the cached ones, and only the logits of the last token are returned, (B, 1, V). Targets of -1
@@ -276,7 +303,7 @@ class GPT(nn.Module):
         if targets is not None:
             mean, losses = self.loss(x.flatten(0, 1), targets.flatten())
             return mean if reduction == "mean" else losses.view(B, T)
-        return self.int8_head(x) if self.int8_head else linear(x, self.transformer.wte.weight)  # (B, T, V)
+        return self.head(x) if self.head else linear(x, self.transformer.wte.weight)  # (B, T, V)
 
     def hidden_states(self, idx, positions, cache):
         """Token ids (B, T) at `positions` (T) of the context window -> the output of the last block, (B, T, C)."""
@@ -302,35 +329,50 @@ class GPT(nn.Module):
         of the others depend on that.
         Call eval() first: dropout is active in training mode.
         """
-        B, block_size = idx.size(0), self.config.block_size
         weight = self.transformer.wte.weight
-        rows = torch.arange(B, device=idx.device)  # of the sequences in the cache and in idx
-        tokens = torch.full((B,), -1, device=idx.device)
-        cache = KVCache(self.config, B, weight.device, weight.dtype)
+        cache = KVCache(self.config, len(idx), weight.device, weight.dtype)
         decode = self.capture_decode_graph(cache) if weight.is_cuda else lambda token: self(token, cache=cache)
+        rows = torch.arange(len(idx), device=idx.device)  # which of the B sequences are in the cache, (b)
+        token = ended = None  # the last token of each sequence in the cache, and whether it has ended, (b)
+        running = len(idx)  # number of sequences that have not ended
+        tokens = torch.zeros_like(rows)  # the last tokens of all sequences, (B)
         start = None  # of the context window in the cache
-        for _ in range(max_new_tokens):
-            if start == window_start(idx.size(1), block_size):
-                logits = decode(idx[:, -1:])  # (b, 1, V), b = len(rows)
+        steps = []  # tokens that are not in idx yet, (B, 1) each
+        for n in range(idx.size(1), idx.size(1) + max_new_tokens):
+            if start == window_start(n, self.config.block_size):
+                logits = decode(token[:, None])  # (b, 1, V)
             else:
-                start = window_start(idx.size(1), block_size)
+                start = window_start(n, self.config.block_size)
                 cache.length.zero_()
-                logits = self(idx[:, start:], cache=cache)  # (b, 1, V)
+                idx = torch.cat([idx, *steps], 1)
+                logits = self(idx[rows, start:], cache=cache)  # (b, 1, V)
+                steps = []
             token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)  # (b)
-            if end_of_text is not None:
-                token = token.masked_fill(tokens[rows] == end_of_text, end_of_text)
-            tokens = tokens.index_copy(0, rows, token)  # (B), not in place: the caller has the last ones
-            yield (tokens, logits[:, -1]) if with_logits else tokens
-            idx = torch.cat([idx, token[:, None]], dim=1)  # (b, T + 1)
+            if self.head_tokens is not None:
+                token = self.head_tokens[token]
+            if running < len(token):
+                token = token.masked_fill(ended, end_of_text)
+            # Not in place: the caller has the last ones.
+            tokens = token if len(token) == len(tokens) else tokens.index_copy(0, rows, token)  # (B)
+            steps.append(tokens[:, None])
+            yield (tokens, self.all_logits(logits[:, -1])) if with_logits else tokens
             if end_of_text is None:
                 continue
-            running = token != end_of_text  # (b)
-            if not running.any():
+            ended = token == end_of_text
+            running = len(token) - int(ended.sum())
+            if not running:
                 return
             # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
-            if not cache.fixed_shapes and not with_logits and running.float().mean() < 0.8:
-                rows, idx = rows[running], idx[running]
-                cache.keep(running)
+            if running < 0.8 * len(token) and not cache.fixed_shapes and not with_logits:
+                cache.keep(~ended)
+                rows, token, ended = rows[~ended], token[~ended], ended[~ended]
+
+    def all_logits(self, logits):
+        """Logits (B, U) of the tokens in `head_tokens` -> of all tokens, (B, V), with -inf for the others."""
+        if self.head_tokens is None:
+            return logits
+        shape = len(logits), self.config.vocab_size
+        return logits.new_full(shape, -math.inf).index_copy_(1, self.head_tokens, logits)
 
     def capture_decode_graph(self, cache):
         """Capture a decoding step as a CUDA graph: a function of tokens (B, 1) -> logits (B, 1, V).
@@ -338,7 +380,7 @@ class GPT(nn.Module):
         A step launches about two hundred small kernels, and launching them one by one takes longer than running them.
         The cache must be empty; the logits are valid until the next call.
         """
-        tokens = torch.zeros(cache.kv.size(2), 1, dtype=torch.long, device=cache.kv.device)
+        tokens = torch.zeros(cache.kv.size(1), 1, dtype=torch.long, device=cache.kv.device)
         with torch.cuda.device(tokens.device):  # every thread has its own current device
             self(tokens, cache=cache)  # not captured: initializes CUDA's libraries
             graph = torch.cuda.CUDAGraph()
@@ -371,23 +413,26 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         logits, tokens = fast_topk(logits, k)  # (B, k) each
     else:
         tokens = None
-    logits = logits.float() - logits.amax(-1, keepdim=True)  # avoids inf - inf at a very low temperature
-    probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
+    probs = F.softmax(logits.float() / temperature, dim=-1)  # (B, k)
     if top_p < 1:
         # Keep each token whose predecessors sum to less than p, so always the first.
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
-    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+    # Select the token at which the cumulative probability exceeds a random part of the whole.
+    cumulative = probs.cumsum(-1)  # (B, k)
+    threshold = cumulative[:, -1:] * torch.rand(len(probs), 1, generator=generator, device=probs.device)  # (B, 1)
+    choice = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 
-def fast_topk(logits, k, group_size=16):
+def fast_topk(logits, k):
     """`logits.topk(k)`, several times faster for small k: (B, V) -> values (B, k) and tokens (B, k), largest first.
 
     Tokens g, g + n_groups, g + 2 n_groups, … form group g. The k largest logits are all in the k groups with the
     largest maxima, so only those groups are searched.
     """
     B, V = logits.shape
-    if 4 * group_size * k > V:
+    group_size = round(math.sqrt(V / k))  # as many groups as logits in k groups
+    if group_size < 4 or logits.numel() < 2**15:
         return logits.topk(k)
     n_groups = V // group_size
     grouped = group_size * n_groups  # the last V % group_size tokens are in no group

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import Dropout
+from layers import Dropout, Embedding
 from model import GPT, MLP, CausalSelfAttention
 
 # A factor on value embeddings. It acts like a 16 times larger initial size and, as AdamW's steps do not depend on the
@@ -33,8 +33,9 @@ class Modern(GPT):
     def __init__(self, config):
         super().__init__(config)
         D = config.n_embd // config.n_head
-        frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2) / D)  # (D / 2), in radians per token
-        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, D / 2)
+        # On the CPU even if the model is made on the meta device: they are not in checkpoints.
+        frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2, device="cpu") / D)  # (D / 2), in radians per token
+        angles = torch.outer(torch.arange(config.block_size, device="cpu"), frequencies)  # (block_size, D / 2)
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)  # (block_size, D)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
@@ -42,8 +43,8 @@ class Modern(GPT):
     def _make_layers(config):
         """The layers of a GPTConfig. The value embeddings are outside of the blocks, whose matrices Muon updates."""
         return dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # also the weight of the output head
-            ve=nn.ModuleList(nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)),
+            wte=Embedding(config.vocab_size, config.n_embd),  # also the weight of the output head
+            ve=nn.ModuleList(Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)),
             drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),

@@ -38,8 +38,8 @@ def main(argv=None):
         print(f"{path.parent} has no ckpt.pt yet: using {path.name}", file=sys.stderr)
     device = pick_device(args.device)
     model, tokenizer, state = checkpoint.load_model(path)
-    dtype = pick_inference_dtype(args.dtype, device, args.num_samples)
-    model = model.to_int8() if dtype == "int8" else model.to(device, dtype)
+    dtype = pick_inference_dtype(args.dtype, device)
+    model.for_inference(device, dtype)
     training = f"trained on {state['tokens']:,} tokens" if state["tokens"] else "trained elsewhere"
     val_loss = f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else ""
     print(f"{path}: {training}{val_loss}; weights in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -80,7 +80,7 @@ def parse_args(argv):
                         help="the same seed gives the same stories (default: a new seed each time)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
-                        help="dtype of the weights; auto: the fastest, for one story on a CPU int8 (default: auto)")
+                        help="dtype of the weights; auto: the fastest, on an x86 CPU int8 (default: auto)")
     return parser.parse_args(argv)
 
 

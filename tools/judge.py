@@ -256,7 +256,7 @@ def judge_model(run, path, dataset, args):
             column.measures = scoring.language(model, tokenizer, pairs_by_kind)
             measures, column.curves = scoring.context(model, tokenizer, dataset.stories)
             column.measures |= measures
-    model.to(pick_inference_dtype("auto", args.device, BATCH))
+    model.for_inference(args.device, pick_inference_dtype("auto", args.device))
     column.stories, column.ended = without_empty(run, *generate(model, tokenizer, args))
     settings = ("num_samples", "start", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
     column.about = {"checkpoint": str(path), "tokens": checkpoint["tokens"],

@@ -267,9 +267,7 @@ def load(path, modified, device):
     model, tokenizer, state = checkpoint.load_model(path)
     facts = {"parameters": model.num_parameters(), "training_tokens": state["tokens"],
              "block_size": model.config.block_size, "val_loss": state["figures"].get("val_loss")}
-    dtype = pick_inference_dtype("auto", device, 1)
-    model = model.to_int8() if dtype == "int8" else model.to(device, dtype)
-    return model, tokenizer, facts
+    return model.for_inference(device, pick_inference_dtype("auto", device)), tokenizer, facts
 
 
 def generate(device, run, prompt, seed, max_new_tokens, **sampling):

@@ -143,7 +143,8 @@ def test_all_ranks_start_with_the_weights_of_rank_0(with_data, monkeypatch, star
                 p += float(os.environ.get("RANK", 0))
 
     monkeypatch.setattr(GPT, "_init_weights", lambda model: (original_init(model), add_rank(model)))
-    monkeypatch.setattr(GPT, "load_state_dict", lambda model, w: (original_load(model, w), add_rank(model)))
+    monkeypatch.setattr(GPT, "load_state_dict", lambda model, *args, **kwargs: (
+        original_load(model, *args, **kwargs), add_rank(model)))
     flags = {"new": [*FLAGS, "--out_dir=out/x"], "resumed": ["--resume", "--out_dir=out/first", "--max_iters=16"],
              "init_from": [*FLAGS, "--out_dir=out/x", "--init_from=out/first"]}[start]
     if start != "new":

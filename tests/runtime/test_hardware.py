@@ -53,18 +53,22 @@ def test_micro_batches_fill_the_free_memory_of_a_gpu(monkeypatch, free, dtype, s
     assert size == 1 or fixed + size * per_sequence < 0.8 * free * 2**30
 
 
-def test_int8_is_picked_for_one_story_on_a_cpu():
-    assert pick_inference_dtype("auto", CPU, 1) == "int8" == pick_inference_dtype("int8", CPU, 5)
-    assert pick_inference_dtype("auto", CPU, 2) in (torch.bfloat16, torch.float32)
-    assert pick_inference_dtype("auto", torch.device("mps"), 1) == torch.float32
-    assert pick_inference_dtype("float32", CPU, 1) == torch.float32
-    with pytest.raises(UserError, match="int8"):
-        pick_inference_dtype("int8", CUDA, 1)
+def test_int8_is_picked_for_generating_on_an_x86_cpu(monkeypatch):
+    for processor, picked in (("x86_64", True), ("aarch64", False)):
+        monkeypatch.setattr(platform, "machine", lambda: processor)
+        assert (pick_inference_dtype("auto", CPU) == torch.int8) == picked
+        assert pick_inference_dtype("int8", CPU) == torch.int8
+    assert pick_inference_dtype("auto", torch.device("mps")) == torch.float32
+    assert pick_inference_dtype("float32", CPU) == torch.float32
+    with pytest.raises(UserError, match="on cuda use auto"):
+        pick_inference_dtype("int8", CUDA)
 
 
-def test_int8_is_not_picked_without_its_kernel(monkeypatch):
-    monkeypatch.delattr(torch, "_weight_int8pack_mm")
-    assert pick_inference_dtype("auto", CPU, 1) in (torch.bfloat16, torch.float32)
+def test_int8_is_not_picked_without_its_kernels(monkeypatch):
+    monkeypatch.delattr(torch, "quantize_per_channel")
+    assert pick_inference_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    with pytest.raises(UserError, match="does not work with this build of PyTorch: use auto"):
+        pick_inference_dtype("int8", CPU)
 
 
 def test_a_cpu_compiles_only_on_request():
@@ -103,7 +107,7 @@ STOP = ["SIGINT", "SIGTERM"]
 STOP_WINDOWS = [*STOP, "SIGBREAK"]
 MACHINES = {
     # What torch and Python report: system, processor, CUDA and its bfloat16, MPS, bfloat16 of the CPU. Then what is
-    # picked: device, dtype, compile, fused AdamW, dtype of the weights for one story, stop signals.
+    # picked: device, dtype, compile, fused AdamW, dtype of the weights for generating, stop signals.
     "Linux, new GPU": ("Linux", "x86_64", True, True, False, True, "cuda", "bfloat16", True, True, "bfloat16", STOP),
     "Linux, old GPU": ("Linux", "x86_64", True, False, False, False, "cuda", "float16", True, True, "float16", STOP),
     "Linux, new CPU": ("Linux", "x86_64", False, False, False, True, "cpu", "bfloat16", False, True, "int8", STOP),
@@ -146,7 +150,7 @@ def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
     assert pick_compile("auto", picked, 1e20)[0] == compiled
     assert pick_fused(picked) == fused
     assert max_concurrent_samples(picked) == (2 if device == "cpu" else 1)
-    assert pick_inference_dtype("auto", picked, 1) == (weights if weights == "int8" else getattr(torch, weights))
+    assert pick_inference_dtype("auto", picked) == getattr(torch, weights)
     assert stop_signals() == [getattr(signal, name) for name in signals]
 
 
