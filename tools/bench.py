@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
+from contextlib import ExitStack, chdir, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -56,7 +56,8 @@ from modern import count_parameters
 from runtime import files, startup
 from runtime.distributed import all_reduce_gradients, cleanup_distributed, init_distributed, sync_stop_and_time
 from runtime.errors import Parser, UserError, exit_with_one_line
-from runtime.hardware import describe_device, git_commit, pick_device, pick_dtype, pick_inference_dtype
+from runtime.hardware import describe_device, git_commit, pick_device, pick_inference_dtype
+from tools import peers
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = GPTConfig(vocab_size=50257)
@@ -68,6 +69,7 @@ RANK_BATCH_SIZE = {"cpu": 32, "cuda": 128}  # sequences per process in the subje
 NURSERY_STORIES = 140_000  # 102 MB of text
 # Dense bf16 TFLOP/s from the vendors' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
+MORE_SINGLE_STORIES = 7  # after the first one, so that a measurement takes seconds
 LIBGOMP_SPIN_COUNT = "300000"  # the default of GNU's OpenMP, which torch's Linux builds use
 TABLES_WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}
 
@@ -222,16 +224,16 @@ def child_processes(targets):
             process.kill()
 
 
-def ask(pipes, name):
+def ask(pipes, name, message="go"):
     """Send a message to one of `child_processes` and return the answer. Raises UserError if the process has failed."""
-    return ask_at_once(pipes, [name])[0]
+    return ask_at_once(pipes, [name], message)[0]
 
 
-def ask_at_once(pipes, names):
+def ask_at_once(pipes, names, message="go"):
     """Send a message to several of `child_processes` and return the list of their answers, as `ask` does."""
     try:
         for name in names:
-            pipes[name].send("go")
+            pipes[name].send(message)
         return [pipes[name].recv() for name in names]
     except (EOFError, OSError) as error:
         raise UserError(f"the process of '{name}' failed: its error message is above") from error
@@ -496,38 +498,42 @@ def write_random_dataset(folder, config):
 
 
 def bench_generate(args, device, ceilings, folder):
-    """Generation speed with 1, 32 and, on a GPU, 512 concurrent stories, with and without the KV cache, by dtype."""
-    torch.manual_seed(0)
-    model, block_size = GPT(args.config).eval(), args.config.block_size
-    counts = (1, 32, 512) if device.type == "cuda" else (1, 32)
-    picked = {stories: str(pick_inference_dtype("auto", device, stories)).removeprefix("torch.") for stories in counts}
-    dtypes = sorted({"float32", "bfloat16", picked[32]})  # picked is float16 on older GPUs
-    models = {dtype: copy.deepcopy(model).to(device, getattr(torch, dtype)) for dtype in dtypes}
-    if device.type == "cpu":
-        models["int8"] = copy.deepcopy(model).to_int8()
+    """Generation speed with 1, 32 and 512 concurrent stories by dtype, with and without the KV cache, and that of other
+    programs.
+    """
+    path = checkpoint.best_checkpoint(args.out_dir) if args.out_dir else write_random_run(folder / "run", args.config)
+    model, tokenizer, _ = checkpoint.load_model(path)
+    block_size = model.config.block_size
+    counts = (1, 32) if args.tiny else (1, 32, 512)
+    picked = str(pick_inference_dtype("auto", device)).removeprefix("torch.")
+    dtypes = sorted({"float32", "bfloat16", picked})  # picked is float16 on older GPUs
+    models = {dtype: copy.deepcopy(model).for_inference(device, getattr(torch, dtype)) for dtype in dtypes}
     new_tokens = 2 * block_size  # a typical story, and long enough to move the context window
     lengths = [n - window_start(n, block_size) for n in range(block_size // 8, new_tokens, block_size // 4)]
     variants, amounts = {}, {}
     for dtype in models:
-        for stories in counts:
+        for stories in counts if dtype == picked or device.type == "cuda" else counts[:2]:
             idx, name = torch.zeros(stories, 1, dtype=torch.long, device=device), f"{dtype} {stories}"
             variants[name] = partial(generate_stories, models[dtype], idx, new_tokens)
-            variants[f"{name} no cache"] = partial(generate_uncached, models[dtype], idx, lengths)
-            amounts |= {name: stories * new_tokens, f"{name} no cache": stories * len(lengths)}
+            amounts[name] = stories * new_tokens
+            if stories <= 32 or device.type == "cuda":  # on a CPU it would take minutes
+                variants[f"{name} no cache"] = partial(generate_uncached, models[dtype], idx, lengths)
+                amounts[f"{name} no cache"] = stories * len(lengths)
             if device.type == "cuda":
                 variants[f"{name} no graph"] = partial(generate_without_graph, models[dtype], idx, new_tokens)
                 amounts[f"{name} no graph"] = stories * new_tokens
     medians, spreads = median_rates(amounts, time_interleaved(variants, args.rounds))
 
-    result = {f"dtype_{stories}": dtype for stories, dtype in picked.items()}
-    for stories, dtype in picked.items():
-        result[f"tokens_per_s_{stories}"] = medians[f"{dtype} {stories}"]
-        result[f"no_cache_tokens_per_s_{stories}"] = medians[f"{dtype} {stories} no cache"]
-    weights_gb = count_parameters(args.config) * getattr(torch, picked[1]).itemsize / 1e9  # read once per token
-    result |= {"bandwidth_fraction_1": result["tokens_per_s_1"] * weights_gb / ceilings["read_gb_per_s"],
-               "int8_tokens_per_s_1": medians.get("int8 1"),
-               "first_token_s": time_to_first_token(model, device, folder, args.rounds),
-               "tokens_per_s_of_each": medians, "spreads": spreads}
+    # The weights that are read once per token: all but the embeddings, of which the head reads the trained ones.
+    embeddings = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." not in name)
+    read = count_parameters(model.config) - embeddings + len(models[picked].head_tokens) * model.config.n_embd
+    weights_gb = read * getattr(torch, picked).itemsize / 1e9
+    result = {"dtype": picked, **{f"tokens_per_s_{stories}": medians[f"{picked} {stories}"] for stories in counts},
+              "bandwidth_fraction_1": medians[f"{picked} 1"] * weights_gb / ceilings["read_gb_per_s"],
+              "first_token_s": time_to_first_token(path.parent, device, args.rounds),
+              "tokens_per_s_of_each": medians, "spreads": spreads}
+    if device.type == "cpu":
+        result |= compare_with_peers(path, counts[:2], args.rounds)
     if args.out_dir:
         result["validation_loss"] = losses_by_dtype(args.out_dir, device)
     return result
@@ -558,27 +564,94 @@ def generate_uncached(model, idx, lengths):
     synchronize(idx.device)
 
 
-def time_to_first_token(model, device, folder, rounds):
+def write_random_run(folder, config):
+    """Write a run folder with a model of random weights; returns the path of its checkpoint.
+
+    As after training on TinyStories, three quarters of the vocabulary have equal embeddings.
+    """
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.transformer.wte.weight.data[config.vocab_size // VOCABULARY_PER_USED_TOKEN:] = 0
+    write_random_dataset(folder, config)
+    checkpoint.save(folder / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(config),
+                                         "data_sha256": data_sha256(read_meta(folder)), "config": {}, "tokens": 0,
+                                         "figures": {}})
+    return folder / "ckpt.pt"
+
+
+def time_to_first_token(out_dir, device, rounds):
     """Median seconds of sample.py generating one token, from the start of its process to the end."""
-    write_random_dataset(folder / "run", model.config)
-    checkpoint.save(folder / "run" / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(model.config),
-                                                 "data_sha256": data_sha256(read_meta(folder / "run")),
-                                                 "config": {}, "tokens": 0, "figures": {}})
-    command = [sys.executable, ROOT / "sample.py", "--out_dir", folder / "run", "--start", "Once upon a time",
+    command = [sys.executable, ROOT / "sample.py", "--out_dir", out_dir, "--start", "Once upon a time",
                "--max_new_tokens", "1", "--device", str(device)]
     return float(np.median(time_interleaved({"sample.py": partial(run_script, command)}, rounds)["sample.py"]))
 
 
+def compare_with_peers(path, counts, rounds):
+    """Generation with a checkpoint by this program and by those of tools/peers.py, in turn, each in its own process.
+
+    Returns tokens/s by program and number of stories, their spreads, and where each one's greedy story first differs
+    from that of this program in float32.
+    """
+    model, tokenizer, _ = checkpoint.load_model(path)
+    new_tokens = model.config.block_size - 1  # the others cannot move the context window
+    names, seconds = peers.programs(model.config), collections.defaultdict(list)
+    with child_processes({name: (run_program, name, path) for name in names}) as pipes:
+        stories = {name: ask(pipes, name, (1, new_tokens, True))[1][0] for name in names}  # (new_tokens) each
+        for count in counts:
+            # llama.cpp only with one story: on the machine it was tried on, several crashed it.
+            for name in [name for name in names if count == 1 or name != "llama.cpp"] * (rounds + 1):
+                seconds[f"{name}, {count}"].append(ask(pipes, name, (count, new_tokens, False))[0])
+    seconds = {name: values[1:] for name, values in seconds.items()}
+    stories_of = {name: int(name.rsplit(" ", 1)[1]) for name in seconds}
+    amounts = {name: (1 + MORE_SINGLE_STORIES if n == 1 else n) * new_tokens for name, n in stories_of.items()}
+    medians, spreads = median_rates(amounts, seconds)
+    return {"peers_tokens_per_s": medians, "peers_spreads": spreads,
+            "first_greedy_difference": {name: first_difference(model, tokenizer.end_of_text, story)
+                                        for name, story in stories.items()}}
+
+
+def run_program(pipe, name, path):
+    """A child process of `compare_with_peers`: answer (stories, new_tokens, greedy) with the seconds and the tokens."""
+    model, tokenizer, _ = checkpoint.load_model(path)
+    with tempfile.TemporaryDirectory() as folder:
+        program = peers.programs(model.config)[name](model, tokenizer.end_of_text, Path(folder))
+        with suppress(EOFError):  # the parent has closed the pipe
+            while message := pipe.recv():
+                started = time.perf_counter()
+                tokens = program.generate(*message)
+                for _ in range(MORE_SINGLE_STORIES * (message[0] == 1)):
+                    program.generate(*message)
+                pipe.send((time.perf_counter() - started, tokens))
+
+
+@torch.inference_mode()
+def first_difference(model, end_of_text, story):
+    """Where a greedy story, token ids (n), first differs from the model's most likely tokens, and by which logits."""
+    idx = torch.tensor([[end_of_text, *story]])  # (1, n + 1)
+    logits = model(idx[:, :-1])[0]  # (n, V)
+    different = (logits.argmax(-1) != idx[0, 1:]).nonzero()
+    if not len(different):
+        return f"none in {len(story)} tokens"
+    i = int(different[0])
+    gap = float(logits[i].max() - logits[i, story[i]])
+    return f"token {i + 1}, whose logit is {gap:.3f} below the largest"
+
+
 @torch.inference_mode()
 def losses_by_dtype(out_dir, device, count=64):
-    """A run's loss in nats/token over `count` windows of its validation split, with the weights in each dtype."""
+    """A run's loss in nats/token over `count` windows of its validation split, with the weights in each dtype.
+
+    Without the targets that never occurred in training: see `GPT.for_inference`.
+    """
     losses = {}
     for dtype in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
         model, _, state = checkpoint.load_model(checkpoint.best_checkpoint(out_dir))
-        model = model.to_int8() if dtype == "int8" else model.to(device, getattr(torch, dtype))
+        model.for_inference(device, getattr(torch, dtype))
         split = Split(Path("data", state["config"]["dataset"]), "validation", model.config.block_size)
         x, y = (torch.from_numpy(tokens).to(device) for tokens in split.windows(evaluation_windows(split, count)))
-        window_losses = [F.cross_entropy(model(a[None])[0].float(), b) for a, b in zip(x, y)]
+        columns = torch.full((model.config.vocab_size,), -100, device=device)  # -100: ignored
+        columns[model.head_tokens] = torch.arange(len(model.head_tokens), device=device)
+        window_losses = [F.cross_entropy(model(a[None])[0].float(), columns[b]) for a, b in zip(x, y)]
         losses[dtype] = torch.stack(window_losses).mean().item()
     return losses
 
@@ -717,7 +790,7 @@ def bench_profile(args, device, ceilings, folder):
     for name, small in (("published step", False), ("small step", True)):
         workload = make_workload(folder / name, device, args.config, small)
         result |= summarize_profile(name, device, *profile_training(workload, 20 if small else 4))
-    model = GPT(args.config).eval().to(device, pick_dtype("auto", device))
+    model = GPT(args.config).eval().for_inference(device, pick_inference_dtype("auto", device))
     idx = torch.zeros(1, 1, dtype=torch.long, device=device)
     generate_stories(model, idx, args.config.block_size)
     with torch.profiler.profile() as profiler:

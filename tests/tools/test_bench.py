@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,11 @@ from config import parse_value
 from conftest import TINY
 from data.tokenizer import Tokenizer
 from layers import linear_cross_entropy
-from model import GPT
+from model import GPT, GPTConfig
 from modern import count_parameters
 from runtime import files
 from runtime.errors import UserError
-from tools import bench
+from tools import bench, peers
 
 
 @pytest.fixture
@@ -107,9 +108,14 @@ def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
     assert result.keys() == {"machine", "ceilings", "generate"}
     assert all(result["ceilings"][key] > 0 for key in ("matmul_fp32_gflops", "matmul_bf16_gflops", "read_gb_per_s"))
     assert result["generate"].keys() >= {
-        "tokens_per_s_1", "tokens_per_s_32", "no_cache_tokens_per_s_1", "no_cache_tokens_per_s_32",
-        "bandwidth_fraction_1", "int8_tokens_per_s_1", "first_token_s"}
-    assert result["generate"]["dtype_1"] == "int8" and len(result["generate"]["tokens_per_s_of_each"]) == 12
+        "tokens_per_s_1", "tokens_per_s_32", "bandwidth_fraction_1", "first_token_s", "peers_tokens_per_s"}
+    assert result["generate"]["dtype"] == "int8" and len(result["generate"]["tokens_per_s_of_each"]) == 12
+    programs = peers.programs(GPTConfig(300, n_embd=16)).keys()
+    assert ("CTranslate2" in programs) == (find_spec("ctranslate2") is not None)
+    assert result["generate"]["peers_tokens_per_s"].keys() == {f"{name}, {n}" for name in programs for n in (1, 32)}
+    differences = result["generate"]["first_greedy_difference"]
+    assert differences.keys() == programs and all(text.startswith(("none in 15", "token ")) for text in
+                                                  differences.values())
     losses = result["generate"]["validation_loss"]
     assert losses["int8"] == pytest.approx(losses["float32"], abs=0.01)
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.01)
@@ -287,3 +293,12 @@ def test_all_subjects_are_measured_but_the_race(monkeypatch, capsys):
 def test_only_the_race_takes_a_config(fails):
     assert "race needs a config" in fails(bench.main, ["race"], code=2)
     assert "other subjects take none" in fails(bench.main, ["small", "config/speedrun.py"], code=2)
+
+
+def test_the_first_difference_of_a_greedy_story():
+    torch.manual_seed(0)
+    model = GPT(bench.TINY).eval()
+    story = [int(token) for token in model.generate(torch.tensor([[5]]), 15, temperature=0)]
+    assert bench.first_difference(model, 5, story) == "none in 15 tokens"
+    other = [*story[:7], (story[7] + 1) % 300, *story[8:]]
+    assert bench.first_difference(model, 5, other).startswith("token 8, whose logit is ")
