@@ -110,7 +110,7 @@ def parse_args(argv):
     parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the benchmark itself")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant; race: seeds "
                         "of the config (default: 3)")
-    parser.add_argument("--out_dir", help="generate: also this run's validation loss in each dtype")
+    parser.add_argument("--out_dir", help="generate: measure with this run, and also its validation loss in each dtype")
     args = parser.parse_args(argv)
     if (args.subject == "race") != bool(args.race_config):
         parser.error("race needs a config, such as config/speedrun.py, and the other subjects take none")
