@@ -24,7 +24,11 @@ def model(request):
     # no forked process can train, as those of other tests do. So the first backward pass is here, before.
     torch.ones(1, requires_grad=True).backward()
     with FakeTensorMode(), CUDA:
-        yield make_model(GPTConfig(300, block_size=16, n_layer=2, n_head=2, n_embd=16, architecture=request.param))
+        config = GPTConfig(300, block_size=16, n_layer=2, n_head=2, n_embd=16, architecture=request.param)
+        model = make_model(config)
+        for name, buffer in list(model.named_buffers()):  # modern.py makes its tables of rotations on the CPU
+            setattr(model, name, buffer.to(CUDA))
+        yield model
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
