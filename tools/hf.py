@@ -1,12 +1,13 @@
-"""Convert runs to and from Hugging Face `transformers` GPT-2 models, and from nanoGPT's checkpoints.
+"""Convert runs to and from Hugging Face `transformers` GPT-2 models, to GGUF, and from nanoGPT's checkpoints.
 
-    python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM, llama.cpp
+    python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM
+    python -m tools.hf export out/tinystories stories.gguf      a file for llama.cpp, Ollama, LM Studio
     python -m tools.hf import stories-30m out/stories-30m       a run for sample.py and for train.py --init_from
     python -m tools.hf import openai-community/gpt2 out/gpt2    the same, from the Hugging Face hub
     python -m tools.hf import nanoGPT/out/ckpt.pt out/nano      the same, from nanoGPT
 
-An export contains the weights (safetensors, float32), the tokenizer, and a model card with the settings and metrics.
-It is made only if the exported model gives the run's logits.
+An exported folder contains the weights (safetensors, float32), the tokenizer, and a model card with the settings and
+metrics. An export is made only if the exported model gives the run's logits.
 """
 
 if __name__ == "__main__":
@@ -23,6 +24,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from logging import CRITICAL, getLogger
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
 from model import GPT, GPTConfig
 from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
+from tools.gguf_file import merges_from_ranks, modelfile, vocab_and_merges, write_gguf
 
 # GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -49,6 +52,8 @@ SUPPORTED = {"model_type": ("gpt2",), "activation_function": tuple(GELU),
 # An export is refused if a logit differs by more than this, relative to the largest logit. For two trained models
 # float32 rounding was below 1e-6, the other GELU 1.5e-4 and 7e-4, RMSNorm instead of LayerNorm 8e-3 and 1e-2.
 LOGIT_TOLERANCE = 1e-5
+# The same for a GGUF file, by dtype: about ten times the difference of a trained model of the published shape.
+GGUF_TOLERANCE = {"f16": 0.004, "bf16": 0.03, "q8_0": 0.1}
 NANOGPT_VOCABULARY = (50257, 50304)  # GPT-2's, and padded, as nanoGPT does by default
 
 
@@ -61,13 +66,21 @@ def main(argv=None):
                         help="export: run to model folder; import: model to run")
     parser.add_argument("source", metavar="FROM", help="export: a run folder; import: a model folder, a hub model or "
                         "nanoGPT's ckpt.pt")
-    parser.add_argument("target", metavar="TO", type=Path, help="export: the model folder; import: the run folder")
+    parser.add_argument("target", metavar="TO", type=Path,
+                        help="export: the model folder, or a file NAME.gguf; import: the run folder")
     parser.add_argument("--overwrite", action="store_true", help="import: replace an existing run")
+    parser.add_argument("--dtype", choices=list(GGUF_TOLERANCE), help="export to GGUF: of the matrices (default: f16)")
+    parser.add_argument("--modelfile", action="store_true", help="export to GGUF: also write NAME.Modelfile for Ollama")
     args = parser.parse_args(argv)
+    to_gguf = args.command == "export" and args.target.suffix == ".gguf"
+    if args.overwrite and args.command == "export":
+        parser.error("--overwrite works only with import: export never replaces anything")
+    if (args.dtype or args.modelfile) and not to_gguf:
+        parser.error("--dtype and --modelfile work only with export to a file NAME.gguf")
     if args.command == "import":
         import_model(args.source, args.target, args.overwrite)
-    elif args.overwrite:
-        parser.error("--overwrite works only with import: export never replaces a folder")
+    elif to_gguf:
+        export_gguf(args.source, args.target, args.dtype or "f16", args.modelfile)
     else:
         export_run(args.source, args.target)
 
@@ -122,13 +135,52 @@ def export_run(out_dir, folder):
             hf_tokenizer.save_pretrained(partial)
             Path(partial, "README.md").write_text(card, encoding="utf-8")
             Path(partial, "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
-        check_logits(path, model, partial, text_windows(tokenizer, state, model.config.block_size))
+        check_is_gpt2(path, model, load_exported(partial), text_windows(tokenizer, state, model.config.block_size))
         if folder.exists():
             folder.rmdir()
         files.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{folder}: exported {path}, {model.num_parameters():,} parameters, as a transformers GPT-2 model")
+
+
+def export_gguf(out_dir, target, dtype, with_modelfile):
+    """Write the best checkpoint of a run as a GGUF file and, if asked for, a Modelfile for Ollama next to it.
+
+    Raises UserError as `export_run` does, and for a tokenizer that GGUF does not have.
+    """
+    silence_transformers()
+    if not (find_spec("gguf") and find_spec("accelerate")):  # the latter: transformers reads GGUF with it
+        raise UserError("GGUF needs the packages gguf and accelerate:  pip install -r requirements-extra.txt")
+    path = checkpoint.best_checkpoint(out_dir)
+    for file in (target, target.with_suffix(".Modelfile"))[:1 + with_modelfile]:
+        if file.exists():
+            raise UserError(f"{file} already exists: remove it or choose another name")
+    model, tokenizer, state = checkpoint.load_model(path)
+    hf_model = to_hf_model(path, model, tokenizer.end_of_text)
+    windows = text_windows(tokenizer, state, model.config.block_size)
+    check_is_gpt2(path, model, hf_model, windows)
+    texts = {"general.name": target.stem, "general.description": describe(model, state),
+             "training.settings": json.dumps(state["config"])}
+    partial = target.resolve().with_name(f".{target.stem}.partial.gguf")
+    try:
+        with hf_errors_as_user_errors(f"write {target}", "free some disk space or choose another folder"):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            write_gguf(partial, model, dtype, tokenizer, texts)
+        hf_model.config.activation_function = "gelu_new"  # llama.cpp has no other for GPT-2
+        # Its own reader would assume 1,024 positions, so it is given the config.
+        exported = load_exported(partial.parent, gguf_file=partial.name, config=hf_model.config)
+        difference = logit_difference(model, exported, windows)
+        if not difference <= GGUF_TOLERANCE[dtype]:
+            raise UserError(f"{path} cannot be exported in {dtype}: its logits would differ by up to {difference:.2g} "
+                            "of the largest from the run's: try another --dtype")
+        files.rename(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    if with_modelfile:
+        target.with_suffix(".Modelfile").write_text(modelfile(target, model.config.block_size), encoding="utf-8")
+    print(f"{target}: exported {path}, {model.num_parameters():,} parameters in {dtype}; logits differ by up to "
+          f"{difference:.1g} of the largest from the run's in float32")
 
 
 def text_windows(tokenizer, state, block_size, count=4):
@@ -146,24 +198,31 @@ def text_windows(tokenizer, state, block_size, count=4):
     return torch.from_numpy(tokens[:count * block_size].astype("int64")).view(count, block_size)
 
 
-def check_logits(path, model, folder, windows):
-    """Raise UserError unless an exported folder gives the logits of the run's model on all windows (N, T).
-
-    The difference may be LOGIT_TOLERANCE times the largest logit.
-    """
+def load_exported(folder, **options):
+    """The model of an exported folder, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    hf_model = AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def logit_difference(model, hf_model, windows):
+    """The largest difference between the logits of two models on windows (N, T), divided by the largest logit."""
     differences, largest = [], []
     with torch.inference_mode():
         for window in windows.split(1):  # (1, T), because all logits of a window of GPT-2 are already 200 MB
             logits = model(window)  # (1, T, V)
             differences.append((hf_model(window).logits - logits).abs().max())
             largest.append(logits.abs().max())
-    difference = torch.stack(differences).max()
-    if not difference <= LOGIT_TOLERANCE * torch.stack(largest).max():  # so that NaN is an error, too
-        raise UserError(f"{path} cannot be exported as a GPT-2: its logits would differ by up to {difference:.2g} from "
-                        "the run's, because model.py is no longer GPT-2 (another norm, activation or the like)")
+    return (torch.stack(differences).max() / torch.stack(largest).max()).item()
+
+
+def check_is_gpt2(path, model, hf_model, windows):
+    """Raise UserError unless a model of transformers gives the logits of the run's model on all windows (N, T)."""
+    difference = logit_difference(model, hf_model, windows)
+    if not difference <= LOGIT_TOLERANCE:  # so that NaN is an error, too
+        raise UserError(f"{path} cannot be exported as a GPT-2: its logits would differ by up to {difference:.2g} of "
+                        "the largest from the run's, because model.py is no longer GPT-2 (another norm, activation or "
+                        "the like)")
 
 
 def to_hf_model(path, model, end_of_text):
@@ -193,7 +252,7 @@ def to_hf_model(path, model, end_of_text):
     hf_model.generation_config = GenerationConfig(  # the defaults of sample.py
         bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text, do_sample=True, temperature=0.8,
         top_k=200)
-    return hf_model
+    return hf_model.eval()
 
 
 def parameter_difference(weights, expected):
@@ -218,14 +277,7 @@ def to_hf_tokenizer(tokenizer, block_size):
     from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
     encoding = tokenizer.encoding
-    character_of = {byte: character for character, byte in byte_decoder().items()}
-
-    def to_text(token):
-        return "".join(character_of[byte] for byte in token)
-
-    vocab = {to_text(token): rank for token, rank in encoding._mergeable_ranks.items()}
-    vocab |= encoding._special_tokens  # with their ids; otherwise they would be given new ones
-    merges = [(to_text(left), to_text(right)) for left, right in merges_from_ranks(encoding._mergeable_ranks)]
+    vocab, merges = vocab_and_merges(tokenizer)
     options = dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=block_size,
                    extra_special_tokens=sorted(set(encoding._special_tokens) - {END_OF_TEXT}))
     if encoding._pat_str == GPT2_PATTERN:
@@ -242,23 +294,14 @@ def to_hf_tokenizer(tokenizer, block_size):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
 
 
-def merges_from_ranks(ranks):
-    """The merges of a byte-pair encoding, in order, as pairs of bytes objects. `ranks`: token → rank.
-
-    The merge that creates a token joins the two parts left after all merges of lower rank have been applied to it.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            merge_ranks = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
-            i = merge_ranks.index(min(merge_ranks))
-            if merge_ranks[i] >= rank:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
+def describe(model, state):
+    """One line about a model, given the dict of its checkpoint: size, training tokens, dataset, validation loss."""
+    line = f"GPT-2 architecture, {model.num_parameters():,} parameters"
+    if state["tokens"]:
+        line += f", trained on {state['tokens']:,} tokens of {state['config']['dataset']}"
+    if "val_loss" in state["figures"]:
+        line += f", validation loss {state['figures']['val_loss']:.4f} nats/token"
+    return line
 
 
 def model_card(name, model, state, meta):

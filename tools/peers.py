@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from tools.gguf_file import write_gguf
+
 TEMPERATURE, TOP_K = 0.8, 200  # as by default in sample.py
 
 
@@ -37,42 +39,6 @@ class ThisProgram:
         return torch.stack(steps, 1).numpy()
 
 
-def write_gguf(model, path):
-    """Write a GPT as a GGUF file with weights in Q8_0 and without a vocabulary: prompts and stories are token ids."""
-    from gguf import GGMLQuantizationType, GGUFWriter
-    from gguf.quants import quantize
-
-    c = model.config
-    writer = GGUFWriter(path, "gpt2")
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_feed_forward_length(4 * c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_head_count(c.n_head)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    names = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
-             "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
-             "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    for name, p in model.state_dict().items():
-        module, kind = name.rsplit(".", 1)
-        if module.startswith("transformer.h."):
-            layer, module = module.removeprefix("transformer.h.").split(".", 1)
-            name = f"blk.{layer}.{names[module]}.{kind}"
-        else:
-            name = f"{names[module]}.{kind}"
-        values, type = p.numpy(), GGMLQuantizationType.Q8_0
-        if p.dim() == 2 and module != "transformer.wpe":
-            writer.add_tensor(name, quantize(values, type), raw_dtype=type)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 class LlamaCpp:
     """llama.cpp through the low-level interface of llama-cpp-python, which adds little time of its own."""
 
@@ -82,7 +48,7 @@ class LlamaCpp:
         self.lib, self.config, self.prompt = llama_cpp, model.config, prompt
         self.silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
         llama_cpp.llama_log_set(self.silent, ctypes.c_void_p())
-        write_gguf(model, folder / "model.gguf")
+        write_gguf(folder / "model.gguf", model, "q8_0")
         self.model = llama_cpp.llama_model_load_from_file(str(folder / "model.gguf").encode(),
                                                           llama_cpp.llama_model_default_params())
         if not self.model:

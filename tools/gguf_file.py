@@ -1,0 +1,144 @@
+"""GGUF, the file format of llama.cpp, Ollama and LM Studio: the weights of a GPT, its vocabulary and its settings.
+
+`python -m tools.hf export out/run story.gguf` writes one. The format: github.com/ggml-org/ggml, docs/gguf.md.
+"""
+
+import torch
+
+from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, byte_decoder
+from runtime.errors import UserError
+
+DTYPES = ("f16", "bf16", "q8_0")
+
+
+def write_gguf(path, model, dtype, tokenizer=None, texts=None):
+    """Write a GPT of GPT-2's architecture as a GGUF file; the biases of one with bias = False become zeros.
+
+    Matrices are stored in `dtype`, the rest in float32. Without a `tokenizer`, prompts and stories are token ids.
+    `texts`: further metadata, key → text. Raises UserError if GGUF has no such tokenizer or the width does not fit
+    the dtype.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+    from gguf.quants import quantize
+
+    c = model.config
+    if dtype == "q8_0" and c.n_embd % 32:
+        raise UserError(f"{path}: q8_0 stores blocks of 32 weights, but n_embd = {c.n_embd}: use --dtype f16")
+    matrix_type = GGMLQuantizationType[dtype.upper()]
+    writer = GGUFWriter(path, "gpt2")
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{dtype.upper()}"])
+    writer.add_quantization_version(2)
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    for key, text in (texts or {}).items():
+        writer.add_string(key, text)
+    add_vocabulary(writer, tokenizer, c.vocab_size)
+    for name, p in named_weights(model):
+        if p.dim() == 2 and not name.startswith("position_embd"):
+            writer.add_tensor(name, quantize(p.numpy(), matrix_type), raw_dtype=matrix_type)
+        else:
+            writer.add_tensor(name, p.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def named_weights(model):
+    """The weights of a GPT as (name in llama.cpp, float32 tensor) pairs.
+
+    The biases of a GPT with bias = False are zeros. The head has no name: llama.cpp then uses the token embedding.
+    """
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer)
+    for name, p in model.state_dict().items():
+        yield names.get_name(name, (".weight", ".bias")), p.float()
+        if not model.config.bias and name not in ("transformer.wte.weight", "transformer.wpe.weight"):
+            yield names.get_name(name.replace(".weight", ".bias"), (".weight", ".bias")), torch.zeros(len(p))
+
+
+def add_vocabulary(writer, tokenizer, vocab_size):
+    """Add a Tokenizer to a GGUFWriter; `vocab_size`: the model's. Without one, only the size is added.
+
+    Raises UserError if it does not split text into words as GPT-2 does.
+    """
+    from gguf import TokenType
+
+    writer.add_vocab_size(vocab_size)
+    if tokenizer is None:
+        return writer.add_tokenizer_model("no_vocab")
+    if tokenizer.encoding._pat_str != GPT2_PATTERN:
+        raise UserError(f"the tokenizer {tokenizer.name} cannot be written as GGUF, because it splits text into words "
+                        "in another way than GPT-2: train a model with gpt2 or a trained vocabulary (bpe:4096)")
+    vocab, merges = vocab_and_merges(tokenizer)
+    tokens, types = [f"[UNUSED{i}]" for i in range(vocab_size)], [TokenType.UNUSED] * vocab_size
+    for text, token in vocab.items():
+        tokens[token] = text
+        types[token] = TokenType.CONTROL if text in tokenizer.encoding._special_tokens else TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
+    writer.add_tokenizer_pre("gpt-2")  # the pattern
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([f"{left} {right}" for left, right in merges])
+    writer.add_bos_token_id(tokenizer.end_of_text)
+    writer.add_eos_token_id(tokenizer.end_of_text)
+    writer.add_add_bos_token(True)  # in training, too, a story follows an end-of-text token
+
+
+def vocab_and_merges(tokenizer):
+    """A Tokenizer as GPT-2's vocab.json and merges.txt have it: a dict text → id, and a list of pairs of texts.
+
+    A byte is written as one character (`byte_decoder`). The dict has the special tokens, too.
+    """
+    character_of = {byte: character for character, byte in byte_decoder().items()}
+
+    def to_text(token):
+        return "".join(character_of[byte] for byte in token)
+
+    ranks = tokenizer.encoding._mergeable_ranks
+    vocab = {to_text(token): rank for token, rank in ranks.items()} | tokenizer.encoding._special_tokens
+    return vocab, [(to_text(left), to_text(right)) for left, right in merges_from_ranks(ranks)]
+
+
+def merges_from_ranks(ranks):
+    """The merges of a byte-pair encoding, in order, as pairs of bytes objects. `ranks`: token → rank.
+
+    The merge that creates a token joins the two parts left after all merges of lower rank have been applied to it.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            merge_ranks = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
+            i = merge_ranks.index(min(merge_ranks))
+            if merge_ranks[i] >= rank:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
+
+
+def modelfile(path, block_size):
+    """The text of a Modelfile, with which Ollama makes a model of the GGUF file at `path`, with sample.py's defaults.
+
+    Positions are learned for block_size tokens only, and llama.cpp cannot move the context window of such a model. So
+    three quarters of it are left to the story; a longer prompt needs a smaller num_predict.
+    """
+    return f"""FROM ./{path.name}
+TEMPLATE "{{{{ .Prompt }}}}"
+PARAMETER num_ctx {block_size}
+PARAMETER num_predict {3 * block_size // 4}
+PARAMETER temperature 0.8
+PARAMETER top_k 200
+PARAMETER top_p 1
+PARAMETER min_p 0
+PARAMETER repeat_penalty 1
+PARAMETER stop "{END_OF_TEXT}"
+# LICENSE "the license that you choose"
+"""
