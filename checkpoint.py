@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 from modern import make_model
 from runtime import files
 from runtime.distributed import check_equal_weights, sync_stop_and_time
-from runtime.errors import UserError
+from runtime.errors import QUICKSTART, UserError
 from runtime.hardware import largest_divisor, pick_fused
 
 REQUIRED_KEYS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int,
@@ -392,7 +392,7 @@ def newest_run(root="out"):
     """The run folder under `root` with the most recently written checkpoint. Raises UserError if there is none."""
     if not (found := list_runs(root)):
         raise UserError(f"no trained model under {root}/: train one first, for example  "
-                        "python train.py config/quickstart.py")
+                        f"{QUICKSTART}")
     return found[0]
 
 

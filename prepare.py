@@ -84,7 +84,10 @@ def main(argv=None):
 
 def parse_args(argv):
     """Parse the command line. Exits with code 2 if a flag or its value is wrong; raises UserError for a bad --name."""
-    parser = Parser(description="Convert stories into token files under data/<name>/.")
+    parser = Parser({"source": "a file, a folder or a dataset on the Hugging Face hub with stories, or 'nursery', the "
+                     f"synthetic corpus (default: {sources.HUB_DATASET})", "name": None, "tokenizer": None,
+                     "max_stories": None, "force": None}, usage="%(prog)s [SOURCE] [--flag ...]",
+                    description="Convert stories into token files under data/<name>/.")
     parser.add_argument("source", nargs="?", default=sources.HUB_DATASET, metavar="SOURCE",
                         help="'nursery' (the synthetic corpus), a .txt file (stories separated by lines of "
                              "<|endoftext|>), a .jsonl or .parquet file, a folder of .txt files, a folder with the "

@@ -70,7 +70,9 @@ def main(argv=None):
 
 def parse_args(argv):
     """Parse the command line; exits with code 2 for an invalid flag."""
-    parser = Parser(description="Generate stories with a trained model.")
+    common = ("start", "out_dir", "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+    parser = Parser(dict.fromkeys(common), usage="%(prog)s [--flag ...]",
+                    description="Generate stories with a trained model.")
     parser.add_argument("--start", default="", help="the prompt, or FILE:prompt.txt (default: no prompt)")
     parser.add_argument("--out_dir", help="the run's folder (default: the one under out/ with the newest checkpoint)")
     parser.add_argument("--num_samples", type=number(int, 1, 1000, "from 1 to 1000"), default=1,

@@ -7,7 +7,7 @@
     python train.py config/tinystories.py --eval_only            evaluate it on the whole validation split
     torchrun --standalone --nproc_per_node=8 train.py config/tinystories.py      train on eight GPUs
 
-Ctrl-C finishes the current step, saves last.pt and exits. `--help` lists all settings.
+Ctrl-C finishes the current step, saves last.pt and exits. `--help-all` lists all settings.
 """
 
 if __name__ == "__main__":
@@ -45,9 +45,9 @@ from runtime.hardware import (StopSignals, autocast, check_memory, describe_devi
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
-    "resume=auto": "resume the run in out_dir if there is one, else start it",
+    "resume=auto": "resume the run if there is one, else start it",
     "overwrite": "replace the run in out_dir with a new one",
-    "eval_only": "only evaluate the run's ckpt.pt on the whole validation split of its dataset, or of --dataset",
+    "eval_only": "only evaluate ckpt.pt on the whole validation split",
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from runtime.errors import UserError
+from runtime.errors import QUICKSTART, UserError
 
 
 def prepare_command(name):
@@ -39,7 +39,10 @@ def read_meta(folder):
     except FileNotFoundError as error:
         if folder.exists():
             raise UserError(f"{path} is missing: {recovery_hint(folder)}") from error
-        raise UserError(f"no data in {folder}: create it with  {prepare_command(folder.name)}") from error
+        command = prepare_command(folder.name)
+        is_first = not any(folder.parent.glob("*/meta.json")) and not QUICKSTART.startswith(f"{command} && ")
+        raise UserError(f"no data in {folder}: create it with  {command}"
+                        + f"  or begin with a small model on synthetic stories:  {QUICKSTART}" * is_first) from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or from an older version of this program: {recovery_hint(folder)}"
                         ) from error

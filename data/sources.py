@@ -150,6 +150,7 @@ def open_source(source, text_column="text", max_stories=None, seed=0):
         splits = load_dataset(source, str(path), streaming=True)
     else:
         print(f"loading {source} from the Hugging Face hub", file=sys.stderr)
+        use_only_the_cache_if_offline(source)
         splits = load_dataset(source, source)  # not streamed: the downloaded files stay in the cache of `datasets`
     if "train" not in splits:
         raise UserError(f"{source} has no split 'train', only {', '.join(splits)}")
@@ -206,6 +207,23 @@ def read_column(dataset, column, source):
             yield from table[column].to_pylist()
 
 
+def use_only_the_cache_if_offline(source):
+    """Switch the hub's library to its offline mode if the hub does not answer: it would retry for 25 seconds."""
+    from huggingface_hub import HfApi, constants  # imported here for the reason below
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(source, timeout=5)  # seconds; does not retry
+    except HfHubHTTPError:  # it answers, and load_dataset will report what is wrong
+        pass
+    except Exception as error:  # by the library's version, of requests, httpx or httpx2
+        if not type(error).__module__.startswith(("requests", "httpx")):
+            raise
+        constants.HF_HUB_OFFLINE = True  # `datasets` reads it when it is imported
+
+
 def load_dataset(source, *args, **options):
     """`datasets.load_dataset(*args, **options)`, with its errors as a UserError about `source`."""
     with reading_source(source):
@@ -226,8 +244,9 @@ def reading_source(source):
         raise UserError(f"{source} is not UTF-8 text ({error.reason}): convert it, for example with  "
                         f"iconv -f {encoding} -t utf-8 OLD > NEW") from error
     except ConnectionError as error:
-        raise UserError(f"cannot reach {source} on the Hugging Face hub: check the name and the network, or give a "
-                        "local file or folder, or nursery") from error
+        raise UserError(f"cannot reach {source} on the Hugging Face hub: check the name and the network, or stay "
+                        "offline with a local file or folder (python prepare.py my_stories.txt --tokenizer bpe:4096) "
+                        "or with synthetic stories (python prepare.py nursery --tokenizer bpe:2048)") from error
     except Exception as error:
         library_error = type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow"))
         if not library_error and not isinstance(error, (OSError, ValueError)):

@@ -48,8 +48,9 @@ class Tokenizer:
             encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # no network, a proxy's page in place of the file, a damaged cache
             raise UserError(f"cannot load tokenizer '{name}' ({type(error).__name__}): it must be downloaded once, so "
-                            "connect to the network, set TIKTOKEN_CACHE_DIR to a folder that contains it, or train "
-                            "your own with --tokenizer bpe:4096") from error
+                            "connect to the network, set TIKTOKEN_CACHE_DIR to a folder that contains it, or stay "
+                            "offline with a vocabulary trained on local text (--tokenizer bpe:4096) or on synthetic "
+                            "stories (python prepare.py nursery --tokenizer bpe:2048)") from error
         return cls(_encoding(encoding.name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens))
 
     @classmethod

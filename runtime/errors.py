@@ -10,6 +10,9 @@ import sys
 
 from runtime import startup
 
+# What errors suggest to someone who has no data or no model yet: it takes a minute or two and no download.
+QUICKSTART = "python prepare.py nursery --tokenizer bpe:2048 && python train.py config/quickstart.py"
+
 
 class UserError(Exception):
     """An error that the user can fix. The message is one line: what is wrong, where, and what to do."""
@@ -67,10 +70,19 @@ def exit_with_one_line(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line (exit code 2) and suggest the closest flag."""
+    """An ArgumentParser whose errors are one line (exit code 2) and suggest the closest flag.
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+    With `common`, --help lists only these arguments, and --help-all all of them: name → its text in --help, or None for
+    that in --help-all.
+    """
+
+    def __init__(self, common=None, **options):
+        super().__init__(allow_abbrev=False, add_help=not common, **options,
+                         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26))
+        self.common = common
+        if common:
+            self.add_argument("-h", "--help", action=ShortHelp, help="show this help")
+            self.add_argument("--help-all", action="help", help="show the help of all flags")
 
     def parse_args(self, argv=None):
         """The command line as a namespace; exits with code 2 for an unknown argument and names the closest flag."""
@@ -78,10 +90,27 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             near = difflib.get_close_matches(word.split("=")[0].replace("-", "_").replace("__", "--", 1), flags, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+            hint = f"did you mean {near[0]}?" if near else f"--help{'-all' if self.common else ''} lists all flags"
             self.error(f"unknown argument {word}: {hint}")
         return args
 
     def error(self, message):
         """Print the message as one line and exit with code 2."""
         self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+class ShortHelp(argparse.Action):
+    """The action of --help in a Parser with `common`."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Print the help without the other arguments and exit."""
+        for action in parser._actions:
+            if action.dest in parser.common:
+                action.help = parser.common[action.dest] or action.help
+            elif action.dest not in ("help", "help_all"):
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()

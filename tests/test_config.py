@@ -160,9 +160,9 @@ def test_model_settings_have_the_same_defaults_in_config_and_gptconfig():
     assert {f.name: f.default for f in shared} == {f.name: getattr(Config(), f.name) for f in shared}
 
 
-def test_help_lists_every_setting_with_its_default_and_bounds(capsys):
+def test_help_all_lists_every_setting_with_its_default_and_bounds(capsys):
     with pytest.raises(SystemExit) as exit:
-        config_of("--help")
+        config_of("--help-all")
     text = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
     for f in fields(Config):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import sample
 import train
 from checkpoint import TrainState, load_model
 from config import Config, read_config_file
@@ -26,7 +27,7 @@ from embeddings import cooccurrence_embeddings
 from model import GPT, GPTConfig
 from modern import make_model
 from muon import Muon
-from runtime.errors import UserError
+from runtime.errors import QUICKSTART, UserError
 
 TINY_MODEL = GPTConfig(300, 16, 2, 2, 16)  # TINY's
 ANY_LENGTH = [word for word in TINY if "max_iters" not in word]  # TINY without a length of the run
@@ -787,7 +788,15 @@ def test_missing_data_is_reported_with_the_command_that_prepares_it(here, fails)
     line = fails(train.main, [str(ROOT / "config/quickstart.py")])
     dataset = read_config_file(ROOT / "config/quickstart.py")["dataset"]
     assert f"no data in data/{dataset}" in line and "python prepare.py nursery --tokenizer bpe:" in line
-    assert not Path("out").exists()
+    assert "config/quickstart.py" not in line and not Path("out").exists()
+
+
+def test_without_any_data_or_run_the_quickstart_is_offered(here, fails):
+    assert QUICKSTART in (ROOT / "README.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
+    line = fails(train.main, [])
+    assert "no data in data/tinystories: create it with python prepare.py or begin with" in line
+    assert line.endswith(QUICKSTART) and fails(sample.main, []).endswith(QUICKSTART)
+    assert not any(here.iterdir())
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,8 +1,11 @@
 """Reading stories: every kind of source yields the same stories, and every bad source raises a UserError."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -205,6 +208,24 @@ def empty_folder(folder):
 def csv(folder):
     (folder / "a.csv").write_text("A story.")
     return "a.csv"
+
+
+def test_a_hub_that_does_not_answer_is_asked_only_once(here):
+    """Its library alone would retry five times, in 25 seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_OFFLINE": "0",
+                                    "HF_HOME": str(here)}
+        process = subprocess.Popen([sys.executable, ROOT / "prepare.py"], env=environment, stderr=subprocess.PIPE,
+                                   text=True)
+        requests = b""
+        server.settimeout(0.1)
+        while process.poll() is None:
+            with suppress(TimeoutError):
+                with server.accept()[0] as connection:
+                    requests += connection.recv(1000)
+    *_, line = process.stderr.read().splitlines()
+    assert process.returncode == 1 and requests.count(b"roneneldan/TinyStories") == 1
+    assert line.startswith("error: cannot reach roneneldan/TinyStories") and "python prepare.py nursery" in line
 
 
 @pytest.mark.parametrize("source, column, message", [

@@ -1,12 +1,16 @@
 """How scripts report errors: one line on stderr, and the exit code."""
 
 import platform
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import prepare
+import sample
+import train
 from conftest import ROOT
 from runtime.errors import Parser, UserError, exit_with_one_line
 
@@ -89,3 +93,19 @@ def test_wrong_flags_print_one_line_with_the_closest_flag(capsys, argv, complain
         parser.parse_args(argv)
     assert exit.value.code == 2 and capsys.readouterr() == ("", f"error: {complaint}\n")
     assert vars(parser.parse_args(["--seed=1"])) == {"seed": 1, "out_dir": None}
+
+
+@pytest.mark.parametrize("main, hidden", [(prepare.main, "--text_column"), (train.main, "--muon_lr"),
+                                          (sample.main, "--top_p")])
+def test_help_fits_one_screen_and_help_all_has_the_rest(capsys, monkeypatch, main, hidden):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as exit:
+            main([flag])
+        assert exit.value.code == 0
+        texts[flag] = capsys.readouterr().out
+    assert len(texts["--help"].splitlines()) <= 24
+    assert hidden not in texts["--help"] and hidden in texts["--help-all"] and "--help-all" in texts["--help"]
+    short, long = (set(re.findall(r"^  (--\S+)", text, re.M)) for text in texts.values())
+    assert len(short) >= 4 and short < long
