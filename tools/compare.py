@@ -3,6 +3,7 @@
     python -m tools.compare out/a out/b                      a table, and the plot out/compare.png
     python -m tools.compare out/* --picture docs/losses.svg  save the plot elsewhere
     python -m tools.compare out/a                            a single run
+    python -m tools.compare out/a out/b --watch              plot again after each evaluation, until Ctrl-C
     python -m tools.compare out/sweep                        the runs of a sweep (tools/sweep.py), a row per setting
 
 Runs of a sweep that differ only in the seed are one row, with the mean ± standard deviation of their losses, and one
@@ -14,20 +15,31 @@ if __name__ == "__main__":
 
     startup.before_importing_torch()
 
+import functools
+import io
 import os
 import statistics
+import sys
+import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 from checkpoint import read_log
 from config import Config
+from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
 
 TICKS = (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.4, 2.6, 2.8, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)  # times powers of ten
 REDUNDANT_SETTINGS = {"out_dir", "max_tokens"}  # other columns show them
 SEED_SUFFIX = ",seed="  # tools/sweep.py names a run folder after its settings, and then its seed
 REQUIRED_KEYS = {"run": {"config", "data_sha256"}, "step": {"tokens", "seconds"},
-                 "eval": {"tokens", "seconds", "train_loss", "val_loss", "val_bpb"}}
+                 "eval": {"iter", "tokens", "seconds", "train_loss", "val_loss", "val_bpb"}}
+WATCH_SECONDS = 2  # between two looks at the logs
+
+
+class NoLogYet(UserError):
+    """A folder has no log, or an empty one: the run in it may be about to start."""
 
 
 @exit_with_one_line
@@ -37,10 +49,18 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, as out/tinystories, or of a sweep")
     parser.add_argument("--picture", metavar="FILE", default="out/compare.png",
                         help="where to save the plot of the losses: .png, .svg or .pdf (default: %(default)s)")
+    parser.add_argument("--watch", action="store_true",
+                        help="wait for runs that have not begun, and plot again after each evaluation, until Ctrl-C")
     args = parser.parse_args(argv)
 
-    groups = [group for folder in dict.fromkeys(str(Path(folder)) for folder in args.runs)
-              for group in read_groups(folder)]
+    folders = list(dict.fromkeys(str(Path(folder)) for folder in args.runs))
+    if args.watch:
+        watch(folders, args.picture)  # until Ctrl-C
+    report([group for folder in folders for group in read_groups(folder)], args.picture)
+
+
+def report(groups, picture):
+    """Print the table of the runs, and save the plot if one of them has been evaluated."""
     runs = [run for group in groups for run in group]
     settings = [name for name in differing_settings(runs)
                 if name != "seed" or not any(len(group) > 1 for group in groups)]
@@ -49,18 +69,53 @@ def main(argv=None):
         print(f"note: {warning}")
     if not any(run["evals"] for run in runs):
         return print("no plot: none of these runs has been evaluated yet")
-    plot(groups, args.picture)
-    print(f"plot: {args.picture}")
+    plot(groups, picture)
+    print(f"plot: {picture}")
+
+
+def watch(folders, picture):
+    """Report on the runs whenever one begins, and plot again after each evaluation, with a line each, until Ctrl-C.
+
+    Runs that have no log yet are waited for. Raises UserError for a log that train.py did not write.
+    """
+    runs, missing = {}, []
+    while True:
+        groups, before, missing_before, missing = [], runs, missing, []
+        for folder in folders:
+            try:
+                groups += read_groups(folder)
+            except NoLogYet:
+                missing.append(folder)
+                if folder not in missing_before:
+                    hint = "" if Path(folder).is_dir() else " (there is no such folder yet)"
+                    print(f"waiting for a run to begin in {folder}{hint}")
+        runs = {run["name"]: run for group in groups for run in group}
+        if runs and [identity(run) for run in runs.values()] != [identity(run) for run in before.values()]:
+            report(groups, picture)
+        elif evaluated := [run for name, run in runs.items() if run["evals"] and run["evals"] != before[name]["evals"]]:
+            plot(groups, picture)
+            print(time.strftime("%H:%M:%S"), *(f" {run['name']}: {run['tokens']:,} tokens, validation loss "
+                                               f"{run['evals'][-1]['val_loss']:.4f}" for run in evaluated))
+        sys.stdout.flush()  # it may be a file or a pipe
+        time.sleep(WATCH_SECONDS)
+
+
+def identity(run):
+    """What changes if a run is replaced by another one: its name, settings and data."""
+    return run["name"], run["config"], run["data"]
 
 
 def read_groups(folder):
     """The run in a folder or, in that of a sweep, its runs, as lists of runs that differ only in the seed.
 
-    Raises UserError as `read_run` does.
+    Raises UserError as `read_run` does, but leaves out runs of a sweep that have no log yet.
     """
     logs = [] if Path(folder, "log.jsonl").exists() else sorted(Path(folder).glob("*/log.jsonl"))
-    groups = {}
-    for run in [read_run(str(log.parent)) for log in logs] or [read_run(folder)]:
+    runs, groups = [], {}
+    for log in logs:
+        with suppress(NoLogYet):
+            runs.append(read_run(str(log.parent)))
+    for run in runs or [read_run(folder)]:
         config = {name: value for name, value in run["config"].items() if name not in ("seed", "out_dir")}
         groups.setdefault((str(config), str(run["data"])), []).append(run)
     return list(groups.values())
@@ -74,12 +129,22 @@ def group_name(group):
 def read_run(folder):
     """A run's log as a dict: name, settings, hash of the validation data, evaluations, and tokens and seconds so far.
 
-    Raises UserError if the folder has no log.jsonl, or one that train.py did not write.
+    Raises NoLogYet if the folder has no log.jsonl or an empty one, UserError for a log that train.py did not write.
     """
     try:
-        records = read_log(Path(folder, "log.jsonl"))
+        status = Path(folder, "log.jsonl").stat()
+        return read_changed_run(folder, status.st_size, status.st_mtime_ns)
     except OSError as error:
-        raise UserError(f"no log in {folder}: name run folders, such as out/tinystories") from error
+        kind = NoLogYet if isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"no log in {folder}: name run folders, such as out/tinystories") from error
+
+
+@functools.lru_cache(maxsize=256)  # reading again what has not changed would take time from a run in training
+def read_changed_run(folder, size, modified):
+    """`read_run`, for a log of this size and modification time."""
+    records = read_log(Path(folder, "log.jsonl"))
+    if not records:
+        raise NoLogYet(f"{folder}/log.jsonl is empty: wait until the run has begun, or leave out {folder}")
     starts, steps, evals = ([r for r in records if r["kind"] == kind] for kind in ("run", "step", "eval"))
     if not starts or not all(REQUIRED_KEYS.get(r["kind"], set()) <= r.keys() for r in records):
         raise UserError(f"{folder}/log.jsonl is not a log of train.py: leave out {folder}")
@@ -145,13 +210,18 @@ def markdown(lines):
 
 def comparability_warnings(runs):
     """Yield a message for each reason why the losses of these runs cannot be compared directly."""
-    if any(run["data"] != runs[0]["data"] for run in runs):
+    if not have_same_data(runs):
         yield ("the runs have different validation data: compare bits per byte instead of losses, and only if the "
                "stories are the same")
     windows = {(run["config"]["block_size"], run["config"]["eval_iters"] * run["config"]["batch_size"]) for run in runs}
     if len(windows) > 1:
         yield ("the runs are evaluated on different windows (eval_iters * batch_size of block_size tokens): evaluate "
                "each with train.py --eval_only, which uses the whole split")
+
+
+def have_same_data(runs):
+    """Whether the losses of these runs are of the same validation data."""
+    return len({run["data"] for run in runs}) <= 1
 
 
 def plot(groups, path):
@@ -165,7 +235,7 @@ def plot(groups, path):
     except ImportError as error:
         raise UserError("the plot needs matplotlib:  pip install -r requirements-extra.txt") from error
     runs = [run for group in groups for run in group]
-    same_data = all(run["data"] == runs[0]["data"] for run in runs)
+    same_data = have_same_data(runs)
     has_long_legend = len(groups) > 4
     figure = Figure(figsize=(11, 4.5 + 0.12 * len(groups) * has_long_legend), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
@@ -211,10 +281,15 @@ def curve(group, key):
 
 
 def save_figure(figure, path, **options):
-    """Save a matplotlib figure, in the format of the file's name. Raises UserError if it cannot be written."""
+    """Save a matplotlib figure atomically, in the format of the file's name.
+
+    Raises UserError if it cannot be written.
+    """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=110, **options)
+        content = io.BytesIO()
+        figure.savefig(content, format=Path(path).suffix[1:] or "png", dpi=110, **options)
+        files.atomic_write(path, lambda file: file.write(content.getbuffer()))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a program that the format needs is missing
         raise UserError(f"cannot write the plot {path}: {error}") from error
 

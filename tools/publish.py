@@ -111,14 +111,19 @@ def sizes_and_times(folder):
 
 def read_run(folder):
     """A run's log records, its stories (iteration → text), and the modification time of its log; empty if missing."""
-    records, stories, modified = [], b"", 0
+    records, stories, modified = [], {}, 0
     try:
         records, modified = checkpoint.read_log(folder / "log.jsonl"), (folder / "log.jsonl").stat().st_mtime
         # Read after the log: a story is written before the records that follow its evaluation.
-        stories = (folder / "samples.md").read_bytes()
+        stories = read_stories(folder)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    return records, dict(STORY.findall(stories.decode("utf-8", "replace"))), modified
+    return records, stories, modified
+
+
+def read_stories(folder):
+    """The stories in a run's samples.md, iteration → text."""
+    return dict(STORY.findall((folder / "samples.md").read_bytes().decode("utf-8", "replace")))
 
 
 def events_of(folder, records, stories):

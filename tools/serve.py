@@ -3,6 +3,8 @@
     python -m tools.serve                    http://127.0.0.1:8000, with every run under out/
     python -m tools.serve --port 8001
 
+A second tab plots the losses of the runs while they train, and shows the story that a run told at each evaluation.
+
 The page requests a story with POST /generate and receives one line of JSON for each token. There is no access control:
 everyone who can reach the port can use it. Without --host, only this machine can.
 """
@@ -23,7 +25,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ import torch
 import checkpoint
 from runtime.errors import Parser, UserError, exit_with_one_line
 from runtime.hardware import max_concurrent_samples, pick_device, pick_inference_dtype
+from tools import compare, publish
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_PROMPT = 10_000  # characters
@@ -87,7 +90,7 @@ def parse_args(argv):
 
 
 def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
-    """The web application (ASGI): the page, the names of the runs, and stories generated on `device`.
+    """The web application (ASGI): the page, the names, losses and samples of the runs, stories generated on `device`.
 
     Stories stop early once `stopping()` is true.
     """
@@ -106,6 +109,16 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
 
     async def runs(request):
         return JSONResponse({"runs": await run_in_threadpool(run_names)}, headers=HEADERS)
+
+    async def losses(request):
+        return JSONResponse(await run_in_threadpool(read_losses), headers=HEADERS)
+
+    async def sample(request):
+        run, iteration = map(request.query_params.get, ("run", "iteration"))
+        try:
+            return JSONResponse({"story": await run_in_threadpool(read_sample, run, iteration)}, headers=HEADERS)
+        except (UserError, OSError) as error:
+            return JSONResponse({"error": str(error)}, 400, HEADERS)
 
     async def story(request):
         try:
@@ -130,7 +143,8 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
     # Rejects requests of other web sites whose host name resolves to this address (DNS rebinding).
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK if host in LOOPBACK else ["*"])
     return Starlette(middleware=[hosts], routes=[
-        Route("/", page), Route("/runs", runs), Route("/generate", story, methods=["POST"])])
+        Route("/", page), Route("/runs", runs), Route("/losses", losses), Route("/sample", sample),
+        Route("/generate", story, methods=["POST"])])
 
 
 def make_server(app):
@@ -233,8 +247,7 @@ def check_request(request, runs):
     if not isinstance(request, dict) or request.keys() - {"run", "prompt", *LIMITS}:
         raise UserError(f"a request may only have run, prompt, {', '.join(LIMITS)}")
     run, prompt = request.get("run"), request.get("prompt", "")
-    if run not in runs:
-        raise UserError(f"there is no run {run!r} under out/")
+    check_run(run, runs)
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
         raise UserError(f"the prompt is not a text of at most {MAX_PROMPT:,} characters")
     prompt = prompt.encode("utf-8", "replace").decode()  # JSON strings can contain lone surrogates
@@ -250,9 +263,43 @@ def check_request(request, runs):
     return {"run": run, "prompt": prompt, **values}
 
 
+def check_run(run, runs):
+    """Raise UserError if a request's run is not one of these names, so that no other folder is ever read."""
+    if run not in runs:
+        raise UserError(f"there is no run {run!r} under out/")
+
+
 def run_names():
     """The names of the runs under out/ that have a checkpoint, newest first."""
     return [folder.relative_to("out").as_posix() for folder in checkpoint.list_runs()]
+
+
+def read_losses():
+    """The evaluations of all runs under out/ that have a log, the newest run first, as a dict for the page.
+
+    `loss` is the key of the loss that can be compared; `notes` say what cannot, and which logs are damaged.
+    """
+    runs, notes = [], []
+    for name in run_names():
+        try:
+            runs.append(compare.read_run(str(Path("out", name))) | {"name": name})
+        except compare.NoLogYet:
+            pass  # an imported model, or a run that is just being replaced
+        except (UserError, OSError) as error:
+            notes.append(str(error))
+    return {"loss": "val_loss" if compare.have_same_data(runs) else "val_bpb",
+            "notes": [*notes, *compare.comparability_warnings(runs)],
+            "runs": [{"name": run["name"], "evals": run["evals"]} for run in runs]}
+
+
+def read_sample(run, iteration):
+    """The story that a run told at its evaluation at this iteration (a text), None if there is none (yet).
+
+    Raises UserError if the run is not listed.
+    """
+    check_run(run, run_names())
+    with suppress(FileNotFoundError):
+        return publish.read_stories(Path("out", run)).get(iteration)
 
 
 load_lock = threading.Lock()  # prevents two stories from loading the same run twice

@@ -2,7 +2,10 @@
 
 import builtins
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -137,15 +140,106 @@ def test_different_data_and_different_windows_are_noted(two_runs, here, capsys):
     assert "note: the runs are evaluated on different windows" in out and "different validation data" not in out
 
 
+def watch(monkeypatch, steps, *words):
+    """Run compare with --watch; instead of each pause, the generator `steps` goes on, and Ctrl-C follows its end."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(steps, None) or os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as exit:
+        compare.main([*words, "--watch"])
+    assert exit.value.code == 130
+
+
+def test_watching_runs_from_before_their_start(two_runs, here, monkeypatch, capsys):
+    lines = (two_runs / "out/tiny/log.jsonl").read_text().splitlines(keepends=True)
+    first, second, third = (i for i, line in enumerate(lines) if '"eval"' in line)
+    losses = [f"{json.loads(lines[i])['val_loss']:.4f}" for i in (first, second, third)]
+    log, picture = Path("out/a/log.jsonl"), Path("out/compare.png")
+
+    def training():
+        assert capsys.readouterr().out == ("waiting for a run to begin in out/a (there is no such folder yet)\n"
+                                           "waiting for a run to begin in out/b (there is no such folder yet)\n")
+        log.parent.mkdir(parents=True)
+        log.touch()
+        yield True
+        assert capsys.readouterr().out == ""
+        log.write_text("".join(lines[:first]))
+        yield True
+        (a,), rest = rows(capsys.readouterr().out)
+        assert a["run"] == "out/a" and rest == ["no plot: none of these runs has been evaluated yet"]
+        log.write_text("".join(lines[:first + 1]) + lines[second][:30])
+        yield True
+        out, before = capsys.readouterr().out, picture.read_bytes()
+        assert out.endswith(f"  out/a: 512 tokens, validation loss {losses[0]}\n") and out[2] == out[5] == ":"
+        log.write_text("".join(lines[:second]))  # training steps, which are not in the picture
+        yield True
+        assert capsys.readouterr().out == ""
+        shutil.copytree(two_runs / "out/other", "out/b")
+        log.write_text("".join(lines[:second + 1]))
+        yield True
+        assert len(rows(capsys.readouterr().out)[0]) == 2 and picture.read_bytes() != before
+        before = picture.read_bytes()
+        log.write_text("".join(lines))
+        yield True
+        assert capsys.readouterr().out[8:] == f"  out/a: 1,536 tokens, validation loss {losses[2]}\n"
+        assert picture.read_bytes() != before
+
+    watch(monkeypatch, training(), "out/a", "out/b")
+    assert capsys.readouterr() == ("", "stopped\n") and sorted(os.listdir("out")) == ["a", "b", "compare.png"]
+
+
+def test_watching_runs_that_are_resumed_replaced_and_deleted(two_runs, here, monkeypatch, capsys, fails):
+    for name in ("seed=1", "seed=2"):
+        shutil.copytree(two_runs / "out/tiny", f"out/sweep/{name}")
+    log = Path("out/sweep/seed=1/log.jsonl")
+    lines = log.read_text().splitlines(keepends=True)
+    first, second, _ = (i for i, line in enumerate(lines) if '"eval"' in line)
+
+    def training():
+        assert rows(capsys.readouterr().out)[0][0]["seeds"] == "2"
+        log.write_text("".join(lines[:second + 1] + lines[:1]))  # resumed from an earlier checkpoint
+        yield True
+        assert "  out/sweep/seed=1: 1,024 tokens" in capsys.readouterr().out
+        log.write_text("".join(lines).replace('"seed": 1337', '"seed": 7'))  # replaced
+        yield True
+        assert rows(capsys.readouterr().out)[0][0]["seeds"] == "2"
+        log.write_text("")
+        yield True
+        assert rows(capsys.readouterr().out)[0][0]["run"] == "out/sweep/seed=2"
+        shutil.rmtree("out/sweep")
+        yield True
+        assert capsys.readouterr().out == "waiting for a run to begin in out/sweep (there is no such folder yet)\n"
+
+    watch(monkeypatch, training(), "out/sweep")
+    shutil.copytree(two_runs / "out/tiny", "out/foreign")
+    Path("out/foreign/log.jsonl").write_text('{"kind": "run"}\n')
+    assert "out/foreign/log.jsonl is not a log" in fails(compare.main, ["out/foreign", "--watch"])
+    assert "no log in out/foreign/log.jsonl" in fails(compare.main, ["out/foreign/log.jsonl", "--watch"])
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(two_runs, monkeypatch, fails):
+    from matplotlib.figure import Figure
+    monkeypatch.chdir(two_runs)
+    compare.main(["out/tiny", "--picture", "out/kept.png"])
+    before = Path("out/kept.png").read_bytes()
+    assert before.startswith(PNG)
+
+    def write_half(figure, target, **options):
+        with open(target, "wb") if isinstance(target, str | Path) else target as file:
+            file.write(before[:100])
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Figure, "savefig", write_half)
+    assert "cannot write the plot out/kept.png" in fails(compare.main, ["out/tiny", "--picture", "out/kept.png"])
+    assert Path("out/kept.png").read_bytes() == before
+
+
 def test_user_errors_print_one_line(two_runs, monkeypatch, fails):
     monkeypatch.chdir(two_runs)
     assert "no log in out/nothing" in fails(compare.main, ["out/tiny", "out/nothing"])
     assert "RUN" in fails(compare.main, [], code=2)
     assert "cannot write the plot out/x.docx" in fails(compare.main, ["out/tiny", "--picture", "out/x.docx"])
-    assert "cannot write the plot out/tiny" in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
+    assert "cannot write out/tiny (Is a directory)" in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
     shutil.copytree("out/tiny", "out/torn", dirs_exist_ok=True)
     Path("out/torn/log.jsonl").write_text("")
-    assert "out/torn/log.jsonl is not a log" in fails(compare.main, ["out/torn"])
+    assert "out/torn/log.jsonl is empty" in fails(compare.main, ["out/torn"])
     for foreign in ({"kind": "run"}, {"kind": "eval", "tokens": 1}):
         Path("out/torn/log.jsonl").write_text(Path("out/tiny/log.jsonl").read_text() + json.dumps(foreign) + "\n")
         assert "out/torn/log.jsonl is not a log" in fails(compare.main, ["out/torn"])

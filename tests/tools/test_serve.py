@@ -25,7 +25,7 @@ import checkpoint
 import sample
 from conftest import ROOT
 from data.tokenizer import Tokenizer
-from tools import serve
+from tools import publish, serve
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,41 @@ def test_the_page_and_the_runs(url):
     assert json.loads(send(url, None, method="GET", path="/runs")[1]) == {"runs": ["tiny", "other"]}
     assert send(url, None, method="GET", path="/generate")[0] == 405
     assert send(url, None, method="GET", path="/../x")[0] == 404
+
+
+def test_the_losses_and_the_stories_of_the_evaluations(url, runs):
+    losses = json.loads(send(url, None, method="GET", path="/losses")[1])
+    assert (losses["loss"], losses["notes"]) == ("val_loss", [])
+    assert [run["name"] for run in losses["runs"]] == ["tiny", "other"]
+    records = checkpoint.read_log(runs / "out/tiny/log.jsonl")
+    assert losses["runs"][0]["evals"] == [record for record in records if record["kind"] == "eval"]
+    stories = (runs / "out/tiny/samples.md").read_bytes().decode("utf-8", "replace")
+    for path, answer in [("run=tiny&iteration=16", None), ("run=tiny&iteration=17", {"story": None}),
+                         ("run=tiny", {"story": None}), ("", {"error": "there is no run None under out/"}),
+                         ("run=../out/tiny&iteration=16", {"error": "there is no run '../out/tiny' under out/"})]:
+        status, text = send(url, None, method="GET", path=f"/sample?{path}")
+        assert status == (400 if answer and "error" in answer else 200)
+        assert json.loads(text) == answer or answer is None
+        if answer is None:
+            assert f"## iteration 16: validation loss {losses['runs'][0]['evals'][1]['val_loss']:.4f}\n\n" \
+                   f"{json.loads(text)['story']}\n\n" in stories
+
+
+def test_losses_of_runs_without_a_log_with_a_damaged_one_and_on_other_data(runs, here):
+    for name in ("a", "b", "sweep/seed=1", "imported", "begun", "damaged"):
+        shutil.copytree(runs / "out/tiny", here / "out" / name)
+    Path("out/imported/log.jsonl").unlink()
+    Path("out/imported/samples.md").unlink()
+    Path("out/begun/log.jsonl").write_text("")
+    Path("out/damaged/log.jsonl").write_text("{}\n")
+    losses = serve.read_losses()
+    assert {run["name"] for run in losses["runs"]} == {"a", "b", "sweep/seed=1"} and losses["loss"] == "val_loss"
+    assert len(losses["notes"]) == 1 and "out/damaged/log.jsonl, line 1 is damaged" in losses["notes"][0]
+    assert serve.read_sample("imported", "8") is None
+    log = Path("out/b/log.jsonl")
+    log.write_text(log.read_text().replace('"validation": "', '"validation": "0'))
+    losses = serve.read_losses()
+    assert losses["loss"] == "val_bpb" and "the runs have different validation data" in losses["notes"][1]
 
 
 @pytest.mark.parametrize("request_json, complaint", [
@@ -627,6 +662,121 @@ def test_phone_width_and_dark_mode(page):
 
 
 @needs_browser
+def test_the_tabs_with_the_keyboard(page, url):
+    from selenium.webdriver import Keys
+    stories, losses = find(page, "[role=tab]")
+    stories.click()
+    for key, selected in [(Keys.ARROW_RIGHT, losses), (Keys.ARROW_RIGHT, stories), (Keys.ARROW_LEFT, losses),
+                          (Keys.HOME, stories), (Keys.END, losses)]:
+        page.switch_to.active_element.send_keys(key)
+        assert page.switch_to.active_element == selected
+        for tab in (stories, losses):
+            panel = find(page, "#" + tab.get_attribute("aria-controls"))[0]
+            assert panel.is_displayed() == (tab == selected) == (tab.get_attribute("aria-selected") == "true")
+    assert page.current_url == f"{url}/#losses"
+    page.switch_to.active_element.send_keys(Keys.TAB)
+    assert page.switch_to.active_element.get_attribute("value") == "tiny"
+    page.switch_to.active_element.send_keys(Keys.CONTROL + Keys.ENTER)  # generates nothing: the prompt cannot be seen
+    assert find(page, "article") == []
+
+
+@pytest.fixture
+def losses_page(chromium, runs, here):
+    """The tab with the losses, of a server with its own copy of the runs."""
+    shutil.copytree(runs / "out", "out")
+    process, line = start(here)
+    try:
+        chromium.get(line.split()[0] + "/#losses")
+        wait(chromium, f"{POINTS} == 6 && {SAMPLE} != ''")
+        yield chromium
+        chromium.get("about:blank")  # or the page would report that its server does not respond
+        assert chromium.get_log("browser") == []
+    finally:
+        process.kill()
+        process.communicate()
+
+
+POINTS = "document.querySelectorAll('#plot .run circle').length"
+SAMPLE = "document.getElementById('sample').textContent"
+
+
+def story_of(run, iteration):
+    return publish.read_stories(Path("out", run))[iteration]
+
+
+@needs_browser
+def test_the_losses_are_updated_while_runs_train(losses_page):
+    assert find(losses_page, "#sample")[0].get_attribute("textContent") == story_of("tiny", "24")
+    log = Path("out/tiny/log.jsonl")
+    before, evaluation = log.read_text(), checkpoint.read_log(log)[-1]
+    with log.open("a") as file:
+        file.write(json.dumps(evaluation | {"iter": 32, "tokens": 2048, "val_loss": 1.2345}) + "\n")
+    wait(losses_page, f"{POINTS} == 7")
+    assert "tiny\n1.2345" in find(losses_page, "#legend")[0].text
+    wait(losses_page, f"{SAMPLE} == 'no story in samples.md yet'")
+    with Path("out/tiny/samples.md").open("a") as file:
+        file.write("## iteration 32: validation loss 1.2345\n\nOne day.\n\nThe <b>end</b>.\n\n")
+    wait(losses_page, f"{SAMPLE} == 'One day.\\n\\nThe <b>end</b>.'")
+
+    find(losses_page, "#evaluation option[value='8']")[0].click()  # then a later one does not replace it
+    wait(losses_page, f"{SAMPLE} != 'One day.\\n\\nThe <b>end</b>.'")
+    with log.open("a") as file:
+        file.write(json.dumps(evaluation | {"iter": 40, "tokens": 2560}) + "\n")
+    wait(losses_page, f"{POINTS} == 8")
+    assert find(losses_page, "#evaluation")[0].get_attribute("value") == "8"
+    assert find(losses_page, "#sample")[0].get_attribute("textContent") == story_of("tiny", "8")
+
+    log.write_text(before.splitlines()[0] + "\n")  # replaced by a run that has not been evaluated
+    wait(losses_page, f"{POINTS} == 3")
+    wait(losses_page, f"{SAMPLE} == ''")
+    assert "tiny\nno evaluation yet" in find(losses_page, "#legend")[0].text
+    odd = "sweep/<b>#?&%'\"ü,seed=1"
+    shutil.copytree("out/other", Path("out", odd))
+    shutil.rmtree("out/tiny")
+    wait(losses_page, f"{POINTS} == 6")
+    wait(losses_page, "document.getElementById('sample_run').textContent == 'other'")
+    find(losses_page, "#legend input:not([value=other])")[0].click()
+    wait(losses_page, f"document.getElementById('sample_run').textContent == {json.dumps(odd)}")
+    assert find(losses_page, "#sample")[0].get_attribute("textContent") == story_of(odd, "24")
+    log = Path("out", odd, "log.jsonl")
+    log.write_text(log.read_text().replace('"validation": "', '"validation": "0'))
+    wait(losses_page, "document.querySelector('#plot text').textContent == 'validation loss (bits per byte)'")
+    assert "different validation data" in find(losses_page, "#notes")[0].text
+
+
+@needs_browser
+def test_choosing_an_evaluation_with_mouse_and_keyboard(losses_page):
+    from selenium.webdriver import ActionChains, Keys
+    ring, (first, second, third) = "#plot .ring", find(losses_page, "#plot .chosen circle")
+    places = [{name: point.get_attribute(name) for name in ("cx", "cy")} for point in (first, second, third)]
+    assert {name: find(losses_page, ring)[0].get_attribute(name) for name in ("cx", "cy")} == places[2]
+    assert len(find(losses_page, "#plot .training")) == 1
+    Path("out/other/samples.md").write_text("## iteration 16: validation loss 1\n\nThe other story.\n\n")
+    ActionChains(losses_page).move_to_element(second).move_by_offset(2, 3).click().perform()
+    wait(losses_page, "document.getElementById('evaluation').value == '16'")
+    assert {name: find(losses_page, ring)[0].get_attribute(name) for name in ("cx", "cy")} == places[1]
+    wait(losses_page, f"{SAMPLE} == {json.dumps(story_of('tiny', '16'))}")
+    assert "iteration 16 · 1.02K tokens · " in find(losses_page, "#sample_facts")[0].text
+
+    find(losses_page, "#evaluation")[0].send_keys(Keys.HOME)  # the newest
+    wait(losses_page, f"{SAMPLE} == {json.dumps(story_of('tiny', '24'))}")
+    find(losses_page, "#legend input:checked")[0].send_keys(Keys.ARROW_UP)
+    assert losses_page.switch_to.active_element.get_attribute("value") == "other"
+    wait(losses_page, f"{SAMPLE} == 'no story in samples.md yet'")
+    find(losses_page, "#evaluation")[0].send_keys("iteration 16")
+    wait(losses_page, f"{SAMPLE} == 'The other story.'")
+
+    labels = find(losses_page, "#plot")[0].text
+    find(losses_page, "#axis option[value=minutes]")[0].click()
+    assert find(losses_page, "#plot")[0].text != labels and "minutes" in find(losses_page, "#plot")[0].text
+    losses_page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
+    wait(losses_page, "Math.max(...points.map(point => point.cx)) < 360")
+    assert losses_page.execute_script("return document.documentElement.scrollWidth <= 360")
+    losses_page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@needs_browser
 def test_an_unreachable_server_is_reported(chromium, runs):
     process, line = start(runs)
     chromium.get(line.split()[0])
@@ -635,4 +785,7 @@ def test_an_unreachable_server_is_reported(chromium, runs):
     process.communicate()
     find(chromium, "#generate")[0].click()
     wait(chromium, "document.getElementById('error').textContent.startsWith('the server does not respond')")
+    find(chromium, "#losses_tab")[0].click()
+    wait(chromium, "document.getElementById('losses_error').textContent.startsWith('the server does not respond')")
+    chromium.get("about:blank")
     chromium.get_log("browser")
