@@ -3,7 +3,7 @@
     python -m tools.serve                    http://127.0.0.1:8000, with every run under out/
     python -m tools.serve --port 8001
 
-A second tab plots the losses of the runs while they train, and shows the story that a run told at each evaluation.
+A second tab plots the losses of the runs while they train, and shows the story of each evaluation.
 
 The page requests a story with POST /generate and receives one line of JSON for each token. There is no access control:
 everyone who can reach the port can use it. Without --host, only this machine can.
@@ -293,7 +293,7 @@ def read_losses():
 
 
 def read_sample(run, iteration):
-    """The story that a run told at its evaluation at this iteration (a text), None if there is none (yet).
+    """The story of a run at its evaluation at this iteration (a text), None if there is none (yet).
 
     Raises UserError if the run is not listed.
     """
