@@ -1,12 +1,13 @@
 """Convert runs to and from Hugging Face `transformers` GPT-2 models, and from nanoGPT's checkpoints.
 
     python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM, llama.cpp
+    python -m tools.hf push out/tinystories USER/stories-30m    the same as a private repository of the Hugging Face hub
     python -m tools.hf import stories-30m out/stories-30m       a run for sample.py and for train.py --init_from
     python -m tools.hf import openai-community/gpt2 out/gpt2    the same, from the Hugging Face hub
     python -m tools.hf import nanoGPT/out/ckpt.pt out/nano      the same, from nanoGPT
 
-An export contains the weights (safetensors, float32), the tokenizer, and a model card with the settings and metrics.
-It is made only if the exported model gives the run's logits.
+An export contains the weights (safetensors, float32), the tokenizer, and a model card with the settings, the losses,
+samples and the table of tools.judge. It is made only if the exported model gives the run's logits.
 """
 
 if __name__ == "__main__":
@@ -15,6 +16,7 @@ if __name__ == "__main__":
     startup.before_importing_torch()
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -30,6 +32,7 @@ import tiktoken
 import torch
 
 import checkpoint
+import sample
 from config import Config
 from data import nursery
 from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
@@ -37,6 +40,7 @@ from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
 from model import GPT, GPTConfig
 from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
+from tools import judge
 
 # GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -50,26 +54,36 @@ SUPPORTED = {"model_type": ("gpt2",), "activation_function": tuple(GELU),
 # float32 rounding was below 1e-6, the other GELU 1.5e-4 and 7e-4, RMSNorm instead of LayerNorm 8e-3 and 1e-2.
 LOGIT_TOLERANCE = 1e-5
 NANOGPT_VOCABULARY = (50257, 50304)  # GPT-2's, and padded, as nanoGPT does by default
+CARD_PROMPT, CARD_SEEDS = "Once upon a time", (1, 2, 3)  # of the samples in the model card
+LOGIN_SECONDS = 10  # to wait for the hub's answer to a login: huggingface_hub has no limit
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Export or import a model. `argv`: the command line, by default sys.argv's."""
+    """Export, push or import a model. `argv`: the command line, by default sys.argv's."""
     parser = Parser(prog="python -m tools.hf", description="Convert runs to and from Hugging Face transformers, and "
                     "from nanoGPT.")
-    parser.add_argument("command", choices=["export", "import"], metavar="{export,import}",
-                        help="export: run to model folder; import: model to run")
-    parser.add_argument("source", metavar="FROM", help="export: a run folder; import: a model folder, a hub model or "
-                        "nanoGPT's ckpt.pt")
-    parser.add_argument("target", metavar="TO", type=Path, help="export: the model folder; import: the run folder")
+    parser.add_argument("command", choices=["export", "push", "import"], metavar="{export,push,import}",
+                        help="export: run to model folder; push: run to hub repository; import: model to run")
+    parser.add_argument("source", metavar="FROM", help="export, push: a run folder; import: a model folder, a hub "
+                        "model or nanoGPT's ckpt.pt")
+    parser.add_argument("target", metavar="TO", type=Path, help="export: the model folder; push: the repository, "
+                        "USER/NAME; import: the run folder")
+    parser.add_argument("--public", action="store_true", help="push: make the repository public (default: a new one "
+                        "is private, an existing one stays as it is)")
     parser.add_argument("--overwrite", action="store_true", help="import: replace an existing run")
     args = parser.parse_args(argv)
+    if args.overwrite and args.command != "import":
+        parser.error("--overwrite works only with import: export never replaces a folder, push adds a commit")
+    if args.public and args.command != "push":
+        parser.error("--public works only with push")
     if args.command == "import":
         import_model(args.source, args.target, args.overwrite)
-    elif args.overwrite:
-        parser.error("--overwrite works only with import: export never replaces a folder")
+    elif args.command == "push":
+        push_run(args.source, args.target.as_posix(), args.public)
     else:
-        export_run(args.source, args.target)
+        exported = export_run(args.source, args.target)
+        print(f"{args.target}: exported {exported}, as a transformers GPT-2 model")
 
 
 def silence_transformers():
@@ -99,11 +113,11 @@ def hf_errors_as_user_errors(action, advice):
 
 # ---- export ----
 
-def export_run(out_dir, folder):
-    """Write the best checkpoint of a run as a folder that `from_pretrained` loads.
+def export_run(out_dir, folder, name=None):
+    """Write the best checkpoint of a run as a folder that `from_pretrained` loads; returns what was exported, in words.
 
-    Raises UserError if the run cannot be read, its model is not a GPT-2, or the folder is not empty or cannot be
-    written.
+    `name`: of the model in its card, by default that of the folder. Raises UserError if the run cannot be read, its
+    model is not a GPT-2, or the folder is not empty or cannot be written.
     """
     silence_transformers()
     path = checkpoint.best_checkpoint(out_dir)
@@ -112,7 +126,6 @@ def export_run(out_dir, folder):
     model, tokenizer, state = checkpoint.load_model(path)
     hf_model = to_hf_model(path, model, tokenizer.end_of_text)
     hf_tokenizer = to_hf_tokenizer(tokenizer, model.config.block_size)
-    card = model_card(folder.resolve().name, model, state, read_meta(path.parent))
     partial = folder.resolve().with_name(f".{folder.resolve().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     try:
@@ -120,15 +133,16 @@ def export_run(out_dir, folder):
             partial.mkdir(parents=True)
             hf_model.save_pretrained(partial)
             hf_tokenizer.save_pretrained(partial)
-            Path(partial, "README.md").write_text(card, encoding="utf-8")
             Path(partial, "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
         check_logits(path, model, partial, text_windows(tokenizer, state, model.config.block_size))
+        card = model_card(name or folder.resolve().name, path, model, state)
+        Path(partial, "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         files.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{folder}: exported {path}, {model.num_parameters():,} parameters, as a transformers GPT-2 model")
+    return f"{path}, {model.num_parameters():,} parameters"
 
 
 def text_windows(tokenizer, state, block_size, count=4):
@@ -261,23 +275,21 @@ def merges_from_ranks(ranks):
     return merges
 
 
-def model_card(name, model, state, meta):
-    """The README.md of an exported model: usage, training data, validation loss, settings."""
-    metrics, c, data = state["figures"], model.config, meta["splits"]["train"]
-    loss, training_data, settings = "not measured", "unknown (imported model)", ""
-    if "val_loss" in metrics:
-        loss = (f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte (evaluation at "
-                f"iteration {metrics['iter']:,})")
-    if state["tokens"]:
-        training_data = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
-        settings = "\nTraining settings:\n\n| setting | value |\n|---|---|\n" + "".join(
-            f"| {setting} | {value} |\n" for setting, value in state["config"].items())
+# ---- model card ----
+
+def model_card(name, path, model, state):
+    """The README.md of an exported model: usage, data, losses, samples, the table of tools.judge, settings.
+
+    `name`: what from_pretrained loads; `path`: the checkpoint, with its GPT and its dict `state`. Raises UserError if
+    the judge.json of the run is damaged.
+    """
+    meta, c = read_meta(path.parent), model.config
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {name}
+# {name.split("/")[-1]}
 
 A GPT-2 model with {model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width \
 {c.n_embd}, a context of {c.block_size} tokens (prompt and generated text together).
@@ -291,13 +303,134 @@ prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt"
 print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], skip_special_tokens=True))
 ```
 
-| | |
+{training_table(state, meta)}{sample_section(name, path)}{judge_section(path, state)}{settings_section(state)}"""
+
+
+def training_table(state, meta):
+    """The rows of the model card about training, as Markdown."""
+    metrics, data = state["figures"], meta["splits"]["train"]
+    loss, training_data = "not measured", "unknown (imported model)"
+    if "val_loss" in metrics:
+        loss = (f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte (evaluation at "
+                f"iteration {metrics['iter']:,})")
+    if state["tokens"]:
+        training_data = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
+    return f"""| | |
 |---|---|
 | training data | {training_data} |
 | training tokens | {f"{state['tokens']:,}" if state['tokens'] else 'unknown'} |
 | validation loss | {loss} |
-| tokenizer | {meta['tokenizer']['name']}, {c.vocab_size:,} tokens |
-{settings}"""
+| tokenizer | {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens |
+"""
+
+
+def sample_section(name, path):
+    """Stories of the checkpoint at `path`, how they were chosen and the commands that generate them, as Markdown."""
+    run = f"out/{name.split('/')[-1]}"
+    stories = (story.replace("\n", "\n>\n> ") for story in sample_stories(path))
+    return f"""
+## Samples
+
+The prompt "{CARD_PROMPT}", the seeds {", ".join(map(str, CARD_SEEDS))}, not selected; otherwise the defaults of \
+`sample.py`, in float32 on a CPU. These commands generate the first one (on another processor or with another \
+PyTorch, rounding may change it):
+
+```
+python -m tools.hf import {name} {run}
+python sample.py --out_dir {run} --start "{CARD_PROMPT}" --seed {CARD_SEEDS[0]} --dtype float32 --device cpu
+```
+""" + "".join(f"\nSeed {seed}:\n\n> {story}\n" for seed, story in zip(CARD_SEEDS, stories))
+
+
+def sample_stories(path):
+    """Generate the stories of the model card from the checkpoint at `path`: the texts that sample.py prints."""
+    model, tokenizer, _ = checkpoint.load_model(path)
+    model.for_inference("cpu", torch.float32)
+    stories = []
+    for seed in CARD_SEEDS:
+        args = sample.parse_args(["--start", CARD_PROMPT, "--seed", str(seed)])
+        prompt = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(args.start)]])
+        steps = model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                               torch.Generator().manual_seed(args.seed), tokenizer.end_of_text)
+        story = itertools.takewhile(lambda token: token != tokenizer.end_of_text, map(int, steps))
+        stories.append(args.start + "".join(tokenizer.stream(story)))
+    return stories
+
+
+def judge_section(path, state):
+    """What tools.judge measured on the checkpoint at `path`, as Markdown; "" if it did not."""
+    result = judge.read_result(path.parent, state)
+    return f"\n## Quality of the stories\n\n{result}\n" if result else ""
+
+
+def settings_section(state):
+    """The training settings as Markdown; "" for an imported model."""
+    if not state["tokens"]:
+        return ""
+    rows = "".join(f"| {setting} | {value} |\n" for setting, value in state["config"].items())
+    return f"\n## Training settings\n\n| setting | value |\n|---|---|\n{rows}"
+
+
+# ---- push ----
+
+def push_run(out_dir, name, public):
+    """Upload an export of a run to the hub repository `name`, USER/NAME, in one commit, and print its URL.
+
+    A new repository is private unless `public`; an existing one keeps its visibility, but `public` makes it public
+    after the upload. Raises UserError if the run cannot be exported, or the hub cannot be reached or refuses.
+    """
+    silence_transformers()
+    from huggingface_hub.utils import enable_progress_bars
+
+    check_repository_name(name)
+    api = log_in()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        exported = export_run(out_dir, folder, name)
+        with hf_errors_as_user_errors(f"push to {name}", "check the network connection and that the token may write "
+                                      "to this repository, then run the command again"):
+            enable_progress_bars()  # of the upload
+            url = api.create_repo(name, private=not public, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {exported}")
+            private = api.model_info(name).private
+            if private and public:
+                api.update_repo_settings(name, private=False)
+    visibility = "private" if private and not public else "public, it was private before" if private else "public"
+    print(f"pushed {exported}; the repository is {visibility}: {url}")
+
+
+def check_repository_name(name):
+    """Raise UserError unless `name` is a valid USER/NAME of a hub repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is not the name of a hub repository, USER/NAME: {error}") from error
+    if "/" not in name:
+        raise UserError(f"{name!r} is not the name of a hub repository: give USER/NAME, for example USER/{name}")
+
+
+def log_in():
+    """The HfApi of the hub, after checking the token. Raises UserError if it is missing, wrong or read-only."""
+    from huggingface_hub import HfApi, constants, get_session, get_token
+
+    api, advice = HfApi(), "give one with write access, by `hf auth login` or in HF_TOKEN"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be pushed: unset it")
+    if not get_token():
+        raise UserError(f"no token for {api.endpoint}: {advice}")
+    session = get_session()
+    timeout, session.timeout = session.timeout, LOGIN_SECONDS
+    try:
+        with hf_errors_as_user_errors(f"log in to {api.endpoint}", "check the network connection and the token "
+                                      "(`hf auth login`, or HF_TOKEN)"):
+            user = api.whoami()
+    finally:
+        session.timeout = timeout  # an upload may take longer
+    if user["auth"].get("accessToken", {}).get("role") == "read":  # a login in the browser has no role
+        raise UserError(f"the token of {user['name']} for {api.endpoint} is read-only: {advice}")
+    return api
 
 
 # ---- import ----
