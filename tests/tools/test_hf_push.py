@@ -19,7 +19,6 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
-pytest.importorskip("sacrebleu", reason="pip install -r requirements-extra.txt")
 from huggingface_hub import constants
 
 import checkpoint
@@ -161,8 +160,7 @@ def push_as_users_do(url):
     return done.stdout
 
 
-def test_a_private_push_and_a_second_one_that_makes_it_public(run, online, capsys):
-    hub = online
+def test_a_private_push_and_a_second_one_that_makes_it_public(run, hub, online, capsys):
     printed = push_as_users_do(hub.url)
     assert printed == (f"pushed out/tiny/ckpt.pt, 11,648 parameters; the repository is private: {hub.url}/alice/tiny\n")
     assert hub.private == {"alice/tiny": True}
@@ -235,7 +233,7 @@ def test_no_connection(here, online, fails, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
         started = time.monotonic()
         error = fails(hf.main, ["push", "out/none", "alice/tiny"])
-    assert re.match(r"error: cannot log in to http://127.0.0.1:\d+ \(\[Errno 111\] .*\): check the network conn", error)
+    assert re.match(r"error: cannot log in to http://127.0.0.1:\d+ \(\[Errno \d+\] .*\): check the network conn", error)
     assert time.monotonic() - started < 5
 
 
@@ -243,7 +241,9 @@ def test_a_hub_that_does_not_answer(here, online, fails, monkeypatch):
     monkeypatch.setattr(hf, "LOGIN_SECONDS", 0.1)
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
         assert "(timed out): check the network connection" in fails(hf.main, ["push", "out/none", "alice/tiny"])
+        assert time.monotonic() - started < 5
 
 
 def test_another_users_repository(run, online, fails):
@@ -288,24 +288,15 @@ def test_the_commands_in_the_card_generate_its_samples(run, capsys, bias):
         assert f"\nSeed {seed}:\n\n> " + story.replace("\n", "\n>\n> ") + "\n" in card
 
 
-def test_the_table_of_the_judge(run, capsys, fails):
-    judge.main(["out/tiny", "--num_samples=10", "--max_new_tokens=10"])
-    rows = [row.split("|") for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
-    card = card_of("out/tiny", "model")
-    table = card.split("\n## Quality of the stories\n")[1].split("\n## Training settings\n")[0]
-    assert "(num_samples 10, start '', temperature 0.8, top_k 200, top_p 1.0, max_new_tokens 10, seed 1)" in table
-    assert "the aim is the value of the held-out stories of nursery-bpe300" in table
-    found = [[cell.strip() for cell in row.split("|")] for row in table.splitlines() if row.startswith("|")]
-    assert found[0][2:4] == ["this model", "held-out stories"] and len(found) > 20
-    assert found[2:] == [[cell.strip() for cell in row] for row in rows[2:]]
-    assert any("[" in row[2] for row in found[2:]) and any("[" not in row[2] for row in found[2:])
-
-    path = Path("out/tiny/judge.json")
-    result = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(result | {"reference": None, "dataset": None}), encoding="utf-8")
-    assert "held-out" not in card_of("out/tiny", "alone").split("\n## Quality of the stories\n")[1]
-    path.write_text(json.dumps(result | {"tokens": 5}), encoding="utf-8")  # the run was trained further since
-    assert "Quality" not in card_of("out/tiny", "stale")
-    path.write_text(json.dumps(result | {"measures": {"ends": 1}}), encoding="utf-8")
-    assert "out/tiny/judge.json is damaged: remove it" in fails(hf.main, ["export", "out/tiny", "damaged"])
-    assert not Path("damaged").exists()
+def test_the_table_of_the_judge(run, fails):
+    assert "Quality" not in card_of("out/tiny", "not-judged")
+    state, path = checkpoint.load("out/tiny/ckpt.pt"), Path("out/tiny/judge.json")
+    result = {"tokens": state["tokens"], "val_loss": state["figures"]["val_loss"], "dataset": None, "reference": None,
+              "measures": {"ends": {"value": 0.875, "low": 0.75, "high": 1}}, **dict.fromkeys(judge.SETTINGS, 8)}
+    path.write_text(json.dumps(result), encoding="utf-8")
+    assert f"\n## Quality of the stories\n\n{judge.read_result('out/tiny', state)}\n\n## Training" in card_of(
+        "out/tiny", "judged")
+    assert "87.5 [75.0, 100.0]" in Path("judged/README.md").read_text(encoding="utf-8")
+    path.write_text("{}", encoding="utf-8")
+    assert "out/tiny/judge.json is damaged" in fails(hf.main, ["export", "out/tiny", "damaged"])
+    assert not Path("damaged").exists() and not Path(".damaged.partial").exists()
