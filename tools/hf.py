@@ -2,12 +2,14 @@
 
     python -m tools.hf export out/tinystories stories-30m       a folder for from_pretrained, vLLM
     python -m tools.hf export out/tinystories stories.gguf      a file for llama.cpp, Ollama, LM Studio
+    python -m tools.hf push out/tinystories USER/stories-30m    a private repository of the Hugging Face hub
     python -m tools.hf import stories-30m out/stories-30m       a run for sample.py and for train.py --init_from
     python -m tools.hf import openai-community/gpt2 out/gpt2    the same, from the Hugging Face hub
     python -m tools.hf import nanoGPT/out/ckpt.pt out/nano      the same, from nanoGPT
 
-An exported folder contains the weights (safetensors, float32), the tokenizer, and a model card with the settings and
-metrics. An export is made only if the exported model gives the run's logits.
+An exported folder, and the repository, contain the weights (safetensors, float32), the tokenizer, and a model card with
+the settings, the losses, samples and the table of tools.judge. An export is made only if the exported model gives the
+run's logits.
 """
 
 if __name__ == "__main__":
@@ -40,6 +42,7 @@ from model import GPT, GPTConfig
 from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
 from tools.gguf_file import merges_from_ranks, modelfile, vocab_and_merges, write_gguf
+from tools.model_card import describe, model_card
 
 # GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -55,34 +58,42 @@ LOGIT_TOLERANCE = 1e-5
 # The same for a GGUF file, by dtype: about ten times the difference of a trained model of the published shape.
 GGUF_TOLERANCE = {"f16": 0.004, "bf16": 0.03, "q8_0": 0.1}
 NANOGPT_VOCABULARY = (50257, 50304)  # GPT-2's, and padded, as nanoGPT does by default
+LOGIN_SECONDS = 10  # to wait for the hub's answer to a login: huggingface_hub has no limit
 
 
 @exit_with_one_line
 def main(argv=None):
-    """Export or import a model. `argv`: the command line, by default sys.argv's."""
+    """Export, push or import a model. `argv`: the command line, by default sys.argv's."""
     parser = Parser(prog="python -m tools.hf", description="Convert runs to and from Hugging Face transformers, and "
                     "from nanoGPT.")
-    parser.add_argument("command", choices=["export", "import"], metavar="{export,import}",
-                        help="export: run to model folder; import: model to run")
-    parser.add_argument("source", metavar="FROM", help="export: a run folder; import: a model folder, a hub model or "
-                        "nanoGPT's ckpt.pt")
-    parser.add_argument("target", metavar="TO", type=Path,
-                        help="export: the model folder, or a file NAME.gguf; import: the run folder")
+    parser.add_argument("command", choices=["export", "push", "import"], metavar="{export,push,import}",
+                        help="export: run to model folder or file; push: run to hub repository; import: model to run")
+    parser.add_argument("source", metavar="FROM", help="export, push: a run folder; import: a model folder, a hub "
+                        "model or nanoGPT's ckpt.pt")
+    parser.add_argument("target", metavar="TO", type=Path, help="export: the model folder, or a file NAME.gguf; push: "
+                        "the repository, USER/NAME; import: the run folder")
+    parser.add_argument("--public", action="store_true", help="push: make the repository public (default: a new one "
+                        "is private, an existing one stays as it is)")
     parser.add_argument("--overwrite", action="store_true", help="import: replace an existing run")
     parser.add_argument("--dtype", choices=list(GGUF_TOLERANCE), help="export to GGUF: of the matrices (default: f16)")
     parser.add_argument("--modelfile", action="store_true", help="export to GGUF: also write NAME.Modelfile for Ollama")
     args = parser.parse_args(argv)
     to_gguf = args.command == "export" and args.target.suffix == ".gguf"
-    if args.overwrite and args.command == "export":
-        parser.error("--overwrite works only with import: export never replaces anything")
+    if args.overwrite and args.command != "import":
+        parser.error("--overwrite works only with import: export never replaces anything, push adds a commit")
+    if args.public and args.command != "push":
+        parser.error("--public works only with push")
     if (args.dtype or args.modelfile) and not to_gguf:
         parser.error("--dtype and --modelfile work only with export to a file NAME.gguf")
     if args.command == "import":
         import_model(args.source, args.target, args.overwrite)
+    elif args.command == "push":
+        push_run(args.source, args.target.as_posix(), args.public)
     elif to_gguf:
         export_gguf(args.source, args.target, args.dtype or "f16", args.modelfile)
     else:
-        export_run(args.source, args.target)
+        exported = export_run(args.source, args.target)
+        print(f"{args.target}: exported {exported}, as a transformers GPT-2 model")
 
 
 def silence_transformers():
@@ -112,11 +123,11 @@ def hf_errors_as_user_errors(action, advice):
 
 # ---- export ----
 
-def export_run(out_dir, folder):
-    """Write the best checkpoint of a run as a folder that `from_pretrained` loads.
+def export_run(out_dir, folder, name=None):
+    """Write the best checkpoint of a run as a folder that `from_pretrained` loads; returns what was exported, in words.
 
-    Raises UserError if the run cannot be read, its model is not a GPT-2, or the folder is not empty or cannot be
-    written.
+    `name`: of the model in its card, by default that of the folder. Raises UserError if the run cannot be read, its
+    model is not a GPT-2, or the folder is not empty or cannot be written.
     """
     silence_transformers()
     path = checkpoint.best_checkpoint(out_dir)
@@ -125,7 +136,6 @@ def export_run(out_dir, folder):
     model, tokenizer, state = checkpoint.load_model(path)
     hf_model = to_hf_model(path, model, tokenizer.end_of_text)
     hf_tokenizer = to_hf_tokenizer(tokenizer, model.config.block_size)
-    card = model_card(folder.resolve().name, model, state, read_meta(path.parent))
     partial = folder.resolve().with_name(f".{folder.resolve().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     try:
@@ -133,15 +143,16 @@ def export_run(out_dir, folder):
             partial.mkdir(parents=True)
             hf_model.save_pretrained(partial)
             hf_tokenizer.save_pretrained(partial)
-            Path(partial, "README.md").write_text(card, encoding="utf-8")
             Path(partial, "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
         check_is_gpt2(path, model, load_exported(partial), text_windows(tokenizer, state, model.config.block_size))
+        card = model_card(name or folder.resolve().name, path, model, state)
+        Path(partial, "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         files.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{folder}: exported {path}, {model.num_parameters():,} parameters, as a transformers GPT-2 model")
+    return f"{path}, {model.num_parameters():,} parameters"
 
 
 def export_gguf(out_dir, target, dtype, with_modelfile):
@@ -294,53 +305,66 @@ def to_hf_tokenizer(tokenizer, block_size):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
 
 
-def describe(model, state):
-    """One line about a model, given the dict of its checkpoint: size, training tokens, dataset, validation loss."""
-    line = f"GPT-2 architecture, {model.num_parameters():,} parameters"
-    if state["tokens"]:
-        line += f", trained on {state['tokens']:,} tokens of {state['config']['dataset']}"
-    if "val_loss" in state["figures"]:
-        line += f", validation loss {state['figures']['val_loss']:.4f} nats/token"
-    return line
+# ---- push ----
+
+def push_run(out_dir, name, public):
+    """Upload an export of a run to the hub repository `name`, USER/NAME, in one commit, and print its URL.
+
+    A new repository is private unless `public`; an existing one keeps its visibility, but `public` makes it public
+    after the upload. Raises UserError if the run cannot be exported, or the hub cannot be reached or refuses.
+    """
+    silence_transformers()
+    from huggingface_hub.utils import enable_progress_bars
+
+    check_repository_name(name)
+    api = log_in()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        exported = export_run(out_dir, folder, name)
+        with hf_errors_as_user_errors(f"push to {name}", "check the network connection and that the token may write "
+                                      "to this repository, then run the command again"):
+            enable_progress_bars()  # of the upload
+            url = api.create_repo(name, private=not public, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {exported}")
+            private = api.model_info(name).private
+            if private and public:
+                api.update_repo_settings(name, private=False)
+    visibility = "private" if private and not public else "public, it was private before" if private else "public"
+    print(f"pushed {exported}; the repository is {visibility}: {url}")
 
 
-def model_card(name, model, state, meta):
-    """The README.md of an exported model: usage, training data, validation loss, settings."""
-    metrics, c, data = state["figures"], model.config, meta["splits"]["train"]
-    loss, training_data, settings = "not measured", "unknown (imported model)", ""
-    if "val_loss" in metrics:
-        loss = (f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte (evaluation at "
-                f"iteration {metrics['iter']:,})")
-    if state["tokens"]:
-        training_data = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
-        settings = "\nTraining settings:\n\n| setting | value |\n|---|---|\n" + "".join(
-            f"| {setting} | {value} |\n" for setting, value in state["config"].items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
+def check_repository_name(name):
+    """Raise UserError unless `name` is a valid USER/NAME of a hub repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-# {name}
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is not the name of a hub repository, USER/NAME: {error}") from error
+    if "/" not in name:
+        raise UserError(f"{name!r} is not the name of a hub repository: give USER/NAME, for example USER/{name}")
 
-A GPT-2 model with {model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width \
-{c.n_embd}, a context of {c.block_size} tokens (prompt and generated text together).
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+def log_in():
+    """The HfApi of the hub, after checking the token. Raises UserError if it is missing, wrong or read-only."""
+    from huggingface_hub import HfApi, constants, get_session, get_token
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
-prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")  # as in training, after end-of-text
-print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], skip_special_tokens=True))
-```
-
-| | |
-|---|---|
-| training data | {training_data} |
-| training tokens | {f"{state['tokens']:,}" if state['tokens'] else 'unknown'} |
-| validation loss | {loss} |
-| tokenizer | {meta['tokenizer']['name']}, {c.vocab_size:,} tokens |
-{settings}"""
+    api, advice = HfApi(), "give one with write access, by `hf auth login` or in HF_TOKEN"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be pushed: unset it")
+    if not get_token():
+        raise UserError(f"no token for {api.endpoint}: {advice}")
+    session = get_session()
+    timeout, session.timeout = session.timeout, LOGIN_SECONDS
+    try:
+        with hf_errors_as_user_errors(f"log in to {api.endpoint}", "check the network connection and the token "
+                                      "(`hf auth login`, or HF_TOKEN)"):
+            user = api.whoami()
+    finally:
+        session.timeout = timeout  # an upload may take longer
+    if user["auth"].get("accessToken", {}).get("role") == "read":  # a login in the browser has no role
+        raise UserError(f"the token of {user['name']} for {api.endpoint} is read-only: {advice}")
+    return api
 
 
 # ---- import ----

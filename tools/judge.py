@@ -39,6 +39,7 @@ from tools.judging import controls, grammar, novelty, pairs, scoring, text
 BATCH = 256  # stories generated at once
 SAMPLE_TOKENS = 1_000_000  # of the training text, from which names are learned and the trigram model is made
 PAIRS = 200  # minimal pairs of each kind
+SETTINGS = ("num_samples", "start", "temperature", "top_k", "top_p", "max_new_tokens", "seed")  # in judge.json
 PERCENT, MEAN, LOSS = (100, ".1f"), (1, ".1f"), (1, ".3f")  # what a value is multiplied by, and its format
 
 # Measure → (what the table calls it, format), in the order of the table.
@@ -258,10 +259,9 @@ def judge_model(run, path, dataset, args):
             column.measures |= measures
     model.for_inference(args.device, pick_inference_dtype("auto", args.device))
     column.stories, column.ended = without_empty(run, *generate(model, tokenizer, args))
-    settings = ("num_samples", "start", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
     column.about = {"checkpoint": str(path), "tokens": checkpoint["tokens"],
                     "val_loss": checkpoint["figures"].get("val_loss"), "dataset": dataset and dataset.name,
-                    **{name: getattr(args, name) for name in settings}}
+                    **{name: getattr(args, name) for name in SETTINGS}}
     return column
 
 
@@ -371,6 +371,36 @@ def write(column, summary, reference):
         (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode()))
     files.atomic_write(column.out_dir / "judge.txt", lambda file: file.write(
         (f"\n{END_OF_TEXT}\n".join(column.stories) + "\n").encode()))
+
+
+def read_result(out_dir, state):
+    """The settings and the table in a run's judge.json, as Markdown; "" if it is missing or of other weights.
+
+    `state`: the checkpoint whose weights are meant. Raises UserError if judge.json is damaged.
+    """
+    path = Path(out_dir, "judge.json")
+    if not path.exists():
+        return ""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        same_weights = (result["tokens"], result["val_loss"]) == (state["tokens"], state["figures"].get("val_loss"))
+        return describe_result(result) if same_weights else ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: remove it, or run  python -m tools.judge {out_dir}  again") from error
+
+
+def describe_result(result):
+    """The settings and the table of a judge.json, a dict, as Markdown."""
+    def summary(measures):
+        return {name: tuple(math.nan if x is None else x for x in (m["value"], m["low"], m["high"]))
+                for name, m in measures.items() if m}
+    columns, summaries = [Column("this model", [], [])], [summary(result["measures"])]
+    if result["reference"]:
+        columns.append(Column("held-out stories", [], []))
+        summaries.append(summary(result["reference"]))
+    settings = ", ".join(f"{name} {result[name]!r}" for name in SETTINGS)
+    aim = f"; the aim is the value of the held-out stories of {result['dataset']}" if result["reference"] else ""
+    return f"Measured by `python -m tools.judge` ({settings}){aim}.\n\n{format_table(columns, summaries)}"
 
 
 def plot(columns, path):

@@ -70,6 +70,28 @@ def test_the_table_and_judge_json(result):
     assert found["longest_copy"]["text"] in found["longest_copy"]["source"]
 
 
+def test_the_result_of_a_checkpoint_is_read_from_judge_json(result):
+    table, state, path = result("out/tiny")[0], judge.load("out/tiny/ckpt.pt"), Path("out/tiny/judge.json")
+    heading, *lines = judge.read_result("out/tiny", state).splitlines()
+    assert heading == (
+        "Measured by `python -m tools.judge` (num_samples 12, start '', temperature 0.8, top_k 200, top_p 1.0, "
+        "max_new_tokens 60, seed 1); the aim is the value of the held-out stories of nursery-bpe300.")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    assert rows[0][1:] == ["this model", "held-out stories"]
+    assert {label: cells for label, *cells in rows[2:]} == dict(list(table.items())[2:])
+
+    found = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(found | {"reference": None, "dataset": None}), encoding="utf-8")
+    assert "held-out" not in judge.read_result("out/tiny", state)
+    assert not judge.read_result("out/tiny", state | {"tokens": 5})  # another checkpoint
+    for damage in ({"measures": {"ends": 1}}, {"top_p": None, "reference": {"ends": {"value": 1}}}):
+        path.write_text(json.dumps(found | damage), encoding="utf-8")
+        with pytest.raises(judge.UserError, match="out/tiny/judge.json is damaged: remove it, or run"):
+            judge.read_result("out/tiny", state)
+    path.unlink()
+    assert judge.read_result("out/tiny", state) == ""
+
+
 def test_the_same_seed_gives_the_same_result(result):
     first, second, other = (result("out/tiny", f"--seed={seed}")[0] for seed in (3, 3, 4))
     assert first == second != other

@@ -1,0 +1,109 @@
+"""What an exported model says about itself: the model card of the Hugging Face hub, and a line for GGUF files."""
+
+import shlex
+import subprocess
+import sys
+
+import sample
+from data.dataset import read_meta
+from data.tokenizer import END_OF_TEXT
+from runtime.errors import UserError
+from tools import judge
+
+SAMPLE_FLAGS = ("--start", "Once upon a time", "--num_samples", "3", "--seed", "1", "--dtype", "float32",
+                "--device", "cpu")
+
+
+def describe(model, state):
+    """One line about a model, given the dict of its checkpoint: size, training tokens, dataset, validation loss."""
+    line = f"GPT-2 architecture, {model.num_parameters():,} parameters"
+    if state["tokens"]:
+        line += f", trained on {state['tokens']:,} tokens of {state['config']['dataset']}"
+    if "val_loss" in state["figures"]:
+        line += f", validation loss {state['figures']['val_loss']:.4f} nats/token"
+    return line
+
+
+def model_card(name, path, model, state):
+    """The README.md of an exported model: usage, data, losses, samples, the table of tools.judge, settings.
+
+    `name`: what from_pretrained loads; `path`: the checkpoint, with its GPT and its dict `state`. Raises UserError if
+    sample.py fails or the run's judge.json is damaged.
+    """
+    meta, c = read_meta(path.parent), model.config
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name.split("/")[-1]}
+
+A GPT-2 model with {model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width \
+{c.n_embd}, a context of {c.block_size} tokens (prompt and generated text together).
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")  # as in training, after end-of-text
+print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], skip_special_tokens=True))
+```
+
+{training_table(state, meta)}{sample_section(name, path)}{judge_section(path, state)}{settings_section(state)}"""
+
+
+def training_table(state, meta):
+    """The table of the model card about training, as Markdown."""
+    metrics, data = state["figures"], meta["splits"]["train"]
+    loss, training_data = "not measured", "unknown (imported model)"
+    if "val_loss" in metrics:
+        loss = (f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte (evaluation at "
+                f"iteration {metrics['iter']:,})")
+    if state["tokens"]:
+        training_data = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
+    return f"""| | |
+|---|---|
+| training data | {training_data} |
+| training tokens | {f"{state['tokens']:,}" if state['tokens'] else 'unknown'} |
+| validation loss | {loss} |
+| tokenizer | {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens |
+"""
+
+
+def sample_section(name, path):
+    """Stories of the run of the checkpoint at `path`, and the command that generates them, as Markdown.
+
+    Raises UserError if sample.py fails.
+    """
+    run = f"out/{name.split('/')[-1]}"
+    done = subprocess.run([sys.executable, sample.__file__, "--out_dir", path.parent, *SAMPLE_FLAGS],
+                          capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise UserError(f"cannot generate the samples of the model card: {done.stderr.splitlines()[-1]}")
+    stories = [story.strip("\n").replace("\n", "\n>\n> ") for story in done.stdout.split(END_OF_TEXT)]
+    return f"""
+## Samples
+
+Not selected, in float32 on a CPU. These commands generate the same ones (on another processor or with another PyTorch,
+rounding may change them):
+
+```
+python -m tools.hf import {name} {run}
+python sample.py --out_dir {run} {shlex.join(SAMPLE_FLAGS)}
+```
+""" + "".join(f"\nStory {number}:\n\n> {story}\n" for number, story in enumerate(stories, 1))
+
+
+def judge_section(path, state):
+    """What tools.judge measured on the checkpoint at `path`, as Markdown; "" if it did not."""
+    result = judge.read_result(path.parent, state)
+    return f"\n## Quality of the stories\n\n{result}\n" if result else ""
+
+
+def settings_section(state):
+    """The training settings as Markdown; "" for an imported model."""
+    if not state["tokens"]:
+        return ""
+    rows = "".join(f"| {name} | {value} |\n" for name, value in state["config"].items() if name != "out_dir")
+    return f"\n## Training settings\n\n| setting | value |\n|---|---|\n{rows}"
