@@ -130,7 +130,7 @@ def open_source(source, text_column="text", max_stories=None, seed=0):
     """Open a source and return a dict: split → function that iterates over its stories (str or None) from the start.
 
     `max_stories` and `seed` are used by the nursery corpus only. Raises UserError if the source is none of the kinds
-    that `prepare.py --help` lists, or cannot be reached.
+    that `prepare.py --help-all` lists, or cannot be reached.
     """
     if source == "nursery":
         return {"train": partial(nursery.stories, max_stories or NURSERY_STORIES, seed)}

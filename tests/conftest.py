@@ -4,9 +4,11 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: on a GPU, or on TEST_DEVICE; run with  python -m pytest -m cuda")
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they test the CPU, where results can be exact
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the platform and why tests were skipped: what docs/platforms.md needs from a user on another platform."""
+    import torch  # not at the top: torch reads OMP_NUM_THREADS when it is imported
+
+    terminalreporter.section("platform")
+    gpus = [name for name, backend in {"CUDA": torch.cuda, "MPS": torch.backends.mps}.items() if backend.is_available()]
+    terminalreporter.line(f"{platform.platform()}, Python {platform.python_version()}, PyTorch {torch.__version__}, "
+                          f"{os.cpu_count()} cores, {' and '.join(gpus) or 'no GPU or none selected'}")
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"skipped: {count} test{'s' * (count > 1)} ({reason})")
 
 
 def use_gpt2_vocabulary(cache):

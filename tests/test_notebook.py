@@ -1,0 +1,51 @@
+"""tinystories.ipynb is committed without outputs and runs from top to bottom, without a GPU in three minutes."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
+nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
+pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt")
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(ROOT / "tinystories.ipynb", as_version=4)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the files that the notebook uses, without any dataset or run."""
+    for pattern in ("*.py", "requirements.txt", "config/*.py", "data/*.py", "runtime/*.py", "tools/*.py"):
+        for path in ROOT.glob(pattern):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
+    return tmp_path
+
+
+def test_it_has_no_outputs(notebook):
+    for cell in notebook.cells:
+        assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None)
+    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
+
+
+def test_it_runs_from_top_to_bottom(notebook, project, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")  # one thread would take twice as long
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(project)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    data = [output.data for output in outputs if "data" in output]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert [kind for kind in map(sorted, data) if "image/png" in kind] == [["image/png", "text/plain"]] * 4
+    html, = (each["text/html"] for each in data if "text/html" in each)
+    assert html.count("<span title=") == 100 and "background:#cfe8ff" in html
+    samples, story = (each["text/markdown"] for each in data if "text/markdown" in each)
+    assert samples.count("### iteration") == 4 and story.startswith("Once upon a time")
+    run = Path(project, "out/quickstart")
+    assert sorted(os.listdir(run)) == [".lock", "ckpt.pt", "last.prev.pt", "last.pt", "log.jsonl", "meta.json",
+                                       "samples.md", "tokenizer.tiktoken"]
