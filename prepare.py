@@ -84,27 +84,25 @@ def main(argv=None):
 
 def parse_args(argv):
     """Parse the command line. Exits with code 2 if a flag or its value is wrong; raises UserError for a bad --name."""
-    parser = Parser({"source": "a file, a folder or a dataset on the Hugging Face hub with stories, or 'nursery', the "
-                     f"synthetic corpus (default: {sources.HUB_DATASET})", "name": None, "tokenizer": None,
-                     "max_stories": None, "force": None}, usage="%(prog)s [SOURCE] [--flag ...]",
+    parser = Parser(("source", "name", "tokenizer", "max_stories", "force"), usage="%(prog)s [SOURCE] [--flag ...]",
                     description="Convert stories into token files under data/<name>/.")
     parser.add_argument("source", nargs="?", default=sources.HUB_DATASET, metavar="SOURCE",
-                        help="'nursery' (the synthetic corpus), a .txt file (stories separated by lines of "
-                             "<|endoftext|>), a .jsonl or .parquet file, a folder of .txt files, a folder with the "
-                             "layout of a Hugging Face dataset, or a dataset on the Hugging Face hub "
-                             f"(default: {sources.HUB_DATASET})")
-    parser.add_argument("--name", help="name of the folder under data/ (default: last part of the source, followed by "
-                                       "the tokenizer if it is not gpt2)")
-    parser.add_argument("--tokenizer", default="gpt2", help="a tiktoken encoding; bpe:4096 to train a byte-level BPE "
-                                                            "of 4096 tokens on the text; or the folder of a run or "
-                                                            "dataset, to reuse its tokenizer (default: gpt2)")
+                        help="a file, a folder, a dataset on the Hugging Face hub, or 'nursery', the synthetic "
+                             f"corpus (default: {sources.HUB_DATASET}); files are .txt (stories separated by lines "
+                             "of <|endoftext|>), .jsonl or .parquet; a folder contains .txt files or has the layout of "
+                             "a Hugging Face dataset")
+    parser.add_argument("--name", help="name of the folder under data/; default: last part of the source, followed by "
+                                       "the tokenizer if it is not gpt2")
+    parser.add_argument("--tokenizer", default="gpt2", help="a tiktoken encoding, or bpe:4096 to train one of 4096 "
+                                                            "tokens on the text (default: gpt2); or the folder of a "
+                                                            "run or dataset, to reuse its tokenizer")
     parser.add_argument("--text_column", default="text", help="the column that contains the stories (default: text)")
     parser.add_argument("--validation_fraction", type=float, default=0.01,
                         help="fraction of the stories, chosen at random, that becomes the validation split if the "
                              "source has none; of a single text, its last part (default: 0.01)")
-    parser.add_argument("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split, "
-                                                        "duplicates included "
-                                                        f"(default: all; nursery: {sources.NURSERY_STORIES:,})")
+    parser.add_argument("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split; "
+                                                        "duplicates included; default: all, of nursery "
+                                                        f"{sources.NURSERY_STORIES:,}")
     parser.add_argument("--drop_duplicates", action="store_true",
                         help="drop training stories that repeat an earlier one or are also in the validation split")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the validation split and of nursery "

@@ -71,15 +71,15 @@ def main(argv=None):
 def parse_args(argv):
     """Parse the command line; exits with code 2 for an invalid flag."""
     common = ("start", "out_dir", "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
-    parser = Parser(dict.fromkeys(common), usage="%(prog)s [--flag ...]",
+    parser = Parser(common, usage="%(prog)s [--flag ...]",
                     description="Generate stories with a trained model.")
     parser.add_argument("--start", default="", help="the prompt, or FILE:prompt.txt (default: no prompt)")
-    parser.add_argument("--out_dir", help="the run's folder (default: the one under out/ with the newest checkpoint)")
+    parser.add_argument("--out_dir", help="the run's folder (default: the newest under out/, by its checkpoint)")
     parser.add_argument("--num_samples", type=number(int, 1, 1000, "from 1 to 1000"), default=1,
-                        help="number of stories, generated as one batch (default: 1, printed as it is generated)")
+                        help="number of stories (default: 1); several are one batch, one is printed as it is generated")
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1, "from 0 to 2**63 - 1"),
-                        help="the same seed gives the same stories (default: a new seed each time)")
+                        help="the same seed gives the same stories; default: a new seed each time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
                         help="dtype of the weights; auto: the fastest, on an x86 CPU int8 (default: auto)")
@@ -89,11 +89,11 @@ def parse_args(argv):
 def add_sampling_flags(parser):
     """Add the flags for the length of stories and for how a token is sampled."""
     parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9, "1 or more"), default=400,
-                        help="maximum length of a story in tokens, without the prompt (default: 400)")
+                        help="maximum length of a story in tokens (default: 400); without the prompt")
     parser.add_argument("--temperature", type=number(float, 0, 100, "from 0 to 100"), default=0.8,
-                        help="the logits are divided by it; 0: always the most likely token (default: 0.8)")
+                        help="the logits are divided by it (default: 0.8); 0: always the most likely token")
     parser.add_argument("--top_k", type=number(int, 0, 10**9, "0 or more"), default=200,
-                        help="sample from the k most likely tokens; 0: from all (default: 200)")
+                        help="sample from the k most likely tokens (default: 200); 0: from all")
     parser.add_argument("--top_p", type=number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0,
                         help="sample from the most likely tokens whose probabilities sum to p (default: 1)")
 

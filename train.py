@@ -47,7 +47,7 @@ ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
     "resume=auto": "resume the run if there is one, else start it",
     "overwrite": "replace the run in out_dir with a new one",
-    "eval_only": "only evaluate ckpt.pt on the whole validation split",
+    "eval_only": "only evaluate the run's ckpt.pt; on the whole validation split of its dataset, or of --dataset",
 }
 
 

@@ -46,7 +46,7 @@ class Config:
     out_dir: str = setting("out/tinystories", "run folder; with a config file, out/<its name>", resume=True)
     seed: int = setting(1337, "determines initial weights, order of the data and dropout masks", low=0, high=2**63 - 1)
 
-    init_from: str = setting("scratch", "scratch, or a run: its weights and architecture")
+    init_from: str = setting("scratch", "scratch, or a run folder to start from; its weights and architecture")
 
     init_embeddings: Literal["random", "cooccurrence"] = setting(
         "random", "random, or cooccurrence: token embeddings computed from the text of the run, see embeddings.py")
@@ -56,7 +56,7 @@ class Config:
     n_layer: int = setting(6, "number of blocks", low=1, high=1000)
     n_head: int = setting(6, "attention heads per block", low=1)
     n_embd: int = setting(384, "embedding dimension, a multiple of n_head", low=1, high=2**20)
-    block_size: int = setting(128, "length of a sequence and of the context, in tokens", low=2)
+    block_size: int = setting(128, "length of a sequence in tokens; also of the context window", low=2)
     dropout: float = setting(0.1, "probability of dropping an activation in training", low=0, high=0.99)
     bias: bool = setting(True, "biases in linear layers and layer norms")
     gelu: Literal["tanh", "exact"] = setting("tanh", "GELU: tanh approximation, as in GPT-2, or exact, as in nanoGPT")
@@ -64,8 +64,8 @@ class Config:
     batch_size: int = setting(32, "sequences per iteration", low=1)
     gradient_accumulation_steps: int = setting(32, "iterations per optimizer step", low=1)
     max_iters: int = setting(20_000, "length of the run in iterations", low=1, resume=True)
-    max_tokens: int = setting(0, "length of the run in tokens, instead of max_iters", low=0, resume=True)
-    max_minutes: float = setting(0.0, "length of the run in minutes, instead of max_iters", low=0, resume=True)
+    max_tokens: int = setting(0, "length of the run in tokens; whole steps, instead of max_iters", low=0, resume=True)
+    max_minutes: float = setting(0.0, "length of the run in minutes; instead of max_iters", low=0, resume=True)
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "adamw for all parameters, or muon for the matrices of the blocks and adamw for the rest")
     learning_rate: float = setting(1e-4, "AdamW's learning rate at the end of warmup", low=1e-9)
@@ -145,16 +145,14 @@ def read_command_line(argv, actions, parser=None):
     other arguments already. Unless it sets `out_dir` itself, a config file's run folder is out/<name of the file>.
     Exits with code 2 for a wrong flag; raises UserError for a config file that is missing or wrong.
     """
-    common = {f.name: f.metadata["meaning"] for f in fields(Config) if f.name in COMMON_SETTINGS}
-    parser = parser or Parser({"config": None, **dict.fromkeys(actions), **common},
-                              usage="%(prog)s [CONFIG] [--setting=value ...]")
+    parser = parser or Parser(("config", *actions, *COMMON_SETTINGS), usage="%(prog)s [CONFIG] [--setting=value ...]")
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a config file, such as config/tinystories.py")
     for name, meaning in actions.items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
     group = parser.add_argument_group("settings, which override the config file")
     for f in fields(Config):
         group.add_argument(f"--{f.name}", metavar="VALUE", default=argparse.SUPPRESS,
-                           help=f"{f.metadata['meaning']} ({allowed_values(f)}; default: {f.default})")
+                           help=f"{f.metadata['meaning']}; {allowed_values(f)}; default: {f.default}")
     args = parser.parse_args(argv)
 
     flags = {f.name: _from_text(f, getattr(args, f.name)) for f in fields(Config) if hasattr(args, f.name)}

@@ -39,10 +39,10 @@ def read_meta(folder):
     except FileNotFoundError as error:
         if folder.exists():
             raise UserError(f"{path} is missing: {recovery_hint(folder)}") from error
-        command = prepare_command(folder.name)
-        is_first = not any(folder.parent.glob("*/meta.json")) and not QUICKSTART.startswith(f"{command} && ")
-        raise UserError(f"no data in {folder}: create it with  {command}"
-                        + f"  or begin with a small model on synthetic stories:  {QUICKSTART}" * is_first) from error
+        hint = f"create it with  {prepare_command(folder.name)}"
+        if folder.name == "tinystories" and not any(folder.parent.glob("*/meta.json")):  # a new user
+            hint += f", or begin with a small model on synthetic stories:  {QUICKSTART}"
+        raise UserError(f"no data in {folder}: {hint}") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or from an older version of this program: {recovery_hint(folder)}"
                         ) from error

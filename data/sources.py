@@ -215,7 +215,7 @@ def use_only_the_cache_if_offline(source):
     if constants.HF_HUB_OFFLINE:
         return
     try:
-        HfApi().dataset_info(source, timeout=5)  # seconds; does not retry
+        HfApi().dataset_info(source, timeout=10)  # seconds; does not retry
     except HfHubHTTPError:  # it answers, and load_dataset will report what is wrong
         pass
     except Exception as error:  # by the library's version, of requests, httpx or httpx2

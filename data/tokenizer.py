@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+import tiktoken.load
 
 from data.dataset import read_meta, recovery_hint
 from runtime.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+DOWNLOAD_SECONDS = 10  # to wait for the connection, and for each piece of a vocabulary
 
 # GPT-2's pattern, which splits text into words before merging, as tiktoken defines it; and an equivalent that tiktoken
 # matches 2.6 times faster, because the alternatives without look-ahead form one group.
@@ -45,6 +47,7 @@ class Tokenizer:
             raise UserError(f"unknown tokenizer '{name}': use one of {known}, bpe:4096 to train one of 4096 tokens, "
                             "or the folder of a run or dataset")
         try:
+            tiktoken.load.read_file = _download  # its own waits for ever in a network that drops packets
             encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # no network, a proxy's page in place of the file, a damaged cache
             raise UserError(f"cannot load tokenizer '{name}' ({type(error).__name__}): it must be downloaded once, so "
@@ -162,6 +165,15 @@ class Tokenizer:
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:
             return b""
+
+
+def _download(url):
+    """The content of a URL, as `tiktoken.load.read_file` returns it. Raises OSError."""
+    import requests  # imported here because it takes a tenth of a second, and tiktoken needs it only once
+
+    response = requests.get(url, timeout=DOWNLOAD_SECONDS)
+    response.raise_for_status()
+    return response.content
 
 
 def _encoding(name, pattern, ranks, special_tokens):

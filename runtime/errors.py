@@ -72,11 +72,11 @@ def exit_with_one_line(main):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line (exit code 2) and suggest the closest flag.
 
-    With `common`, --help lists only these arguments, and --help-all all of them: name → its text in --help, or None for
-    that in --help-all.
+    With `common`, the names of some arguments, --help lists only these, each up to the first semicolon of its help;
+    --help-all lists everything.
     """
 
-    def __init__(self, common=None, **options):
+    def __init__(self, common=(), **options):
         super().__init__(allow_abbrev=False, add_help=not common, **options,
                          formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26))
         self.common = common
@@ -108,9 +108,7 @@ class ShortHelp(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         """Print the help without the other arguments and exit."""
         for action in parser._actions:
-            if action.dest in parser.common:
-                action.help = parser.common[action.dest] or action.help
-            elif action.dest not in ("help", "help_all"):
-                action.help = argparse.SUPPRESS
+            shown = action.dest in ("help", "help_all", *parser.common)
+            action.help = action.help.split(";")[0] if shown else argparse.SUPPRESS
         parser.print_help()
         parser.exit()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, apply_overrides, parse_value, read_command_line, read_config_file
+from config import Config, allowed_values, apply_overrides, parse_value, read_command_line, read_config_file
 from conftest import ROOT
 from data.dataset import prepare_command
 from model import GPTConfig
@@ -166,6 +166,5 @@ def test_help_all_lists_every_setting_with_its_default_and_bounds(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
     for f in fields(Config):
-        assert f"--{f.name} VALUE {f.metadata['meaning']}" in text
-        assert f"default: {f.default})" in text
-    assert "a whole number from 1 to 1000; default: 6)" in text and math.inf not in vars(Config()).values()
+        assert f"--{f.name} VALUE {f.metadata['meaning']}; {allowed_values(f)}; default: {f.default}" in text
+    assert "a whole number from 1 to 1000; default: 6" in text and math.inf not in vars(Config()).values()

@@ -794,7 +794,7 @@ def test_missing_data_is_reported_with_the_command_that_prepares_it(here, fails)
 def test_without_any_data_or_run_the_quickstart_is_offered(here, fails):
     assert QUICKSTART in (ROOT / "README.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
     line = fails(train.main, [])
-    assert "no data in data/tinystories: create it with python prepare.py or begin with" in line
+    assert "no data in data/tinystories: create it with python prepare.py, or begin with" in line
     assert line.endswith(QUICKSTART) and fails(sample.main, []).endswith(QUICKSTART)
     assert not any(here.iterdir())
 

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     startup.before_importing_torch()
 
 import functools
-import io
 import os
 import statistics
 import sys
@@ -76,8 +75,10 @@ def report(groups, picture):
 def watch(folders, picture):
     """Report on the runs whenever one begins, and plot again after each evaluation, with a line each, until Ctrl-C.
 
-    Runs that have no log yet are waited for. Raises UserError for a log that train.py did not write.
+    Runs that have no log yet are waited for. Raises UserError for a log that train.py did not write, and for a picture
+    that cannot be plotted.
     """
+    check_picture(picture)
     runs, missing = {}, []
     while True:
         groups, before, missing_before, missing = [], runs, missing, []
@@ -230,10 +231,7 @@ def plot(groups, path):
     A group of several runs is one curve, their mean, in a band from the lowest to the highest. Runs on different data
     are plotted in bits per byte. Raises UserError if matplotlib is missing or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the plot needs matplotlib:  pip install -r requirements-extra.txt") from error
+    Figure = import_figure()
     runs = [run for group in groups for run in group]
     same_data = have_same_data(runs)
     has_long_legend = len(groups) > 4
@@ -280,17 +278,36 @@ def curve(group, key):
                                              for tokens, minutes, losses in points))] or [[]] * 5
 
 
+def check_picture(path):
+    """Raise UserError, before hours of waiting, if matplotlib is missing or cannot save a plot under this name."""
+    figure = import_figure()()
+    if Path(path).is_dir() or (Path(path).suffix[1:] or "png") not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"cannot write the plot {path}: give the name of a .png, .svg or .pdf file with --picture")
+
+
+def import_figure():
+    """matplotlib's Figure. Raises UserError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the plot needs matplotlib:  pip install -r requirements-extra.txt") from error
+    return Figure
+
+
 def save_figure(figure, path, **options):
     """Save a matplotlib figure atomically, in the format of the file's name.
 
     Raises UserError if it cannot be written.
     """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        figure.savefig(content, format=Path(path).suffix[1:] or "png", dpi=110, **options)
-        files.atomic_write(path, lambda file: file.write(content.getbuffer()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, format=path.suffix[1:] or "png", dpi=110, **options)
+        files.rename(partial, path)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a program that the format needs is missing
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"cannot write the plot {path}: {error}") from error
 
 

@@ -8,35 +8,32 @@ import torch
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, byte_decoder
 from runtime.errors import UserError
 
-DTYPES = ("f16", "bf16", "q8_0")
+
+def check_gguf(model, dtype, tokenizer):
+    """Raise UserError if GGUF cannot hold a GPT in this dtype, or its tokenizer."""
+    if dtype == "q8_0" and model.config.n_embd % 32:
+        raise UserError(f"q8_0 stores blocks of 32 weights, but n_embd = {model.config.n_embd}: use --dtype f16")
+    if tokenizer.encoding._pat_str != GPT2_PATTERN:
+        raise UserError(f"the tokenizer {tokenizer.name} cannot be written as GGUF, because it splits text into words "
+                        "in another way than GPT-2: train a model with gpt2 or a trained vocabulary (bpe:4096)")
 
 
 def write_gguf(path, model, dtype, tokenizer=None, texts=None):
-    """Write a GPT of GPT-2's architecture as a GGUF file; the biases of one with bias = False become zeros.
+    """Write a GPT of GPT-2's architecture, for which `check_gguf` passes, as a GGUF file.
 
-    Matrices are stored in `dtype`, the rest in float32. Without a `tokenizer`, prompts and stories are token ids.
-    `texts`: further metadata, key → text. Raises UserError if GGUF has no such tokenizer or the width does not fit
-    the dtype.
+    Matrices are stored in `dtype` (f16, bf16, q8_0), the rest in float32. Without a `tokenizer`, prompts and stories
+    are token ids. `texts`: further metadata, key → text.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
     from gguf.quants import quantize
 
-    c = model.config
-    if dtype == "q8_0" and c.n_embd % 32:
-        raise UserError(f"{path}: q8_0 stores blocks of 32 weights, but n_embd = {c.n_embd}: use --dtype f16")
     matrix_type = GGMLQuantizationType[dtype.upper()]
     writer = GGUFWriter(path, "gpt2")
     writer.add_file_type(LlamaFileType[f"MOSTLY_{dtype.upper()}"])
-    writer.add_quantization_version(2)
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_feed_forward_length(4 * c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_head_count(c.n_head)
-    writer.add_layer_norm_eps(1e-5)
+    add_shape(writer, model.config)
     for key, text in (texts or {}).items():
         writer.add_string(key, text)
-    add_vocabulary(writer, tokenizer, c.vocab_size)
+    add_vocabulary(writer, tokenizer, model.config.vocab_size)
     for name, p in named_weights(model):
         if p.dim() == 2 and not name.startswith("position_embd"):
             writer.add_tensor(name, quantize(p.numpy(), matrix_type), raw_dtype=matrix_type)
@@ -48,10 +45,22 @@ def write_gguf(path, model, dtype, tokenizer=None, texts=None):
     writer.close()
 
 
+def add_shape(writer, config):
+    """Add a GPTConfig to a GGUFWriter."""
+    writer.add_quantization_version(2)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(1e-5)
+
+
 def named_weights(model):
     """The weights of a GPT as (name in llama.cpp, float32 tensor) pairs.
 
-    The biases of a GPT with bias = False are zeros. The head has no name: llama.cpp then uses the token embedding.
+    llama.cpp needs all biases: those of a GPT with bias = False are zeros. The head has no name: it then uses the token
+    embedding.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
@@ -63,18 +72,12 @@ def named_weights(model):
 
 
 def add_vocabulary(writer, tokenizer, vocab_size):
-    """Add a Tokenizer to a GGUFWriter; `vocab_size`: the model's. Without one, only the size is added.
-
-    Raises UserError if it does not split text into words as GPT-2 does.
-    """
+    """Add a Tokenizer to a GGUFWriter; `vocab_size`: the model's. Without one, only the size is added."""
     from gguf import TokenType
 
     writer.add_vocab_size(vocab_size)
     if tokenizer is None:
         return writer.add_tokenizer_model("no_vocab")
-    if tokenizer.encoding._pat_str != GPT2_PATTERN:
-        raise UserError(f"the tokenizer {tokenizer.name} cannot be written as GGUF, because it splits text into words "
-                        "in another way than GPT-2: train a model with gpt2 or a trained vocabulary (bpe:4096)")
     vocab, merges = vocab_and_merges(tokenizer)
     tokens, types = [f"[UNUSED{i}]" for i in range(vocab_size)], [TokenType.UNUSED] * vocab_size
     for text, token in vocab.items():

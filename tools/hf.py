@@ -18,13 +18,14 @@ if __name__ == "__main__":
     startup.before_importing_torch()
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from logging import CRITICAL, getLogger
@@ -41,8 +42,8 @@ from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
 from model import GPT, GPTConfig
 from runtime import files
 from runtime.errors import Parser, UserError, exit_with_one_line
-from tools.gguf_file import merges_from_ranks, modelfile, vocab_and_merges, write_gguf
-from tools.model_card import describe, model_card
+from tools.gguf_file import check_gguf, merges_from_ranks, modelfile, vocab_and_merges, write_gguf
+from tools.model_card import describe, model_card, training_settings
 
 # GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -78,7 +79,9 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=list(GGUF_TOLERANCE), help="export to GGUF: of the matrices (default: f16)")
     parser.add_argument("--modelfile", action="store_true", help="export to GGUF: also write NAME.Modelfile for Ollama")
     args = parser.parse_args(argv)
-    to_gguf = args.command == "export" and args.target.suffix == ".gguf"
+    to_gguf = args.command == "export" and args.target.name.lower().endswith(".gguf")
+    if to_gguf and not args.target.suffix:
+        parser.error(f"{args.target} has no name before .gguf: give one, such as story.gguf")
     if args.overwrite and args.command != "import":
         parser.error("--overwrite works only with import: export never replaces anything, push adds a commit")
     if args.public and args.command != "push":
@@ -158,7 +161,7 @@ def export_run(out_dir, folder, name=None):
 def export_gguf(out_dir, target, dtype, with_modelfile):
     """Write the best checkpoint of a run as a GGUF file and, if asked for, a Modelfile for Ollama next to it.
 
-    Raises UserError as `export_run` does, and for a tokenizer that GGUF does not have.
+    Raises UserError as `export_run` does, and if GGUF cannot hold the model in that dtype or its tokenizer.
     """
     silence_transformers()
     if not (find_spec("gguf") and find_spec("accelerate")):  # the latter: transformers reads GGUF with it
@@ -168,30 +171,40 @@ def export_gguf(out_dir, target, dtype, with_modelfile):
         if file.exists():
             raise UserError(f"{file} already exists: remove it or choose another name")
     model, tokenizer, state = checkpoint.load_model(path)
+    check_gguf(model, dtype, tokenizer)
     hf_model = to_hf_model(path, model, tokenizer.end_of_text)
     windows = text_windows(tokenizer, state, model.config.block_size)
     check_is_gpt2(path, model, hf_model, windows)
-    texts = {"general.name": target.stem, "general.description": describe(model, state),
-             "training.settings": json.dumps(state["config"])}
+    texts = {"general.name": target.stem, "general.description": describe(model, state)}
+    if settings := training_settings(state):
+        texts["training.settings"] = json.dumps(settings)
     partial = target.resolve().with_name(f".{target.stem}.partial.gguf")
     try:
         with hf_errors_as_user_errors(f"write {target}", "free some disk space or choose another folder"):
             partial.parent.mkdir(parents=True, exist_ok=True)
             write_gguf(partial, model, dtype, tokenizer, texts)
-        hf_model.config.activation_function = "gelu_new"  # llama.cpp has no other for GPT-2
-        # Its own reader would assume 1,024 positions, so it is given the config.
-        exported = load_exported(partial.parent, gguf_file=partial.name, config=hf_model.config)
-        difference = logit_difference(model, exported, windows)
-        if not difference <= GGUF_TOLERANCE[dtype]:
-            raise UserError(f"{path} cannot be exported in {dtype}: its logits would differ by up to {difference:.2g} "
-                            "of the largest from the run's: try another --dtype")
-        files.rename(partial, target)
+            difference = gguf_difference(partial, model, hf_model, windows)
+            if not difference <= GGUF_TOLERANCE[dtype]:
+                raise UserError(f"{path} cannot be exported in {dtype}: its logits would differ by up to "
+                                f"{difference:.2g} of the largest from the run's: try another --dtype")
+            if with_modelfile:
+                text = modelfile(target, model.config.block_size)
+                files.atomic_write(target.with_suffix(".Modelfile"), lambda file: file.write(text.encode()))
+            files.rename(partial, target)
     finally:
-        partial.unlink(missing_ok=True)
-    if with_modelfile:
-        target.with_suffix(".Modelfile").write_text(modelfile(target, model.config.block_size), encoding="utf-8")
+        with suppress(OSError):  # there is none, or its folder cannot be written
+            partial.unlink()
     print(f"{target}: exported {path}, {model.num_parameters():,} parameters in {dtype}; logits differ by up to "
           f"{difference:.1g} of the largest from the run's in float32")
+
+
+def gguf_difference(file, model, hf_model, windows):
+    """`logit_difference` of a GPT and its GGUF file as transformers reads it; `hf_model`: for the config."""
+    # llama.cpp has no other activation for GPT-2. Without the config, transformers would assume 1,024 positions.
+    hf_model.config.activation_function = "gelu_new"
+    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        exported = load_exported(file.parent, gguf_file=file.name, config=hf_model.config)
+    return logit_difference(model, exported, windows)
 
 
 def text_windows(tokenizer, state, block_size, count=4):

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import sample
 from data.dataset import read_meta
@@ -76,11 +77,12 @@ def sample_section(name, path):
 
     Raises UserError if sample.py fails.
     """
-    run = f"out/{name.split('/')[-1]}"
+    run = shlex.quote(f"out/{name.split('/')[-1]}")
     done = subprocess.run([sys.executable, sample.__file__, "--out_dir", path.parent, *SAMPLE_FLAGS],
                           capture_output=True, encoding="utf-8")
     if done.returncode:
-        raise UserError(f"cannot generate the samples of the model card: {done.stderr.splitlines()[-1]}")
+        reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"cannot generate the samples of the model card, as sample.py failed: {reason}")
     stories = [story.strip("\n").replace("\n", "\n>\n> ") for story in done.stdout.split(END_OF_TEXT)]
     return f"""
 ## Samples
@@ -89,7 +91,7 @@ Not selected, in float32 on a CPU. These commands generate the same ones (on ano
 rounding may change them):
 
 ```
-python -m tools.hf import {name} {run}
+python -m tools.hf import {shlex.quote(name)} {run}
 python sample.py --out_dir {run} {shlex.join(SAMPLE_FLAGS)}
 ```
 """ + "".join(f"\nStory {number}:\n\n> {story}\n" for number, story in enumerate(stories, 1))
@@ -103,7 +105,13 @@ def judge_section(path, state):
 
 def settings_section(state):
     """The training settings as Markdown; "" for an imported model."""
+    rows = "".join(f"| {name} | {value} |\n" for name, value in training_settings(state).items())
+    return f"\n## Training settings\n\n| setting | value |\n|---|---|\n{rows}" if rows else ""
+
+
+def training_settings(state):
+    """The settings of a checkpoint's run, without paths of this machine; {} for an imported model."""
     if not state["tokens"]:
-        return ""
-    rows = "".join(f"| {name} | {value} |\n" for name, value in state["config"].items() if name != "out_dir")
-    return f"\n## Training settings\n\n| setting | value |\n|---|---|\n{rows}"
+        return {}
+    config = {name: value for name, value in state["config"].items() if name != "out_dir"}
+    return config | {"init_from": Path(config["init_from"]).name}

@@ -19,6 +19,7 @@ import asyncio
 import functools
 import itertools
 import json
+import math
 import os
 import secrets
 import socket
@@ -282,7 +283,9 @@ def read_losses():
     runs, notes = [], []
     for name in run_names():
         try:
-            runs.append(compare.read_run(str(Path("out", name))) | {"name": name})
+            run = compare.read_run(str(Path("out", name)))
+            evals = [record for record in run["evals"] if math.isfinite(record["val_loss"] + record["train_loss"])]
+            runs.append(run | {"name": name, "evals": evals})  # JSON has no infinity and no NaN
         except compare.NoLogYet:
             pass  # an imported model, or a run that is just being replaced
         except (UserError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 
 import numpy as np
 import pytest
@@ -86,6 +87,17 @@ def test_unknown_name_and_no_network_raise_user_errors(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match="cannot load tokenizer 'r50k_base'.*TIKTOKEN_CACHE_DIR"):
         Tokenizer.named("r50k_base")
+
+
+def test_a_network_that_does_not_answer_raises_a_user_error(monkeypatch, tmp_path):
+    """A proxy that accepts the connection and is silent."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("data.tokenizer.DOWNLOAD_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(UserError, match="cannot load tokenizer 'p50k_base'.*python prepare.py nursery"):
+            Tokenizer.named("p50k_base")
 
 
 def test_only_extreme_runs_of_white_space_are_rejected(tokenizer):

@@ -236,7 +236,10 @@ def test_user_errors_print_one_line(two_runs, monkeypatch, fails):
     assert "no log in out/nothing" in fails(compare.main, ["out/tiny", "out/nothing"])
     assert "RUN" in fails(compare.main, [], code=2)
     assert "cannot write the plot out/x.docx" in fails(compare.main, ["out/tiny", "--picture", "out/x.docx"])
-    assert "cannot write out/tiny (Is a directory)" in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
+    assert "cannot write the plot out/tiny: " in fails(compare.main, ["out/tiny", "--picture", "out/tiny"])
+    for path in ("out/x.docx", "out/tiny"):
+        assert f"cannot write the plot {path}: " in fails(compare.main, ["out/tiny", "--watch", "--picture", path])
+    assert not any(Path("out").glob(".*.partial"))
     shutil.copytree("out/tiny", "out/torn", dirs_exist_ok=True)
     Path("out/torn/log.jsonl").write_text("")
     assert "out/torn/log.jsonl is empty" in fails(compare.main, ["out/torn"])

@@ -574,14 +574,29 @@ def test_metadata_and_modelfile_of_a_gguf_file(run, capsys):
     expected = {"general.architecture": "gpt2", "general.name": "story", "gpt2.context_length": 16,
                 "gpt2.block_count": 2, "gpt2.attention.head_count": 2, "gpt2.embedding_length": 16,
                 "gpt2.feed_forward_length": 64, "tokenizer.ggml.bos_token_id": 299, "tokenizer.ggml.eos_token_id": 299,
-                "tokenizer.ggml.add_bos_token": True, "training.settings": json.dumps(state["config"]),
+                "tokenizer.ggml.add_bos_token": True,
                 "general.description": "GPT-2 architecture, 11,648 parameters, trained on 1,536 tokens of "
                 f"nursery-bpe300, validation loss {state['figures']['val_loss']:.4f} nats/token"}
     assert {key: metadata[key] for key in expected} == expected and "general.license" not in metadata
+    settings = json.loads(metadata["training.settings"])
+    assert settings == {name: value for name, value in state["config"].items() if name != "out_dir"}
     assert metadata["tokenizer.ggml.token_type"][298:] == [1, 3]
     assert metadata["tokenizer.ggml.tokens"][299] == END_OF_TEXT
     lines = Path("story.Modelfile").read_text().splitlines()
     assert "FROM ./story.gguf" in lines and "PARAMETER num_ctx 16" in lines and "PARAMETER num_predict 12" in lines
+
+
+def test_an_export_tells_no_paths_and_no_settings_that_are_not_known(run):
+    train.main([*TINY, f"--init_from={run}/out/tiny", "--max_iters=2", "--out_dir=out/tuned"])
+    write_run("out/imported", GPTConfig(300, 16, 2, 2, 16))
+    for name in ("tuned", "imported"):
+        hf.main(["export", f"out/{name}", f"{name}.gguf"])
+        hf.main(["export", f"out/{name}", name])
+        assert str(run).encode() not in Path(f"{name}.gguf").read_bytes()
+        assert str(run) not in Path(name, "README.md").read_text(encoding="utf-8")
+    assert json.loads(read_gguf("tuned.gguf")[0]["training.settings"])["init_from"] == "tiny"
+    assert "| init_from | tiny |" in Path("tuned/README.md").read_text(encoding="utf-8")
+    assert "training.settings" not in read_gguf("imported.gguf")[0]
 
 
 @pytest.mark.parametrize("trained_vocabulary", [True, False])
@@ -606,7 +621,9 @@ def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     Path("x.Modelfile").touch()
     assert "other.gguf already exists" in error("out/tiny", "other.gguf")
     assert "x.Modelfile already exists" in error("out/tiny", "x.gguf", "--modelfile")
-    assert "n_embd = 16: use --dtype f16" in error("out/tiny", "x.gguf", "--dtype=q8_0")
+    assert error("out/tiny", "new/x.gguf", "--dtype=q8_0").startswith("error: q8_0 stores blocks of 32")
+    assert "cannot write other.gguf/x.gguf (" in error("out/tiny", "other.gguf/x.gguf")
+    assert "new/.gguf has no name before .gguf" in error("out/tiny", "new/.gguf", code=2)
     assert "work only with export to a file NAME.gguf" in error("out/tiny", "x", "--modelfile", code=2)
     assert "invalid choice: 'q4'" in error("out/tiny", "x.gguf", "--dtype=q4", code=2)
     train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
