@@ -391,8 +391,7 @@ def list_runs(root="out"):
 def newest_run(root="out"):
     """The run folder under `root` with the most recently written checkpoint. Raises UserError if there is none."""
     if not (found := list_runs(root)):
-        raise UserError(f"no trained model under {root}/: train one first, for example  "
-                        f"{QUICKSTART}")
+        raise UserError(f"no trained model under {root}/: train one first, for example  {QUICKSTART}")
     return found[0]
 
 

@@ -47,7 +47,7 @@ class Tokenizer:
             raise UserError(f"unknown tokenizer '{name}': use one of {known}, bpe:4096 to train one of 4096 tokens, "
                             "or the folder of a run or dataset")
         try:
-            tiktoken.load.read_file = _download  # its own waits for ever in a network that drops packets
+            tiktoken.load.read_file = _download  # its own waits forever in a network that drops packets
             encoding = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # no network, a proxy's page in place of the file, a damaged cache
             raise UserError(f"cannot load tokenizer '{name}' ({type(error).__name__}): it must be downloaded once, so "

@@ -54,7 +54,7 @@ def main(argv=None):
 
     folders = list(dict.fromkeys(str(Path(folder)) for folder in args.runs))
     if args.watch:
-        watch(folders, args.picture)  # until Ctrl-C
+        return watch(folders, args.picture)
     report([group for folder in folders for group in read_groups(folder)], args.picture)
 
 

@@ -5,6 +5,7 @@
 
 import torch
 
+import sample
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, byte_decoder
 from runtime.errors import UserError
 
@@ -133,13 +134,14 @@ def modelfile(path, block_size):
     Positions are learned for block_size tokens only, and llama.cpp cannot move the context window of such a model. So
     three quarters of it are left to the story; a longer prompt needs a smaller num_predict.
     """
+    sampling = sample.parse_args([])
     return f"""FROM ./{path.name}
 TEMPLATE "{{{{ .Prompt }}}}"
 PARAMETER num_ctx {block_size}
 PARAMETER num_predict {3 * block_size // 4}
-PARAMETER temperature 0.8
-PARAMETER top_k 200
-PARAMETER top_p 1
+PARAMETER temperature {sampling.temperature}
+PARAMETER top_k {sampling.top_k}
+PARAMETER top_p {sampling.top_p}
 PARAMETER min_p 0
 PARAMETER repeat_penalty 1
 PARAMETER stop "{END_OF_TEXT}"

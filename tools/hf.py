@@ -35,6 +35,7 @@ import tiktoken
 import torch
 
 import checkpoint
+import sample
 from config import Config
 from data import nursery
 from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
@@ -273,9 +274,10 @@ def to_hf_model(path, model, end_of_text):
         raise UserError(f"{path} cannot be exported as a GPT-2: {difference}")
     weights = transpose_weights(weights)
     hf_model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
-    hf_model.generation_config = GenerationConfig(  # the defaults of sample.py
-        bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text, do_sample=True, temperature=0.8,
-        top_k=200)
+    sampling = sample.parse_args([])  # the defaults
+    hf_model.generation_config = GenerationConfig(
+        bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text, do_sample=True,
+        temperature=sampling.temperature, top_k=sampling.top_k)
     return hf_model.eval()
 
 

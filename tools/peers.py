@@ -9,9 +9,10 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+import sample
 from tools.gguf_file import write_gguf
 
-TEMPERATURE, TOP_K = 0.8, 200  # as by default in sample.py
+DEFAULTS = sample.parse_args([])  # temperature and top_k
 
 
 def programs(config):
@@ -35,7 +36,7 @@ class ThisProgram:
     def generate(self, batch_size, new_tokens, greedy=False):
         """Generate that many tokens for each sequence; returns their ids as an array (batch_size, new_tokens)."""
         idx = torch.full((batch_size, 1), self.prompt)
-        steps = list(self.model.generate(idx, new_tokens, 0 if greedy else TEMPERATURE, TOP_K))
+        steps = list(self.model.generate(idx, new_tokens, 0 if greedy else DEFAULTS.temperature, DEFAULTS.top_k))
         return torch.stack(steps, 1).numpy()
 
 
@@ -65,7 +66,7 @@ class LlamaCpp:
         context = lib.llama_init_from_model(self.model, params)
         sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         samplers = [lib.llama_sampler_init_greedy()] if greedy else [
-            lib.llama_sampler_init_top_k(TOP_K), lib.llama_sampler_init_temp(TEMPERATURE),
+            lib.llama_sampler_init_top_k(DEFAULTS.top_k), lib.llama_sampler_init_temp(DEFAULTS.temperature),
             lib.llama_sampler_init_dist(0)]
         for each in samplers:
             lib.llama_sampler_chain_add(sampler, each)
@@ -126,5 +127,5 @@ class CTranslate2:
         """Generate that many tokens for each sequence; returns their ids as an array (batch_size, new_tokens)."""
         results = self.generator.generate_batch(
             [[self.prompt]] * batch_size, max_length=new_tokens, min_length=new_tokens, include_prompt_in_result=False,
-            sampling_topk=1 if greedy else TOP_K, sampling_temperature=1 if greedy else TEMPERATURE)
+            sampling_topk=1 if greedy else DEFAULTS.top_k, sampling_temperature=1 if greedy else DEFAULTS.temperature)
         return np.array([result.sequences_ids[0] for result in results])

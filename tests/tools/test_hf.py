@@ -584,6 +584,7 @@ def test_metadata_and_modelfile_of_a_gguf_file(run, capsys):
     assert metadata["tokenizer.ggml.tokens"][299] == END_OF_TEXT
     lines = Path("story.Modelfile").read_text().splitlines()
     assert "FROM ./story.gguf" in lines and "PARAMETER num_ctx 16" in lines and "PARAMETER num_predict 12" in lines
+    assert "PARAMETER temperature 0.8" in lines and "PARAMETER top_k 200" in lines
 
 
 def test_an_export_tells_no_paths_and_no_settings_that_are_not_known(run):
