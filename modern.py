@@ -18,7 +18,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import Dropout, Embedding
 from model import GPT, MLP, CausalSelfAttention
 
 # A factor on value embeddings. It acts like a 16 times larger initial size and, as AdamW's steps do not depend on the
@@ -28,29 +27,29 @@ ROTARY_BASE = 1000  # wavelengths are from 6 to nearly 2 pi * 1,000 tokens
 
 
 class Modern(GPT):
-    """The language model, with the interface of GPT."""
+    """The language model, with GPT's interface, output head and loss, but other layers."""
 
     def __init__(self, config):
-        super().__init__(config)
+        nn.Module.__init__(self)  # not GPT's, which makes its own layers
+        self.config = config
+        # The value embeddings are outside of the blocks, whose matrices Muon updates.
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            ve=nn.ModuleList([nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)]),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.init_weights()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
         D = config.n_embd // config.n_head
-        # On the CPU even if the model is made on the meta device: they are not in checkpoints.
-        frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2, device="cpu") / D)  # (D / 2), in radians per token
-        angles = torch.outer(torch.arange(config.block_size, device="cpu"), frequencies)  # (block_size, D / 2)
+        frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2) / D)  # (D / 2), in radians per token
+        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, D / 2)
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)  # (block_size, D)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
-    @staticmethod
-    def _make_layers(config):
-        """The layers of a GPTConfig. The value embeddings are outside of the blocks, whose matrices Muon updates."""
-        return dict(
-            wte=Embedding(config.vocab_size, config.n_embd),  # also the weight of the output head
-            ve=nn.ModuleList(Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)),
-            drop=Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        )
-
-    def _init_weights(self):
+    def init_weights(self):
         """Embeddings: std 0.02. Matrices: so that outputs are as large as inputs; zero for those into the residual."""
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "bias")):
@@ -73,9 +72,9 @@ class Modern(GPT):
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then the MLP, each with a residual connection."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp = MLP(config)  # model.py's; in another one, c_proj is the matrix that starts at zero
 
     def forward(self, x, rotation, value_embedding, cache=None):
@@ -96,8 +95,8 @@ class Attention(CausalSelfAttention):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
         q, k = rotate(normalize(q), *rotation), rotate(normalize(k), *rotation)
         v = torch.add(v, value_embedding.view(v.shape).to(v.dtype), alpha=VALUE_SCALE)
-        y = self.attend(q, k, v, cache)  # (B, T, H, D)
-        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 def normalize(x):
@@ -111,15 +110,6 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
-# ---- both architectures ----
-
-
 def make_model(config):
     """The model of a GPTConfig: a GPT or a Modern, by its `architecture`."""
     return {"gpt2": GPT, "modern": Modern}[config.architecture](config)
-
-
-def count_parameters(config):
-    """Number of parameters of a GPTConfig's model, counted without allocating memory or drawing random numbers."""
-    with torch.device("meta"):
-        return make_model(config).num_parameters()

@@ -5,14 +5,10 @@
     python prepare.py my_stories.txt                      your own text
 
 Stories are streamed, stripped of outer white space and encoded on all cores, each followed by one end-of-text token.
-Memory use grows by about 40 bytes per story, to find duplicates, and not with the text. The folder data/<name>/ appears
-only when it is complete.
+Memory use grows by about 40 bytes per story, to find duplicates. data/<name>/ appears only when it is complete.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import copy
 import hashlib
@@ -24,57 +20,55 @@ import re
 import shutil
 import sys
 import threading
-import time
-from array import array
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from data import sources
-from data.dataset import with_checksum
-from data.tokenizer import END_OF_TEXT, Tokenizer
-from runtime import files
-from runtime.errors import Parser, UserError, exit_with_one_line
+from storygpt.corpus import sources
+from storygpt.corpus.dataset import with_checksum
+from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.system import files
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
 
 BATCH_CHARACTERS = 1 << 20  # size of the batches that are encoded in one call
 SAMPLE_CHARACTERS = 16 << 20  # a vocabulary is trained on at most this much text
-
-_thread_local = threading.local()  # .tokenizer: the copy that belongs to this thread of the encoding pool
 
 
 @exit_with_one_line
 def main(argv=None):
     """Prepare a dataset; `argv` as on the command line."""
     args = parse_args(argv)
-    folder = Path("data", args.name or default_name(args.source, args.tokenizer))
+    made_with = {name: value for name, value in vars(args).items() if name not in ("name", "force")}
+    folder = Path("data", args.name)
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    if folder.is_file():
-        raise UserError(f"{folder} is a file: choose another --name")
     folder.parent.mkdir(exist_ok=True)
     files.acquire_lock(folder.with_name(f".{folder.name}.lock"), folder)
     if old.exists() and not folder.exists():  # an earlier run with --force died between the two renames below
         files.rename(old, folder)
     if folder.exists():
-        before, now = read_dataset_args(folder), dataset_args(args)  # with --force too: it must be a dataset
-        if not args.force and before != now:
-            raise UserError(f"{folder} already exists, created with {differences(before, now)}: replace it with "
-                            "--force, or choose another --name")
+        check_existing(folder, made_with, args.force)  # with --force too: it must be a dataset
         if not args.force:
             return print(f"{folder} already exists: use --force to create it again")
 
     for leftover in (partial, old):  # of a run that died
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
+    trained = args.tokenizer.startswith("bpe:")
+    if not trained:  # opened before the corpus is read, to fail early
+        is_folder = Path(args.tokenizer, "tokenizer.tiktoken").exists()
+        tokenizer = Tokenizer.load(args.tokenizer) if is_folder else Tokenizer.named(args.tokenizer)
+    corpus = sources.Corpus(args.source, args.text_column, args.max_stories, args.seed)
+    characters, findings = corpus.examine(args.validation_fraction, args.seed, args.drop_duplicates)
+    if trained:
+        tokenizer = train_tokenizer(corpus, int(args.tokenizer.removeprefix("bpe:")), characters)
     try:
-        meta = write_dataset(partial, args)
+        partial.mkdir()
+        meta = write_dataset(partial, corpus, tokenizer, findings | {"made_with": made_with})
         if folder.exists():
             files.rename(folder, old)
         files.rename(partial, folder)
-    except OSError as error:
+    except OSError as error:  # of writing: those of reading stories are UserErrors
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -83,95 +77,90 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    """Parse the command line. Exits with code 2 if a flag or its value is wrong; raises UserError for a bad --name."""
+    """Parse the command line. Exits with code 2 for a wrong flag; raises UserError for a wrong --name or bpe: size."""
     parser = Parser(("source", "name", "tokenizer", "max_stories", "force"), usage="%(prog)s [SOURCE] [--flag ...]",
                     description="Convert stories into token files under data/<name>/.")
-    parser.add_argument("source", nargs="?", default=sources.HUB_DATASET, metavar="SOURCE",
-                        help="a file, a folder, a dataset on the Hugging Face hub, or 'nursery', the synthetic "
-                             f"corpus (default: {sources.HUB_DATASET}); files are .txt (stories separated by lines "
-                             "of <|endoftext|>), .jsonl or .parquet; a folder contains .txt files or has the layout of "
-                             "a Hugging Face dataset")
-    parser.add_argument("--name", help="name of the folder under data/; default: last part of the source, followed by "
-                                       "the tokenizer if it is not gpt2")
-    parser.add_argument("--tokenizer", default="gpt2", help="a tiktoken encoding, or bpe:4096 to train one of 4096 "
-                                                            "tokens on the text (default: gpt2); or the folder of a "
-                                                            "run or dataset, to reuse its tokenizer")
-    parser.add_argument("--text_column", default="text", help="the column that contains the stories (default: text)")
-    parser.add_argument("--validation_fraction", type=float, default=0.01,
-                        help="fraction of the stories, chosen at random, that becomes the validation split if the "
-                             "source has none; of a single text, its last part (default: 0.01)")
-    parser.add_argument("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split; "
-                                                        "duplicates included; default: all, of nursery "
-                                                        f"{sources.NURSERY_STORIES:,}")
-    parser.add_argument("--drop_duplicates", action="store_true",
-                        help="drop training stories that repeat an earlier one or are also in the validation split")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of the validation split and of nursery "
-                                                               "(default: 1337)")
-    parser.add_argument("--force", action="store_true", help="replace the dataset if it already exists")
+    add = parser.add_argument
+    add("source", nargs="?", default=sources.HUB_DATASET, metavar="SOURCE",
+        help="a file, a folder, a dataset on the Hugging Face hub, or 'nursery', the synthetic corpus (default: "
+             "%(default)s); files are .txt (stories separated by lines of <|endoftext|>), .jsonl or .parquet; a folder "
+             "contains .txt files or has the layout of a Hugging Face dataset")
+    add("--name", help="name of the folder under data/; default: last part of SOURCE, and the tokenizer if not gpt2")
+    add("--tokenizer", default="gpt2", help="a tiktoken encoding, or bpe:4096 to train one of 4096 tokens on the text "
+        "(default: %(default)s); or the folder of a run or dataset, to reuse its tokenizer")
+    add("--text_column", default="text", help="the column that contains the stories (default: %(default)s)")
+    add("--validation_fraction", type=float, default=0.01, help="fraction of the stories, chosen at random, for the "
+        "validation split if the source has none; of a single text, its last part (default: %(default)s)")
+    add("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split; duplicates "
+        f"included; default: all, of nursery {sources.NURSERY_STORIES:,}")
+    add("--drop_duplicates", action="store_true",
+        help="drop training stories that repeat an earlier one or are also in the validation split")
+    add("--seed", type=int, default=1337, help="seed of the validation split and of nursery (default: %(default)s)")
+    add("--force", action="store_true", help="replace the dataset if it already exists")
     args = parser.parse_args(argv)
     if not 0 < args.validation_fraction < 1:
         parser.error(f"--validation_fraction must be between 0 and 1, not {args.validation_fraction}")
-    if args.max_stories is not None and args.max_stories < 1:
-        parser.error(f"--max_stories must be at least 1, not {args.max_stories}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, not {args.seed}")
-    if args.name is not None and not is_valid_name(args.name):
-        raise UserError(f"--name {args.name!r} is not a valid folder name: use letters, digits, '.', '_' and '-'")
+    for name, low in (("max_stories", 1), ("seed", 0)):
+        if (value := getattr(args, name)) is not None and value < low:
+            parser.error(f"--{name} must be at least {low}, not {value}")
+    if args.name is None:
+        args.name = default_name(args.source, args.tokenizer)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):  # hidden, a path, or special in a shell
+        raise UserError(f"{args.name!r} is not a valid folder name: set --name to letters, digits, '.', '_' and '-'")
+    size = args.tokenizer.removeprefix("bpe:")
+    if args.tokenizer.startswith("bpe:") and not (size.isdecimal() and int(size) > 256):
+        raise UserError(f"--tokenizer {args.tokenizer!r}: the vocabulary size must be at least 257 (256 bytes and end "
+                        "of text), as in bpe:4096")
     return args
-
-
-def is_valid_name(name):
-    """Whether a name can be a folder under data/: not hidden, no path separators, nothing that a shell interprets."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
 
 
 def default_name(source, tokenizer):
     """The default name of a dataset: `nursery-bpe2048` for nursery and bpe:2048."""
     path = Path(source)
     name = (path.stem if path.suffix in sources.FORMATS else path.resolve().name).lower()
-    name += "" if tokenizer == "gpt2" else "-" + Path(tokenizer).name.replace(":", "")
-    if not is_valid_name(name):
-        raise UserError(f"{name!r}, derived from the source, is not a valid folder name: choose one with --name")
-    return name
+    return name if tokenizer == "gpt2" else f"{name}-{Path(tokenizer).name.replace(':', '')}"
 
 
-def dataset_args(args):
-    """The arguments that determine the content of a dataset, as recorded in meta.json."""
-    return {name: value for name, value in vars(args).items() if name not in ("name", "force")}
-
-
-def read_dataset_args(folder):
-    """The arguments that a dataset was created with. Raises UserError if the folder is not a dataset."""
+def check_existing(folder, made_with, force):
+    """Raise UserError if a folder is not a dataset or, unless `force`, was created with other arguments."""
     try:
-        made_with = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["made_with"]
-        return {"drop_duplicates": False, **made_with}  # older datasets do not have this key
+        before = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["made_with"]
+        before = {"drop_duplicates": False} | before  # older datasets do not have this key
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} exists without a valid meta.json and is left unchanged: remove it, or choose "
                         "another --name") from error
+    changed = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in made_with.items()
+               if value != before.get(key)]
+    if changed and not force:
+        raise UserError(f"{folder} already exists, created with {', '.join(changed)}: replace it with --force, or "
+                        "choose another --name")
 
 
-def differences(before, now):
-    """Describe the arguments in which two datasets differ: "max_stories 30, now 31"."""
-    return ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name])
+def train_tokenizer(corpus, vocab_size, characters):
+    """Train a vocabulary on about SAMPLE_CHARACTERS of training text, sampled evenly from all `characters`."""
+    step = math.ceil(characters / SAMPLE_CHARACTERS)
+    # Long stories are sampled in pieces: training takes 100 bytes of memory for each byte of a piece.
+    pieces = ((split, story[start:start + BATCH_CHARACTERS])
+              for split, story in corpus.progress(f"sampling for bpe:{vocab_size}")
+              for start in range(0, len(story), BATCH_CHARACTERS))
+    sample = (piece for split, piece in itertools.islice(pieces, 0, None, step) if split == "train")
+    return Tokenizer.train(sample, vocab_size, show_progress=sys.stderr.isatty())
 
 
-def write_dataset(folder, args):
+def write_dataset(folder, corpus, tokenizer, findings):
     """Write the token files, the tokenizer and meta.json to a folder; return the content of meta.json."""
-    bpe_size = bpe_vocab_size(args.tokenizer)
-    # The tokenizer is opened before the corpus is read, to fail early.
-    tokenizer = None if bpe_size else open_tokenizer(args.tokenizer)
-
-    corpus = sources.Corpus(args.source, args.text_column, args.max_stories, args.seed)
-    count, characters, findings = examine_corpus(corpus, args)
-    if bpe_size:
-        tokenizer = train_tokenizer(corpus, bpe_size, count, characters)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    splits = encode_corpus(corpus, tokenizer, dtype, folder, count)
-
+    sizes, hashes = ({split: new() for split in ("train", "validation")} for new in (Counter, hashlib.sha256))
+    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
+        for split, tokens, counts in encode_batches(batch_stories(corpus), tokenizer, dtype):
+            (train if split == "train" else validation).write(tokens)
+            hashes[split].update(tokens)
+            sizes[split].update(counts)
     tokenizer.save(folder)
-    meta = {"source": args.source, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text, "dtype": dtype, "splits": splits,
-            "empty_stories_dropped": corpus.empty_stories, **findings, "made_with": dataset_args(args)}
+    meta = {"source": corpus.source, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text, "dtype": dtype,
+            "splits": {split: {**sizes[split], "sha256": hashes[split].hexdigest()} for split in sizes},
+            "empty_stories_dropped": corpus.empty_stories, **findings}
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with open(path, "r+b") as file:
@@ -179,80 +168,10 @@ def write_dataset(folder, args):
     return meta
 
 
-def bpe_vocab_size(name):
-    """4096 for bpe:4096; None for any other tokenizer. Raises UserError if the size is invalid."""
-    if not name.startswith("bpe:"):
-        return None
-    size = name.removeprefix("bpe:")
-    if not (size.isdecimal() and int(size) > 256):
-        raise UserError(f"--tokenizer {name!r}: the vocabulary size must be at least 257 (256 bytes and end of text), "
-                        "as in bpe:4096")
-    return int(size)
-
-
-def open_tokenizer(name):
-    """The tokenizer of a run or dataset folder, or a tiktoken encoding. Raises UserError if `name` is neither."""
-    return Tokenizer.load(name) if Path(name, "tokenizer.tiktoken").exists() else Tokenizer.named(name)
-
-
-def examine_corpus(corpus, args):
-    """Read the corpus once, choose its validation split and find duplicates.
-
-    Returns the number of stories, the number of characters, and the entries of meta.json about both.
-    Raises UserError if a split has no stories, or none are left.
-    """
-    hashes, characters = {"train": array("q"), "validation": array("q")}, 0
-    for split, story in progress(corpus, "counting"):
-        hashes[split].append(hash(story))  # 64 bits: among 2 million stories, two have the same with p = 1e-7
-        characters += len(story)
-    for split in corpus.splits:
-        if not hashes[split]:
-            raise UserError(f"{args.source}: the {split} split has no stories, or only empty ones")
-
-    hashes = {split: np.asarray(values) for split, values in hashes.items()}
-    validation = corpus.split_validation(len(hashes["train"]), args.validation_fraction, args.seed)
-    duplicates = corpus.find_duplicates(hashes, args.drop_duplicates)
-    count = sum(map(len, hashes.values())) - duplicates["dropped"]
-    return count, characters, {"validation_split": validation, "duplicates": duplicates}
-
-
-def train_tokenizer(corpus, vocab_size, count, characters):
-    """Train a vocabulary on training stories sampled evenly from the corpus, about SAMPLE_CHARACTERS at most.
-
-    `count` (stories) and `characters` are the size of the corpus. Long stories are sampled in pieces, because training
-    takes 100 bytes of memory for each byte of a piece.
-    """
-    step = math.ceil(characters / SAMPLE_CHARACTERS)
-    pieces = ((split, story[start:start + BATCH_CHARACTERS])
-              for split, story in progress(corpus, f"sampling for bpe:{vocab_size}", count)
-              for start in range(0, len(story), BATCH_CHARACTERS))
-    sample = (piece for split, piece in itertools.islice(pieces, 0, None, step) if split == "train")
-    return Tokenizer.train(sample, vocab_size, show_progress=sys.stderr.isatty())
-
-
-def encode_corpus(corpus, tokenizer, dtype, folder, count):
-    """Encode the corpus on all cores into <split>.bin files; return the sizes and hash of each split for meta.json.
-
-    Threads are enough because tiktoken releases the GIL.
-    """
-    splits = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in ("train", "validation")}
-    hashes = {split: hashlib.sha256() for split in splits}
-    with ExitStack() as stack, ThreadPoolExecutor(os.cpu_count(), initializer=copy_tokenizer,
-                                                  initargs=[tokenizer]) as pool:
-        file = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in splits}
-        batches = batch_stories(progress(corpus, "encoding", count))
-        for split, tokens, sizes in encode_in_order(pool, batches, np.dtype(dtype).newbyteorder("<")):
-            file[split].write(tokens)
-            hashes[split].update(tokens)
-            for name, size in sizes.items():
-                splits[split][name] += size
-    return {split: sizes | {"sha256": hashes[split].hexdigest()} for split, sizes in splits.items()}
-
-
-def batch_stories(pairs):
-    """Group (split, story) pairs into (split, list of stories) of about BATCH_CHARACTERS, in order within a split."""
+def batch_stories(corpus):
+    """Group a corpus into (split, list of stories) of about BATCH_CHARACTERS, in order within a split."""
     batches, characters = {}, Counter()
-    for split, story in pairs:
+    for split, story in corpus.progress("encoding"):
         batches.setdefault(split, []).append(story)
         characters[split] += len(story)
         if characters[split] >= BATCH_CHARACTERS:
@@ -261,61 +180,42 @@ def batch_stories(pairs):
     yield from batches.items()
 
 
-def encode_in_order(pool, batches, dtype):
-    """Encode batches in the threads of a pool; yield (split, tokens, sizes) of each batch in the given order."""
-    pending = deque()
-    for split, stories in batches:
-        pending.append((split, pool.submit(encode_batch, stories, dtype)))
-        if len(pending) > 2 * os.cpu_count():  # enough to keep every core busy; more would only use memory
-            oldest, result = pending.popleft()
-            yield oldest, *result.result()
-    for oldest, result in pending:
-        yield oldest, *result.result()
+def encode_batches(batches, tokenizer, dtype):
+    """Encode batches on all cores; yield (split, tokens, sizes for meta.json) of each, in the given order."""
+    local, pending = threading.local(), deque()  # threads are enough, because tiktoken releases the GIL
 
+    def copy_tokenizer():  # threads that share one wait for its regular expressions
+        local.tokenizer = copy.deepcopy(tokenizer)
 
-def copy_tokenizer(tokenizer):
-    """Give this thread its own copy of the tokenizer: threads that share one wait for its regular expressions."""
-    _thread_local.tokenizer = copy.deepcopy(tokenizer)
+    def encode(split, stories):
+        tokens = local.tokenizer.encode_stories(stories).astype(np.dtype(dtype).newbyteorder("<"))
+        size = sum(len(story.encode()) for story in stories)
+        return split, tokens, {"stories": len(stories), "tokens": len(tokens), "bytes": size}
 
-
-def encode_batch(stories, dtype):
-    """Encode a list of stories; return their tokens (an array of `dtype`) and the sizes that meta.json records."""
-    tokens = _thread_local.tokenizer.encode_stories(stories).astype(dtype)
-    return tokens, {"stories": len(stories), "tokens": len(tokens), "bytes": sum(len(s.encode()) for s in stories)}
-
-
-def progress(corpus, description, count=None):
-    """Iterate over (split, story) pairs with a progress bar on stderr (MB/s; time left if `count` is given).
-
-    The bar is shown on a terminal only.
-    """
-    with tqdm(desc=description, total=count, unit=" stories", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
-        started, characters, i = time.perf_counter(), 0, 0
-        for i, (split, story) in enumerate(corpus, 1):
-            characters += len(story)
-            if i % 1000 == 0:  # updating for every story would take longer than the work itself
-                bar.set_postfix_str(f"{characters / 1e6 / (time.perf_counter() - started):.1f} MB/s", refresh=False)
-                bar.update(i - bar.n)
-            yield split, story
-        bar.update(i - bar.n)
+    with ThreadPoolExecutor(os.cpu_count(), initializer=copy_tokenizer) as pool:
+        for batch in batches:
+            pending.append(pool.submit(encode, *batch))
+            if len(pending) > 2 * os.cpu_count():  # enough to keep every core busy; more would only use memory
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
 
 
 def print_table(folder, meta):
     """Print the size of each split: stories, tokens, bytes of text, bytes per token, and the token file."""
+    splits, duplicates = meta["splits"], meta["duplicates"]
     print(f"{folder}: {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens in the vocabulary, "
           f"{meta['empty_stories_dropped']:,} empty stories dropped")
     if meta["validation_split"] == "end of the text":
-        print(f"{meta['source']} has only one text: its last {meta['splits']['validation']['bytes']:,} bytes are the "
+        print(f"{meta['source']} has only one text: its last {splits['validation']['bytes']:,} bytes are the "
               f"validation split (in a .txt file, lines of {END_OF_TEXT} separate stories)")
-    duplicates = meta["duplicates"]
     print(f"duplicates: {duplicates['within_train']:,} training stories repeat an earlier one, "
           f"{duplicates['validation_in_train']:,} validation stories are also in training; "
           f"dropped by --drop_duplicates: {duplicates['dropped']:,}")
     print(f"{'split':12}{'stories':>12}{'tokens':>15}{'bytes':>16}{'bytes/token':>13}{'file':>12}")
-    for split, sizes in meta["splits"].items():
-        megabytes = (folder / f"{split}.bin").stat().st_size / 1e6
+    for split, sizes in splits.items():
         print(f"{split:12}{sizes['stories']:12,}{sizes['tokens']:15,}{sizes['bytes']:16,}"
-              f"{sizes['bytes'] / sizes['tokens']:13.2f}{megabytes:9.1f} MB")
+              f"{sizes['bytes'] / sizes['tokens']:13.2f}{(folder / f'{split}.bin').stat().st_size / 1e6:9.1f} MB")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@
 stdout has the stories and nothing else; stderr has the model, its validation loss and the speed.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import argparse
 import itertools
@@ -20,11 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from data.tokenizer import END_OF_TEXT
-from model import window_start
-from runtime.errors import Parser, UserError, exit_with_one_line
-from runtime.hardware import DTYPES, pick_device, pick_inference_dtype
+from storygpt.checkpoint import load_model
+from storygpt.corpus.tokenizer import END_OF_TEXT
+from storygpt.generate import generate, prepare_for_generation, window_start
+from storygpt.run import best_checkpoint, newest_run
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.hardware import DTYPES, pick_device, pick_inference_dtype
 
 
 @exit_with_one_line
@@ -33,15 +31,15 @@ def main(argv=None):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # not the system's encoding: prepare.py reads UTF-8
     args = parse_args(argv)
     prompt = read_prompt(args.start)
-    path = checkpoint.best_checkpoint(args.out_dir or checkpoint.newest_run())
+    path = best_checkpoint(args.out_dir or newest_run())
     if path.name != "ckpt.pt":
         print(f"{path.parent} has no ckpt.pt yet: using {path.name}", file=sys.stderr)
     device = pick_device(args.device)
-    model, tokenizer, state = checkpoint.load_model(path)
+    model, tokenizer, state = load_model(path)
     dtype = pick_inference_dtype(args.dtype, device)
-    model.for_inference(device, dtype)
+    prepare_for_generation(model, device, dtype)
     training = f"trained on {state['tokens']:,} tokens" if state["tokens"] else "trained elsewhere"
-    val_loss = f", validation loss {state['figures']['val_loss']:.3f}" if "val_loss" in state["figures"] else ""
+    val_loss = f", validation loss {state['metrics']['val_loss']:.3f}" if "val_loss" in state["metrics"] else ""
     print(f"{path}: {training}{val_loss}; weights in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
     tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]  # in training, too, stories follow an end of text
@@ -53,8 +51,8 @@ def main(argv=None):
         generator.seed()
     else:
         generator.manual_seed(args.seed)
-    steps = model.generate(torch.tensor([tokens] * args.num_samples, device=device), args.max_new_tokens,
-                           args.temperature, args.top_k, args.top_p, generator, tokenizer.end_of_text)
+    steps = generate(model, torch.tensor([tokens] * args.num_samples, device=device), args.max_new_tokens,
+                     args.temperature, args.top_k, args.top_p, generator, tokenizer.end_of_text)
 
     started = time.perf_counter()
     if args.num_samples == 1:

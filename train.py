@@ -10,38 +10,41 @@
 Ctrl-C finishes the current step, saves last.pt and exits. `--help-all` lists all settings.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401, I001  (first: it prepares the process for importing torch)
 
 import math
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
 import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import TrainState, best_checkpoint, create_run_folder, open_run, reopen_run_folder, save, save_last
-from config import BUDGETS, read_command_line
-from data.dataset import Dataset
-from data.tokenizer import Tokenizer
-from embeddings import cooccurrence_embeddings
-from evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
-from model import GPTConfig
-from modern import count_parameters, make_model
-from muon import Muon
-from runtime import files
-from runtime.distributed import (all_reduce_gradients, all_reduce_sum, broadcast_object, broadcast_weights,
-                                 check_equal_weights, cleanup_distributed, init_distributed, is_first_on_machine,
-                                 rank_0_first, rank_0_result)
-from runtime.errors import UserError, exit_with_one_line
-from runtime.hardware import (StopSignals, autocast, check_memory, describe_device, describe_threads, git_commit,
-                              out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
-                              pick_micro_batch_size, to_device)
+from modern import make_model
+from storygpt.checkpoint import save
+from storygpt.corpus.dataset import Dataset
+from storygpt.corpus.tokenizer import Tokenizer
+from storygpt.embeddings import cooccurrence_embeddings, set_embeddings
+from storygpt.evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
+from storygpt.fast import count_parameters, faster_functions
+from storygpt.loss import fuse_loss, training_bytes
+from storygpt.muon import Muon
+from storygpt.run import (TrainState, best_checkpoint, claim_run_folder, open_run, reopen_run_folder, save_last,
+                          start_run_folder)
+from storygpt.settings import BUDGETS, read_command_line
+from storygpt.system import files
+from storygpt.system.distributed import (all_reduce_sum, broadcast_object, check_equal_weights, cleanup_distributed,
+                                         distributed_errors, init_distributed, is_first_on_machine, rank_0_first,
+                                         rank_0_result)
+from storygpt.system.errors import UserError, exit_with_one_line
+from storygpt.system.hardware import (StopSignals, autocast, check_memory, describe_device, describe_threads,
+                                      git_commit, out_of_memory_errors, pick_compile, pick_device, pick_dtype,
+                                      pick_fused, pick_micro_batch_size, to_device)
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
@@ -72,15 +75,16 @@ def main(argv=None):
         tokenizer = Tokenizer.load(data.folder)
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
-        model_config = GPTConfig.from_settings(cfg, data.vocab_size)
-        parameters = count_parameters(model_config)
+        use_compile, reason = pick_compile(cfg.compile, device)
+        model_config = cfg.model_config(data.vocab_size)
+        parameters = count_parameters(make_model, model_config)
         sequences_per_rank = cfg.sequences_per_step // world_size
         check_memory(parameters, sequences_per_rank * cfg.block_size, device)
     if broadcast_object(data.sha256) != data.sha256:
         raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
     micro_batch_size = pick_micro_batch_size(
-        cfg.device_batch_size, sequences_per_rank, model_config.training_bytes(parameters, device.type, dtype), device,
-        equal_sizes=cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))  # may be compiled
+        cfg.device_batch_size, sequences_per_rank, training_bytes(model_config, parameters, device.type, dtype), device,
+        equal_sizes=use_compile)
 
     # ---- model and optimizers ----
     torch.use_deterministic_algorithms(device.type == "cpu")  # makes resuming bit-exact on a CPU
@@ -91,45 +95,36 @@ def main(argv=None):
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients underflow
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
-    if resume_checkpoint:
+    resumed = resume_checkpoint is not None
+    if resumed:
         state.restore(resume_checkpoint)
         rank_0_result(reopen_run_folder, state, resume_checkpoint["sizes"])
         state.best_val_loss = broadcast_object(state.best_val_loss)  # infinity if ckpt.pt cannot be used
     else:
         set_initial_weights(state, init_checkpoint)
-    model.skip_unused_tokens(torch.from_numpy(data.train.used_tokens()),
-                             equalize=not (resume_checkpoint or init_checkpoint))
-    broadcast_weights(model.parameters())
+    fuse_loss(model, torch.from_numpy(data.train.used_tokens()), equalize=not (resumed or init_checkpoint))
+    train_model = prepare_for_training(model, use_compile)
 
     # ---- what will be done ----
-    use_compile, reason = pick_compile(cfg.compile, device, seconds_without_compiling(state))
     print_plan(state, f"{'compiled in the first step' if use_compile else 'not compiled'} ({reason})")
     if is_finished(state):
         print(f"{cfg.out_dir} is finished already: {extension_hint(state)}")
+        log_end(state)  # again: reopening has truncated the log
         return cleanup_distributed()
-    if resume_checkpoint:
+    if resumed:
         print(f"resuming after step {state.step:,} of {total_steps(state):,}")
-    elif init_checkpoint:
+        log_run(state, resumed_at=state.iteration)
+    else:
+        rank_0_result(claim_run_folder, state.out_dir, args.overwrite)
+    if init_checkpoint:
         print(f"starting from the weights of {cfg.init_from}, trained on {init_checkpoint['tokens']:,} tokens")
-    resumed = resume_checkpoint is not None
-    if not resumed:
-        rank_0_result(create_run_folder, state.out_dir, data.folder, args.overwrite)
     del resume_checkpoint, init_checkpoint  # frees memory: the weights are in the model now
 
     # ---- the loop ----
-    train_model = model
-    if use_compile:
-        model.loss = torch.compiler.disable(model.loss)  # it is fused by hand already
-        train_model = torch.compile(model)  # only for training: evaluation takes little time
     state.start_clock()
-    bar = tqdm(total=total_steps(state), initial=state.step, unit=" steps", dynamic_ncols=True,
-               disable=rank > 0 or not sys.stderr.isatty())
-    with StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size, sequences_per_rank), bar:
-        if not resumed:
-            save_last(state)  # from now on the run can be resumed
-        log_run(state, resumed, use_compile)
+    with (StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size, sequences_per_rank),
+          distributed_errors(), faster_functions(device), progress_bar(state) as bar):
         x, y = get_batch(state)  # (B, T) each
-        state.sync_ranks(signals.received)
         while True:
             # Evaluate first: a run that was stopped just before an evaluation then performs it on resume.
             if evaluation_is_due(state):
@@ -141,7 +136,6 @@ def main(argv=None):
             lr = set_learning_rate(state)
             torch.manual_seed(dropout_seed(cfg.seed, state.step, rank))  # the same masks if the run is resumed here
             loss = forward_backward(state, train_model, x, y)
-            all_reduce_gradients(model.parameters())
             grad_norm = optimizer_step(state)
             state.step += 1
             x, y = get_batch(state)  # of the next step, while a GPU computes this one
@@ -150,10 +144,15 @@ def main(argv=None):
             bar.update()
 
             log_due = state.step in (1, bar.total) or is_due(state, cfg.log_interval)
-            save_due = state.seconds - state.saved_seconds >= 60 * cfg.checkpoint_minutes
+            save_due = state.step == 1 or state.seconds - state.saved_seconds >= 60 * cfg.checkpoint_minutes
             if log_due or save_due or state.stop or is_due(state, cfg.eval_interval):
                 loss = all_reduce_sum(loss)  # the mean over the sequences of all ranks
-                check_finite(state, loss, grad_norm)  # waits for the device, so not after every step
+                check_finite(state, "loss", loss)  # waits for the device, so not after every step
+                if not scaler.is_enabled():  # in float16 it may be infinite: the step was skipped then
+                    check_finite(state, "gradient norm", grad_norm)
+            if state.step == 1:  # it works: only now an earlier run is replaced
+                rank_0_result(start_run_folder, state.out_dir, data.folder)
+                log_run(state, resumed_at=None)
             if log_due:
                 log_step(state, loss, lr, grad_norm, bar)
             if save_due:
@@ -162,29 +161,46 @@ def main(argv=None):
             save_last(state)
 
     cleanup_distributed()
+    log_end(state)
     if rank == 0:
         print_summary(state)
 
 
-# ---- initial weights ----
+# ---- the model before the first step ----
 
 
 def set_initial_weights(state, init_checkpoint):
     """Load the weights of `init_checkpoint`, if there is one, or set the token embeddings as init_embeddings says.
 
-    They are computed from the sequences of the run, at most one epoch or 8 M tokens; by rank 0 only, as it then sends
-    its weights to the others.
+    A checkpoint's block may be longer: its extra position embeddings are dropped. Embeddings are computed from the
+    sequences of the run, at most one epoch or 8 M tokens; by rank 0 only, as it then sends its weights to the others.
     """
     cfg, order = state.cfg, state.data.order
     if init_checkpoint:
-        return state.model.load_pretrained(init_checkpoint["model"])
-    if cfg.init_embeddings == "random" or state.rank > 0:
-        return
-    count = min(order.windows_per_epoch, math.ceil(2**23 / cfg.block_size))
-    if not cfg.max_minutes:  # the length is known
-        count = min(count, cfg.max_iters * cfg.batch_size)
-    sequences, _ = order.sequences(0, count)
-    state.model.set_embeddings(cooccurrence_embeddings(sequences, state.data.vocab_size, cfg.n_embd))
+        weights = {name: w[:cfg.block_size] if name == "transformer.wpe.weight" else w
+                   for name, w in init_checkpoint["model"].items()}
+        state.model.load_state_dict(weights)
+    elif cfg.init_embeddings == "cooccurrence" and state.rank == 0:
+        count = min(order.windows_per_epoch, math.ceil(2**23 / cfg.block_size))
+        if not cfg.max_minutes:  # the length is known
+            count = min(count, cfg.max_iters * cfg.batch_size)
+        sequences, _ = order.sequences(0, count)
+        set_embeddings(state.model, cooccurrence_embeddings(sequences, state.data.vocab_size, cfg.n_embd))
+
+
+def prepare_for_training(model, use_compile):
+    """The model as the training step calls it: its layers compiled, and its gradients averaged over the ranks.
+
+    Layers in an nn.ModuleList are compiled one by one: equal ones, as the blocks, only once.
+    """
+    if use_compile:
+        for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in layers:
+                layer.compile()
+    if not torch.distributed.is_initialized():
+        return model
+    # It sends rank 0's weights to the others. A parameter may be frozen or unused, such as that of an expert.
+    return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 # ---- optimizers and learning rate ----
@@ -200,15 +216,16 @@ def make_optimizers(model, cfg):
     for name, p in model.named_parameters():
         if p.dim() < 2:
             not_decayed.append(p)  # biases and norms
-        elif cfg.optimizer == "muon" and name.startswith("transformer.h."):
+        elif cfg.optimizer == "muon" and name.startswith("transformer.h.") and p.dim() == 2:
             muon[name] = p
         else:
             decayed.append(p)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                    fused=pick_fused(decayed[0].device))]
+                                    fused=pick_fused(next(model.parameters()).device))]
     if muon:
-        parts = [3 if name.endswith("c_attn.weight") else 1 for name in muon]  # queries, keys and values
+        # Queries, keys and values are three matrices.
+        parts = [3 if name.endswith("c_attn.weight") and len(p) == 3 * p.size(1) else 1 for name, p in muon.items()]
         optimizers.append(Muon(list(muon.values()), cfg.muon_lr, cfg.weight_decay, parts))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -287,15 +304,18 @@ def dropout_seed(seed, step, rank):
 def forward_backward(state, model, x, y):
     """Accumulate the gradients of sequences x, targets y (B, T each), in micro-batches.
 
-    `model` is `state.model` or its compiled version. Returns this rank's part of the step's mean loss as a scalar
-    tensor, without waiting for the device.
+    `model` is `state.model`, or DistributedDataParallel around it. Returns this rank's part of the step's mean loss as
+    a scalar tensor, without waiting for the device.
     """
     loss = torch.zeros((), device=state.device)
     for i in range(0, len(x), state.micro_batch_size):
         inputs, targets = x[i:i + state.micro_batch_size], y[i:i + state.micro_batch_size]  # (b, T)
-        with autocast(state.device, state.dtype):
-            micro_loss = model(inputs, targets) * (len(inputs) / state.cfg.sequences_per_step)
-        state.scaler.scale(micro_loss).backward()
+        is_last = i + len(inputs) == len(x)
+        with nullcontext() if is_last or model is state.model else model.no_sync():
+            with autocast(state.device, state.dtype):
+                micro_loss = model(inputs, targets) * (len(inputs) / state.cfg.sequences_per_step)
+            # The ranks' gradients are averaged, but their losses are parts of a sum.
+            state.scaler.scale(micro_loss * state.world_size).backward()
         loss += micro_loss.detach()
     return loss
 
@@ -319,28 +339,17 @@ def optimizer_step(state):
     return grad_norm
 
 
-def check_finite(state, loss, grad_norm):
-    """Raise UserError if a step's loss or gradient norm (scalar tensors) is not finite. Waits for the device.
-
-    In float16 the gradient norm may be infinite: the step was skipped then. In other dtypes it damages the weights.
-    """
-    values = {"loss": loss.item()}
-    if not state.scaler.is_enabled():
-        values["gradient norm"] = grad_norm.item()
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise non_finite_error(state, name, value)
-
-
-def non_finite_error(state, name, value):
-    """The UserError for a loss or a gradient norm that is infinite or NaN."""
-    cfg = state.cfg
+def check_finite(state, name, value):
+    """Raise UserError if a loss or a gradient norm is infinite or NaN: the weights are damaged then."""
+    cfg, value = state.cfg, float(value)
+    if math.isfinite(value):
+        return
     rates = f"--learning_rate (now {cfg.learning_rate:g})"
     if cfg.optimizer == "muon":
         rates = f"--muon_lr (now {cfg.muon_lr:g}) and {rates}"
     dtype_hint = "" if state.dtype == torch.float32 else "resume with --dtype=float32, or "
-    return UserError(f"the {name} is {value} at iteration {state.iteration}: {dtype_hint}start a new run with a lower "
-                     f"{rates} or more --warmup_iters; {cfg.out_dir} has earlier checkpoints")
+    raise UserError(f"the {name} is {value} at iteration {state.iteration}: {dtype_hint}start a new run with a lower "
+                    f"{rates} or more --warmup_iters; {cfg.out_dir} has earlier checkpoints")
 
 
 # ---- when things are due ----
@@ -389,9 +398,10 @@ def is_finished(state):
 def evaluate_and_log(state, tokenizer):
     """Evaluate on fixed windows of both splits, log the losses and a sample, and save the best weights in ckpt.pt."""
     started = time.perf_counter()
-    train_loss, val_loss = evaluate_splits(state)
-    if not math.isfinite(val_loss):
-        raise non_finite_error(state, "validation loss", val_loss)
+    with torch.compiler.set_stance("force_eager"):  # evaluations have other shapes, and take little time
+        train_loss, val_loss = evaluate_splits(state)
+        check_finite(state, "validation loss", val_loss)
+        story = sample_story(state.model, tokenizer) if state.rank == 0 else None
     val_bpb = bits_per_byte(val_loss, state.data.validation)
     evals_since_best = 0 if val_loss < state.best_val_loss else state.metrics.get("evals_since_best", 0) + 1
     state.metrics = {"iter": state.iteration, "tokens": state.tokens, "train_loss": train_loss, "val_loss": val_loss,
@@ -401,7 +411,7 @@ def evaluate_and_log(state, tokenizer):
     if state.rank == 0:
         files.append_line(state.out_dir / "log.jsonl", {"kind": "eval", **state.metrics, "seconds": state.elapsed()})
         files.append(state.out_dir / "samples.md", f"## iteration {state.iteration}: validation loss {val_loss:.4f}\n\n"
-                                                   f"{sample_story(state.model, tokenizer)}\n\n")
+                                                   f"{story}\n\n")
     if val_loss < state.best_val_loss:
         state.best_val_loss = val_loss
         check_equal_weights(state.model.parameters())
@@ -410,17 +420,16 @@ def evaluate_and_log(state, tokenizer):
     state.excluded_seconds += time.perf_counter() - started
 
 
-def log_run(state, resumed, use_compile):
-    """Log the settings, data, machine and versions of the run."""
+def log_run(state, resumed_at):
+    """Log the settings, data, machine and versions of the run, and the iteration at which it is resumed or None."""
     if state.rank == 0:
         files.append_line(state.out_dir / "log.jsonl", {
-            "kind": "run", "config": asdict(state.cfg), "resumed_at": state.iteration if resumed else None,
+            "kind": "run", "config": asdict(state.cfg), "resumed_at": resumed_at,
             "parameters": state.model.num_parameters(), "device": describe_device(state.device),
-            "dtype": str(state.dtype).removeprefix("torch."), "compiled": use_compile,
-            "sequences_at_a_time": state.micro_batch_size, "ranks": state.world_size,
-            "threads": torch.get_num_threads(), "git": git_commit(), "data_sha256": state.data.sha256,
-            "seed": state.cfg.seed, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__})
+            "dtype": str(state.dtype).removeprefix("torch."), "micro_batch_size": state.micro_batch_size,
+            "world_size": state.world_size, "threads": torch.get_num_threads(), "git": git_commit(),
+            "data_sha256": state.data.sha256, "seed": state.cfg.seed, "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__})
 
 
 def log_step(state, loss, lr, grad_norm, bar):
@@ -431,7 +440,7 @@ def log_step(state, loss, lr, grad_norm, bar):
     state.logged_step, state.logged_at, state.excluded_seconds = state.step, now, 0.0
     if state.rank == 0:
         files.append_line(state.out_dir / "log.jsonl", {
-            "kind": "step", "iter": state.iteration, "update": state.step, "tokens": state.tokens,
+            "kind": "step", "iter": state.iteration, "step": state.step, "tokens": state.tokens,
             "epoch": state.tokens / state.data.tokens_per_epoch, "loss": loss.item(), "lr": lr,
             "grad_norm": grad_norm.item() if math.isfinite(grad_norm) else None,  # JSON has no infinity
             "skipped": state.skipped, "tokens_per_s": tokens_per_s, "seconds": state.elapsed()})
@@ -444,22 +453,16 @@ def log_step(state, loss, lr, grad_norm, bar):
         print(f"iteration {state.iteration:,}: {summary}", flush=True)
 
 
+def log_end(state):
+    """Log how the run ended: it has done all its steps, has stopped early, or was stopped and can be resumed."""
+    reason = "stopped early" if stops_early(state) else "finished" if is_finished(state) else "stopped"
+    if state.rank == 0:
+        files.append_line(state.out_dir / "log.jsonl", {"kind": "end", "iter": state.iteration, "reason": reason})
+
+
 # ---- what is printed at the start and at the end ----
 
-
-def seconds_without_compiling(state):
-    """A rough estimate of the seconds that the rest of the run takes on a GPU without torch.compile. Not measured.
-
-    Small micro-batches take the time of launching kernels: about 65 per block, forward and backward (counted), at about
-    6 µs. Larger ones take that of 6 floating-point operations per parameter and token, at about 1e14 per second.
-    """
-    cfg = state.cfg
-    if cfg.max_minutes:
-        return max(0, 60 * cfg.max_minutes - state.seconds)
-    steps = max(0, total_steps(state) - state.step)
-    tokens = steps * cfg.tokens_per_step / state.world_size
-    micro_batches = tokens / (state.micro_batch_size * cfg.block_size)
-    return max(micro_batches * cfg.n_layer * 65 * 6e-6, tokens * 6 * state.model.num_parameters() / 1e14)
+EARLY_STOP = "no lower validation loss in the last {} evaluations"
 
 
 def print_plan(state, compiled):
@@ -473,8 +476,6 @@ def print_plan(state, compiled):
           f"{state.micro_batch_size} sequences" + (f" on {state.world_size} processes" if state.world_size > 1 else ""))
     print(f"the run: {cfg.max_minutes:g} minutes" if cfg.max_minutes else
           f"the run: {steps:,} steps = {tokens:,} tokens = {tokens / data.tokens_per_epoch:.2f} epochs")
-    if cfg.patience:
-        print(f"early stopping: after {cfg.patience} evaluations in a row without a lower validation loss")
     threads = f", {describe_threads()}" if state.device.type == "cpu" else ""
     print(f"on {state.device}, in {str(state.dtype).removeprefix('torch.')}, {compiled}{threads}")
     if cfg.min_lr > cfg.learning_rate:
@@ -485,27 +486,30 @@ def print_plan(state, compiled):
               f"iteration {cfg.max_iters:,}")
 
 
+def progress_bar(state):
+    """A bar on a terminal; without one, `log_step` prints lines."""
+    return tqdm(total=total_steps(state), initial=state.step, unit=" steps", dynamic_ncols=True,
+                disable=state.rank > 0 or not sys.stderr.isatty())
+
+
 def extension_hint(state):
     """How to train a finished run further, as a phrase."""
     cfg = state.cfg
     if stops_early(state):
-        return f"{early_stop_reason(state)}; to train it further, increase --patience (0: no early stopping)"
+        return (f"{EARLY_STOP.format(state.metrics['evals_since_best'])}; to train it further, increase --patience "
+                "(0: no early stopping)")
     if cfg.min_lr == 0 and 0 < cfg.lr_decay_iters <= state.iteration:
         return "its learning rate is 0 now, so start a longer run with another --out_dir"
     budget = next(name for name in reversed(BUDGETS) if getattr(cfg, name))  # max_iters is always set
     return f"to train it further, increase --{budget}"
 
 
-def early_stop_reason(state):
-    """Why a run has stopped early, as a phrase."""
-    return f"no lower validation loss in the last {state.metrics['evals_since_best']} evaluations"
-
-
 def print_summary(state):
     """Print the result as `key: value` lines, how to resume if the run was stopped, and how to sample."""
     cfg, steps = state.cfg, total_steps(state)
     if stops_early(state):
-        print(f"stopped early, after step {state.step:,} of {steps:,}: {early_stop_reason(state)}")
+        print(f"stopped early, after step {state.step:,} of {steps:,}: "
+              f"{EARLY_STOP.format(state.metrics['evals_since_best'])}")
     elif state.step < steps:
         script = "python train.py" if state.world_size == 1 else "torchrun … train.py"
         print(f"stopped after step {state.step:,} of {steps:,}; resume with  "
@@ -516,7 +520,7 @@ def print_summary(state):
         print(f"best_val_loss: {state.best_val_loss:.4f}\n"
               f"val_bits_per_byte: {bits_per_byte(state.best_val_loss, state.data.validation):.4f}")
     if state.skipped:
-        print(f"skipped_updates: {state.skipped}")  # steps whose gradients overflowed in float16
+        print(f"skipped_steps: {state.skipped}")  # steps whose gradients overflowed in float16
     seconds = state.elapsed()
     print(f"tokens: {state.tokens}\nseconds: {seconds:.1f}\ntokens_per_s: {state.tokens / seconds:.0f}\n"
           f"checkpoint: {best_checkpoint(cfg.out_dir)}\n"

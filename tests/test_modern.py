@@ -8,7 +8,7 @@ import torch
 import sample
 import train
 from conftest import TINY
-from layers import Dropout
+from storygpt.fast import Dropout
 from model import GPTConfig
 from modern import VALUE_SCALE, Modern, normalize, rotate
 from tools import serve

@@ -21,10 +21,10 @@ def notebook():
 @pytest.fixture
 def project(tmp_path):
     """A copy of the files that the notebook uses, without any dataset or run."""
-    for pattern in ("*.py", "requirements.txt", "config/*.py", "data/*.py", "runtime/*.py", "tools/*.py"):
+    for pattern in ("*.py", "requirements.txt", "config/*.py", "storygpt/*.py", "storygpt/*/*.py", "tools/*.py"):
         for path in ROOT.glob(pattern):
             copy = tmp_path / path.relative_to(ROOT)
-            copy.parent.mkdir(exist_ok=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
     return tmp_path
 

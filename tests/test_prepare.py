@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import pytest
 
 import prepare
 from conftest import ROOT, launch
-from data import nursery
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.corpus import nursery
+from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
 
 STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", f"He said {END_OF_TEXT} and left."]
 BOOK = "Ein naïver Fuchs 🦊 läuft über die Straße. " * 200  # 8,600 characters
@@ -199,6 +200,17 @@ def test_tokenizer_of_another_dataset(here, fails):
     assert "or the folder of a run or dataset" in fails(prepare.main, ["mine.txt", "--tokenizer", "out/no"])
 
 
+def test_files_that_cannot_be_read_are_named(here, fails):
+    prepare.main(["nursery", "--tokenizer", "bpe:300", "--max_stories", "40", "--name", "a"])
+    for name in ("tokenizer.tiktoken", "meta.json"):
+        path = Path(f"copy-{name}", name)
+        shutil.copytree("data/a", path.parent)
+        path.unlink()
+        path.mkdir()  # as root, a file without permissions could be read
+        line = fails(prepare.main, ["nursery", "--tokenizer", str(path.parent)])
+        assert line == f"error: {path}: Is a directory" and data_entries() == ["a"]
+
+
 def test_vocabulary_above_65536_tokens_uses_uint32(here):
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(20_000)]
@@ -252,7 +264,7 @@ def test_folder_that_is_not_a_dataset_is_never_replaced(here, fails):
     (here / "data/mine").mkdir(parents=True)
     (here / "data/mine/thesis.txt").write_text("years of work")
     (here / "data/program.py").touch()
-    assert "data/program.py is a file" in fails(prepare.main, ["nursery", "--name", "program.py", "--force"])
+    assert "left unchanged" in fails(prepare.main, ["nursery", "--name", "program.py", "--force"])
     assert "left unchanged" in fails(prepare.main, ["nursery", "--name", "mine", "--force"])
     assert os.listdir("data/mine") == ["thesis.txt"]
 
@@ -285,7 +297,7 @@ def empty_validation(folder):
     ("nursery", ["--name", "../up"], "'../up' is not a valid folder name"),
     ("nursery", ["--name", ""], "'' is not a valid folder name"),
     ("nursery", ["--name", ".."], "'..' is not a valid folder name"),
-    (lambda f: write(f / "my tales.txt", STORIES), [], "'my tales', derived from the source, is not a valid folder"),
+    (lambda f: write(f / "my tales.txt", STORIES), [], "'my tales' is not a valid folder name: set --name"),
 ], ids=str)
 def test_user_errors_print_one_line_and_leave_no_files(here, fails, monkeypatch, source, flags, message):
     if "r50k_base" in flags:

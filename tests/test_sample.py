@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
 import sample
+import train
 from conftest import ROOT, launch
-from data.dataset import with_checksum
-from data.tokenizer import END_OF_TEXT
-from model import GPT
+from storygpt.corpus.dataset import with_checksum
+from storygpt.corpus.tokenizer import END_OF_TEXT
 
 
 @pytest.fixture
@@ -49,10 +50,10 @@ def test_one_streamed_story_equals_those_of_a_batch(run, capsys):
 
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_the_number_of_tokens_includes_the_end_of_text(run, capsys, monkeypatch, num_samples):
-    def generate(self, idx, max_new_tokens, *_):
+    def generate(model, idx, max_new_tokens, *_):
         """Tokens 65, 66, 67 and, unless `max_new_tokens` is lower, an end of text."""
         yield from torch.tensor([[65, 66, 67, 299][:max_new_tokens]] * len(idx)).T
-    monkeypatch.setattr(GPT, "generate", generate)
+    monkeypatch.setattr(sample, "generate", generate)
     for max_new_tokens, expected in ((400, 4), (4, 4), (3, 3), (1, 1)):
         flags = f"--max_new_tokens={max_new_tokens}", f"--num_samples={num_samples}"
         assert f"\n{expected * num_samples} tokens in " in run_sample(capsys, *flags)[1]
@@ -105,6 +106,19 @@ def test_no_run_and_a_damaged_one(here, fails):
     (here / "out/x").mkdir(parents=True)
     (here / "out/x/ckpt.pt").write_text("no")
     assert "out/x/ckpt.pt is damaged or not a checkpoint" in fails(sample.main, [])
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, RuntimeError, KeyError])
+def test_a_bug_in_an_edited_model_keeps_its_traceback(run, monkeypatch, error):
+    """It is no checkpoint of another version; loading one raises the same exceptions."""
+    class Block(model.Block):
+        def __init__(self, config):
+            raise error("of a reader")
+
+    monkeypatch.setattr(model, "Block", Block)
+    for main, argv in ((sample.main, []), (train.main, ["--resume", "--max_iters=30"]), (train.main, ["--eval_only"])):
+        with pytest.raises(error, match="of a reader"):
+            main([*argv, "--out_dir=out/tiny"])
 
 
 def test_prompt_file_that_is_not_utf8(run, fails, tmp_path):

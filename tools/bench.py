@@ -8,10 +8,7 @@ Timings are noisy, so the variants of a subject run interleaved, and ratios are 
 Each training variant runs in its own process, which also gives its own peak memory.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401, I001  (first: it prepares the process for importing torch)
 
 import collections
 import copy
@@ -28,11 +25,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, chdir, contextmanager, redirect_stdout, suppress
+from contextlib import chdir, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import tiktoken
@@ -40,23 +38,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import DeviceType
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-import checkpoint
-import model as model_module
+import storygpt.generate as generation
 import train
-from config import Config, read_config_file
-from data import nursery
-from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
-from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from layers import linear_cross_entropy
-from model import GPT, GPTConfig, KVCache, sample_token, window_start
-from modern import count_parameters
-from runtime import files, startup
-from runtime.distributed import all_reduce_gradients, cleanup_distributed, init_distributed, sync_stop_and_time
-from runtime.errors import Parser, UserError, exit_with_one_line
-from runtime.hardware import describe_device, git_commit, pick_device, pick_inference_dtype
+from model import GPT, GPTConfig
+from storygpt import checkpoint, fast
+from storygpt import loss as loss_module
+from storygpt.corpus import nursery
+from storygpt.corpus.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
+from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from storygpt.evaluate import window_losses
+from storygpt.generate import KVCache, generate, prepare_for_generation, sample_token, window_start
+from storygpt.run import best_checkpoint
+from storygpt.settings import Config, read_config_file
+from storygpt.system import files
+from storygpt.system.distributed import all_reduce_sum, cleanup_distributed, init_distributed
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.hardware import (autocast, describe_device, git_commit, pick_device, pick_dtype,
+                                      pick_inference_dtype)
 from tools import peers
 
 ROOT = Path(__file__).parent.parent
@@ -79,17 +79,13 @@ def main(argv=None):
     """Measure one subject or all of them and print the results; `argv` as on the command line."""
     args = parse_args(argv)
     device = pick_device(args.device)
-    compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "c++", "cl")
-    if args.subject in (None, "train") and not any(map(shutil.which, compilers)):
-        raise UserError("the subject train uses torch.compile, which needs a compiler: install one of "
-                        f"{', '.join(compilers)}")
     results = {"machine": describe_machine(device)}
     if args.subject != "race":
         results["ceilings"] = measure_ceilings(device, args.config, args.rounds)
-    subjects = [name for name in SUBJECTS if name == args.subject or (args.subject is None and name != "race")]
-    for subject in subjects:
-        with tempfile.TemporaryDirectory() as folder:
-            results[subject] = SUBJECTS[subject](args, device, results.get("ceilings"), Path(folder))
+    for subject, measure in SUBJECTS.items():
+        if subject == args.subject or (args.subject is None and subject != "race"):
+            with tempfile.TemporaryDirectory() as folder:
+                results[subject] = measure(args, device, results.get("ceilings"), Path(folder))
     if args.json:
         return print(json.dumps(results, indent=2))
     for subject, result in results.items():
@@ -99,17 +95,15 @@ def main(argv=None):
 def parse_args(argv):
     """The command line as a namespace, with `config`: the GPTConfig to measure."""
     parser = Parser(prog="python -m tools.bench", description="Measure this program's speed on this machine.")
-    parser.add_argument("subject", nargs="?", choices=["machine", *SUBJECTS],
-                        help="what to measure; machine: only the hardware's limits (default: everything but "
-                             "the race)")
-    parser.add_argument("race_config", nargs="?", metavar="CONFIG", help="race: a config file, or COMMIT:CONFIG "
-                        "for the config and the program of a commit")
+    parser.add_argument("subject", nargs="?", choices=["machine", *SUBJECTS], help="what to measure; machine: only the "
+                        "hardware's limits (default: everything but the race)")
+    parser.add_argument("race_config", nargs="?", metavar="CONFIG", help="race: a config file, or COMMIT:CONFIG for "
+                        "the config and the program of a commit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print JSON, with every median and spread, instead of "
-                                                            "tables")
+    parser.add_argument("--json", action="store_true", help="print JSON with every median and spread, not tables")
     parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the benchmark itself")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant; race: seeds "
-                        "of the config (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant; race: seeds of the config "
+                        "(default: 3)")
     parser.add_argument("--out_dir", help="generate: measure with this run, and also its validation loss in each dtype")
     args = parser.parse_args(argv)
     if (args.subject == "race") != bool(args.race_config):
@@ -117,28 +111,20 @@ def parse_args(argv):
     if args.rounds < 1:
         parser.error(f"argument --rounds: {args.rounds} is not 1 or more")
     if args.out_dir:
-        checkpoint.best_checkpoint(args.out_dir)  # fail now rather than after minutes
+        best_checkpoint(args.out_dir)  # fail now rather than after minutes
     args.config = TINY if args.tiny else PUBLISHED
     return args
 
 
 def describe_machine(device):
     """The hardware, the versions and the date of a measurement, as a dict."""
-    gpu = describe_gpu() if device.type == "cuda" else {}
+    gpu = {}
+    if device.type == "cuda":
+        gpu = {"gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30,
+               "cuda": torch.version.cuda}
     return {"device": describe_device(device), **gpu, "processor": processor_name(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "date": date.today().isoformat(), "git": git_commit()}
-
-
-def describe_gpu():
-    """Memory, driver and CUDA version of the current GPU; the driver is None if nvidia-smi is not installed."""
-    index = torch.cuda.current_device()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}"]
-    driver = None
-    if shutil.which(query[0]):
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
-    memory = torch.cuda.get_device_properties(index).total_memory
-    return {"gpu_memory_gib": memory / 2**30, "driver": driver, "cuda": torch.version.cuda}
 
 
 def processor_name():
@@ -153,9 +139,9 @@ def print_tables(subject, result):
     print(f"\n{subject}")
     spreads = result.get("spreads", {})
     for key, value in result.items():
+        is_table = isinstance(value, dict)
         if key == "spreads":
             continue
-        is_table = isinstance(value, dict)
         if is_table:
             print(f"  {key}")
         for name, number in value.items() if is_table else [(key, value)]:
@@ -179,11 +165,16 @@ def time_interleaved(variants, rounds):
     return seconds
 
 
-def median_rates(amounts, seconds):
-    """Amounts (name → number) per second (name → list): their medians and their (lowest, highest), by name."""
-    rates = {name: amounts[name] / np.array(values) for name, values in seconds.items()}
-    return ({name: float(np.median(values)) for name, values in rates.items()},
-            {name: (float(values.min()), float(values.max())) for name, values in rates.items()})
+def measure_rates(variants, rounds):
+    """Medians and spreads of amount / seconds of variants, name → (amount, function), run by `time_interleaved`."""
+    seconds = time_interleaved({name: run for name, (_, run) in variants.items()}, rounds)
+    return medians_and_spreads({name: amount / np.array(seconds[name]) for name, (amount, _) in variants.items()})
+
+
+def medians_and_spreads(values):
+    """Of lists of numbers, by name: their medians and their (lowest, highest), two dicts."""
+    return ({name: float(np.median(numbers)) for name, numbers in values.items()},
+            {name: (float(min(numbers)), float(max(numbers))) for name, numbers in values.items()})
 
 
 def run_script(command, **options):
@@ -196,23 +187,22 @@ def run_script(command, **options):
 
 def synchronize(device):
     """Wait until a GPU has finished all work submitted to it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @contextmanager
-def child_processes(targets):
-    """Spawn a process that calls target(pipe, *args) for each name → (target, *args); yields name → pipe to it.
+def child_processes(targets, **environment):
+    """Spawn a process that calls target(pipe, *args) for each name → (target, *args), with these environment variables.
 
-    The processes end with the `with` block.
+    Yields name → pipe to it. The processes end with the `with` block.
     """
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for name, (target, *args) in targets.items():
         pipes[name], child_pipe = context.Pipe()
         processes.append(context.Process(target=target, args=(child_pipe, *args), daemon=True))
-        processes[-1].start()
+        with patch.dict(os.environ, environment):
+            processes[-1].start()
         child_pipe.close()
     try:
         yield pipes
@@ -252,20 +242,18 @@ def measure_ceilings(device, config, rounds):
     shapes = {f"{side}³": (side, side, side), "c_attn": (rows, C, 3 * C), "attn.c_proj": (rows, C, C),
               "c_fc": (rows, C, 4 * C), "mlp.c_proj": (rows, 4 * C, C), "head": (rows, C, config.vocab_size)}
     repeats = 20 if device.type == "cuda" else 1  # on a GPU, one product is too short compared with its launch
-    variants, work = {}, {}
+    block = torch.ones(2**20 if config is TINY else 2**28, device=device)  # 1 GiB, larger than any cache
+    variants = {"read": (repeats * 4 * block.numel() / 1e9, partial(repeat, repeats, device, torch.sum, block))}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for product, (m, k, n) in shapes.items():
             a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((m, k), (n, k)))
-            variants[f"{name} {product}"] = partial(repeat, repeats, device, F.linear, a, b)
-            work[f"{name} {product}"] = repeats * 2 * m * k * n / 1e9
-    block = torch.ones(2**20 if config is TINY else 2**28, device=device)  # 1 GiB, larger than any cache
-    variants["read"] = partial(repeat, repeats, device, torch.sum, block)
-    work["read"] = repeats * 4 * block.numel() / 1e9
-    medians, spreads = median_rates(work, time_interleaved(variants, rounds))
+            variants[f"{name} {product}"] = (repeats * 2 * m * k * n / 1e9,
+                                             partial(repeat, repeats, device, F.linear, a, b))
+    medians, spreads = measure_rates(variants, rounds)
+    read = medians.pop("read")
     best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
-    return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"],
-            "read_gb_per_s": medians.pop("read"), "gflops_of_each": medians,
-            "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
+    return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"], "read_gb_per_s": read,
+            "gflops_of_each": medians, "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
 
 
 def repeat(count, device, function, *args):
@@ -277,27 +265,28 @@ def repeat(count, device, function, *args):
 
 # ---- training ----
 
-# Patches, (owner, attribute, replacement): each replaces a faster layer of this project by torch's.
-TORCH_DROPOUT = (model_module, "Dropout", nn.Dropout)
-TORCH_ATTENTION = (model_module, "causal_attention", lambda q, k, v, dropout: F.scaled_dot_product_attention(
-    q, k, v, is_causal=True, dropout_p=dropout.p))
-UNFUSED_LOSS = (GPT, "loss_function", staticmethod(linear_cross_entropy))
-WHOLE_VOCABULARY = (GPT, "skip_unused_tokens", lambda self, used, equalize: None)
-TORCH_LAYERS = [TORCH_DROPOUT, TORCH_ATTENTION, UNFUSED_LOSS]
-# name → (patches, flags for train.py); flags None: `baseline_loop` instead of train.py
+def unfused_loss(x, weight, targets, last_row_tokens=1):
+    """The first result of `loss.fused_linear_cross_entropy` with two of torch's functions, which make all logits."""
+    bias = F.pad(weight.new_zeros(len(weight) - 1), (0, 1), value=math.log(last_row_tokens))  # (V)
+    return F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=loss_module.IGNORED_TARGET), None
+
+
+# name → flags for train.py, or None for `baseline_loop` instead, then patches, (owner, attribute, replacement): each
+# replaces something faster of this project by torch's.
 VARIANTS = {
-    "baseline": (TORCH_LAYERS, None),
-    "baseline, bf16, compiled": (TORCH_LAYERS, None),
-    "this project": ([], []),
-    "compiled": ([], ["--compile=True"]),
-    "eager": ([], ["--compile=False"]),
-    "float32": ([], ["--dtype=float32"]),
-    "dropout 0": ([], ["--dropout=0"]),
-    "torch's dropout": ([TORCH_DROPOUT], []),
-    "torch's attention": ([TORCH_ATTENTION], []),
-    "whole vocabulary": ([WHOLE_VOCABULARY], []),
-    "unfused loss": ([UNFUSED_LOSS], ["--device_batch_size=32"]),  # the logits of a whole step would fill a GPU
-    "eager, AdamW alone": ([], ["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"]),  # only in `small`
+    "baseline": (None,),
+    "baseline, bf16, compiled": (None,),
+    "this project": ([],),
+    "compiled": (["--compile=True"],),
+    "eager": (["--compile=False"],),
+    "float32": (["--dtype=float32"],),
+    "dropout 0": (["--dropout=0"],),
+    "torch's dropout": ([], (fast, "dropout", fast.torch_dropout)),
+    "torch's attention": ([], (fast, "causal_attention", fast.torch_attention)),
+    "whole vocabulary": ([], (train, "fuse_loss", lambda model, used, equalize: loss_module.fuse_loss(model))),
+    "unfused loss": (["--device_batch_size=32"],  # the logits of a whole step would fill a GPU
+                     (loss_module, "fused_linear_cross_entropy", unfused_loss)),
+    "eager, AdamW alone": (["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"],),  # only in `small`
 }
 
 
@@ -355,14 +344,16 @@ def make_workload(folder, device, config, small=False):
 
 def measure_training(groups, own, workload, rounds, ceilings):
     """Speed and memory of training variants, interleaved within a group; `tokens_per_s` is that of `own`."""
-    seconds, peaks, first = {}, {}, {}
+    answers = {}
     for group in groups:
-        for total, part in zip((seconds, peaks, first), time_variants(group, workload, rounds)):
-            total.update(part)
-    medians, spreads = median_rates(dict.fromkeys(seconds, workload.steps * workload.tokens_per_step), seconds)
+        answers |= time_variants(group, workload, rounds)
+    tokens = workload.steps * workload.tokens_per_step
+    medians, spreads = medians_and_spreads(
+        {name: [tokens / seconds for seconds, _ in values[1:]] for name, values in answers.items()})
     return {"tokens_per_s": medians[own], **flops_utilization(medians[own], workload, ceilings),
-            "tokens_per_step": workload.tokens_per_step, "tokens_per_s_of_each": medians, "peak_mb_of_each": peaks,
-            "first_round_s_of_each": first, "spreads": spreads}
+            "tokens_per_step": workload.tokens_per_step, "tokens_per_s_of_each": medians,
+            "peak_mb_of_each": {name: values[-1][1] for name, values in answers.items()},
+            "first_round_s_of_each": {name: values[0][0] for name, values in answers.items()}, "spreads": spreads}
 
 
 def flops_utilization(tokens_per_s, workload, ceilings):
@@ -372,7 +363,8 @@ def flops_utilization(tokens_per_s, workload, ceilings):
     the vocabulary, only the tokens of the data are counted.
     """
     config = replace(workload.config, vocab_size=workload.config.vocab_size // VOCABULARY_PER_USED_TOKEN)
-    flops = tokens_per_s * (6 * count_parameters(config) + 12 * config.n_layer * config.block_size * config.n_embd)
+    attention = 12 * config.n_layer * config.block_size * config.n_embd
+    flops = tokens_per_s * (6 * fast.count_parameters(GPT, config) + attention)
     gpu = torch.cuda.get_device_name(workload.device) if workload.device.type == "cuda" else ""
     measured = max(ceilings["matmul_bf16_gflops"], ceilings["matmul_fp32_gflops"]) * 1e9  # bf16 is slow on some CPUs
     peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), measured)
@@ -380,25 +372,21 @@ def flops_utilization(tokens_per_s, workload, ceilings):
 
 
 def time_variants(names, workload, rounds):
-    """Run training variants interleaved, each in its own process.
-
-    Returns three dicts by name: the seconds of each round, the peak memory in MB, and the seconds of the warm-up round.
-    """
-    answers = {name: [] for name in names}  # (seconds, peak MB) of each round
+    """Run training variants interleaved, each in its own process: name → (seconds, peak MB) of the warm-up and rounds."""
+    answers = {name: [] for name in names}
     with child_processes({name: (run_variant, name, workload) for name in names}) as pipes:
         for name in names * (rounds + 1):
             answers[name].append(ask(pipes, name))
-    return ({name: [seconds for seconds, _ in answers[name][1:]] for name in names},
-            {name: answers[name][-1][1] for name in names}, {name: answers[name][0][0] for name in names})
+    return answers
 
 
 def run_variant(pipe, name, workload):
     """A child process of `time_variants`: train until the parent closes the pipe."""
     os.chdir(workload.folder)
     sys.stdout = open(os.devnull, "w")
-    patches, flags = VARIANTS[name]
-    for patch in patches:
-        setattr(*patch)
+    flags, *patches = VARIANTS[name]
+    for replacement in patches:
+        setattr(*replacement)
     if workload.config == TINY:  # the default backend takes half a minute to compile
         torch.compile = partial(torch.compile, backend="aot_eager")
     rounds = report_rounds(pipe, workload.device)
@@ -408,10 +396,10 @@ def run_variant(pipe, name, workload):
 
     def end_round(path, record):
         """Called by train.py instead of writing to its log: after every `steps` steps, and after the first one."""
-        if record["kind"] == "step" and record["update"] % workload.steps == 0:
+        if record["kind"] == "step" and record["step"] % workload.steps == 0:
             next(rounds)
 
-    files.append_line = end_round
+    files.append_line, train.save_last = end_round, lambda state: None
     train.main([*workload.flags, f"--out_dir=out/{os.getpid()}", *flags])
 
 
@@ -444,10 +432,10 @@ def peak_memory_mb(device):
 
 
 def baseline_loop(workload, compiled, rounds):
-    """Train as a plain script does, with torch's own layers, one micro-batch at a time. Does not return.
+    """Train as a plain script does, with torch's own functions, one micro-batch at a time. Does not return.
 
-    On a GPU it does what nanoGPT does: bf16, TF32, fused AdamW, the vocabulary padded to a multiple of 64, and the next
-    micro-batch copied while the device computes. `rounds` is a `report_rounds` generator.
+    On a GPU it does what nanoGPT does: bf16, TF32, fused AdamW, the vocabulary padded to a multiple of 64. `rounds`
+    is a `report_rounds` generator.
     """
     torch.manual_seed(0)
     config, device, on_gpu = workload.config, workload.device, workload.device.type == "cuda"
@@ -456,23 +444,16 @@ def baseline_loop(workload, compiled, rounds):
     model = GPT(padded if on_gpu else config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu)
     step_model = torch.compile(model) if compiled else model
-    x, y = random_batch(workload)
     while True:
         for _ in range(workload.accumulation):
+            x, y = torch.randint(config.vocab_size, (2, BATCH_SIZE, config.block_size), device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=compiled or on_gpu):
                 loss = step_model(x, y) / workload.accumulation
-            x, y = random_batch(workload)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         next(rounds)
-
-
-def random_batch(workload):
-    """Random inputs and targets on the device, (2, BATCH_SIZE, T); on a GPU the copy is asynchronous."""
-    tokens = torch.randint(workload.config.vocab_size, (2, BATCH_SIZE, workload.config.block_size))
-    return tokens.pin_memory().to(workload.device, non_blocking=True) if workload.device.type == "cuda" else tokens
 
 
 def write_random_dataset(folder, config):
@@ -494,6 +475,39 @@ def write_random_dataset(folder, config):
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta)))
 
 
+# ---- the output head and the loss ----
+
+
+def bench_loss(args, device, ceilings, folder):
+    """Seconds of the output head and the loss of a batch, forward and backward: this project's way and torch's two."""
+    config, rows, dtype = args.config, BATCH_SIZE * args.config.block_size, pick_dtype("auto", device)
+    x, weight = (torch.randn(n, config.n_embd, device=device) for n in (rows, config.vocab_size))
+    targets = torch.randint(config.vocab_size, (rows,), device=device)
+    weight.mul_(0.02)  # the logits are then as large as a new model's
+
+    def both_passes(loss_function):
+        """The loss and its gradients."""
+        with autocast(device, dtype):
+            mean_loss, _ = loss_function(x.requires_grad_(), weight.requires_grad_(), targets)
+        torch.autograd.grad(mean_loss, (x, weight))
+        synchronize(device)
+
+    losses = {"fused": loss_module.fused_linear_cross_entropy, "unfused": unfused_loss}
+    if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
+        losses["torch's linear_cross_entropy"] = torch_fused_loss
+    medians, spreads = medians_and_spreads(time_interleaved(
+        {name: partial(both_passes, function) for name, function in losses.items()}, args.rounds))
+    return {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "seconds": medians, "spreads": spreads}
+
+
+def torch_fused_loss(x, weight, targets):
+    """`unfused_loss` by torch's function that computes it in chunks; autocast does not reach into it."""
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
+    return F.linear_cross_entropy(x, weight, targets, ignore_index=loss_module.IGNORED_TARGET,
+                                  options=nn.LinearCrossEntropyOptions()), None
+
+
 # ---- generation ----
 
 
@@ -501,36 +515,36 @@ def bench_generate(args, device, ceilings, folder):
     """Generation speed with 1, 32 and 512 concurrent stories by dtype, with and without the KV cache, and that of other
     programs.
     """
-    path = checkpoint.best_checkpoint(args.out_dir) if args.out_dir else write_random_run(folder / "run", args.config)
+    path = best_checkpoint(args.out_dir) if args.out_dir else write_random_run(folder / "run", args.config)
     model, tokenizer, _ = checkpoint.load_model(path)
     block_size = model.config.block_size
     counts = (1, 32) if args.tiny else (1, 32, 512)
     picked = str(pick_inference_dtype("auto", device)).removeprefix("torch.")
     dtypes = sorted({"float32", "bfloat16", picked})  # picked is float16 on older GPUs
-    models = {dtype: copy.deepcopy(model).for_inference(device, getattr(torch, dtype)) for dtype in dtypes}
+    models = {name: prepare_for_generation(copy.deepcopy(model), device, getattr(torch, name)) for name in dtypes}
     new_tokens = 2 * block_size  # a typical story, and long enough to move the context window
     lengths = [n - window_start(n, block_size) for n in range(block_size // 8, new_tokens, block_size // 4)]
-    variants, amounts = {}, {}
+    variants = {}  # name → (tokens, function)
     for dtype in models:
         for stories in counts if dtype == picked or device.type == "cuda" else counts[:2]:
-            idx, name = torch.zeros(stories, 1, dtype=torch.long, device=device), f"{dtype} {stories}"
-            variants[name] = partial(generate_stories, models[dtype], idx, new_tokens)
-            amounts[name] = stories * new_tokens
+            name, inputs = f"{dtype} {stories}", (models[dtype], torch.zeros(stories, 1, dtype=int, device=device))
+            variants[name] = stories * new_tokens, partial(generate_stories, *inputs, new_tokens)
             if stories <= 32 or device.type == "cuda":  # on a CPU it would take minutes
-                variants[f"{name} no cache"] = partial(generate_uncached, models[dtype], idx, lengths)
-                amounts[f"{name} no cache"] = stories * len(lengths)
+                variants[f"{name} no cache"] = stories * len(lengths), partial(generate_uncached, *inputs, lengths)
             if device.type == "cuda":
-                variants[f"{name} no graph"] = partial(generate_without_graph, models[dtype], idx, new_tokens)
-                amounts[f"{name} no graph"] = stories * new_tokens
-    medians, spreads = median_rates(amounts, time_interleaved(variants, args.rounds))
+                variants[f"{name} no graph"] = stories * new_tokens, partial(generate_without_graph, *inputs,
+                                                                             new_tokens)
+    medians, spreads = measure_rates(variants, args.rounds)
+    command = [sys.executable, ROOT / "sample.py", "--out_dir", path.parent, "--start", "Once upon a time",
+               "--max_new_tokens", "1", "--device", str(device)]
+    first_token = time_interleaved({"seconds": partial(run_script, command)}, args.rounds)
 
-    # The weights that are read once per token: all but the embeddings, of which the head reads the trained ones.
-    embeddings = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." not in name)
-    read = count_parameters(model.config) - embeddings + len(models[picked].head_tokens) * model.config.n_embd
-    weights_gb = read * getattr(torch, picked).itemsize / 1e9
+    # The weights that are read once per token: all but the embeddings, and of the head one of the equal rows.
+    linear = [module for module in models[picked].modules() if isinstance(module, fast.FastLinear)]
+    weights_gb = sum(module.row_weight.numel() for module in linear) * getattr(torch, picked).itemsize / 1e9
     result = {"dtype": picked, **{f"tokens_per_s_{stories}": medians[f"{picked} {stories}"] for stories in counts},
               "bandwidth_fraction_1": medians[f"{picked} 1"] * weights_gb / ceilings["read_gb_per_s"],
-              "first_token_s": time_to_first_token(path.parent, device, args.rounds),
+              "first_token_s": float(np.median(first_token["seconds"])),
               "tokens_per_s_of_each": medians, "spreads": spreads}
     if device.type == "cpu":
         result |= compare_with_peers(path, counts[:2], args.rounds)
@@ -541,26 +555,23 @@ def bench_generate(args, device, ceilings, folder):
 
 def generate_stories(model, idx, new_tokens):
     """Generate that many tokens after each prompt, idx (B, T), with the KV cache."""
-    for _ in model.generate(idx, new_tokens, temperature=0.8, top_k=200):
+    for _ in generate(model, idx, new_tokens, temperature=0.8, top_k=200):
         pass
     synchronize(idx.device)
 
 
 def generate_without_graph(model, idx, new_tokens):
     """`generate_stories` without a CUDA graph, which is captured once per call."""
-    model = copy.copy(model)
-    model.capture_decode_graph = lambda cache: lambda token: model(token, cache=cache)
-    generate_stories(model, idx, new_tokens)
+    with patch.object(generation, "capture_graph", lambda model, cache: partial(model, cache=cache)):
+        generate_stories(model, idx, new_tokens)
 
 
 @torch.inference_mode()
 def generate_uncached(model, idx, lengths):
     """Generate one token at each context length by reading the whole context, idx (B, 1) repeated."""
-    weight = model.transformer.wte.weight
     for length in lengths:
-        cache = KVCache(model.config, len(idx), idx.device, weight.dtype)  # empty; with it, only the last logits
-        logits = model(idx.expand(-1, length), cache=cache)[:, -1]  # (B, V)
-        sample_token(logits, 0.8, 200, 1.0, None)
+        cache = KVCache(model.config.block_size, idx.device)  # empty; with it, only the last logits
+        sample_token(model(idx.expand(-1, length), cache=cache)[:, -1], 0.8, 200, 1.0, None)
     synchronize(idx.device)
 
 
@@ -575,15 +586,8 @@ def write_random_run(folder, config):
     write_random_dataset(folder, config)
     checkpoint.save(folder / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(config),
                                          "data_sha256": data_sha256(read_meta(folder)), "config": {}, "tokens": 0,
-                                         "figures": {}})
+                                         "metrics": {}})
     return folder / "ckpt.pt"
-
-
-def time_to_first_token(out_dir, device, rounds):
-    """Median seconds of sample.py generating one token, from the start of its process to the end."""
-    command = [sys.executable, ROOT / "sample.py", "--out_dir", out_dir, "--start", "Once upon a time",
-               "--max_new_tokens", "1", "--device", str(device)]
-    return float(np.median(time_interleaved({"sample.py": partial(run_script, command)}, rounds)["sample.py"]))
 
 
 def compare_with_peers(path, counts, rounds):
@@ -594,34 +598,30 @@ def compare_with_peers(path, counts, rounds):
     """
     model, tokenizer, _ = checkpoint.load_model(path)
     new_tokens = model.config.block_size - 1  # the others cannot move the context window
-    names, seconds = peers.programs(model.config), collections.defaultdict(list)
+    names = peers.programs(model.config)
+    # llama.cpp only with one story: on the machine it was tried on, several crashed it.
+    runs = [(name, count) for count in counts for name in names if count == 1 or name != "llama.cpp"]
     with child_processes({name: (run_program, name, path) for name in names}) as pipes:
-        stories = {name: ask(pipes, name, (1, new_tokens, True))[1][0] for name in names}  # (new_tokens) each
-        for count in counts:
-            # llama.cpp only with one story: on the machine it was tried on, several crashed it.
-            for name in [name for name in names if count == 1 or name != "llama.cpp"] * (rounds + 1):
-                seconds[f"{name}, {count}"].append(ask(pipes, name, (count, new_tokens, False))[0])
-    seconds = {name: values[1:] for name, values in seconds.items()}
-    stories_of = {name: int(name.rsplit(" ", 1)[1]) for name in seconds}
-    amounts = {name: (1 + MORE_SINGLE_STORIES if n == 1 else n) * new_tokens for name, n in stories_of.items()}
-    medians, spreads = median_rates(amounts, seconds)
+        stories = {name: ask(pipes, name, (1, new_tokens, True))[0] for name in names}  # (new_tokens) each
+        medians, spreads = measure_rates({f"{name}, {count}": (
+            new_tokens * (1 + MORE_SINGLE_STORIES if count == 1 else count),
+            partial(ask, pipes, name, (count, new_tokens, False))) for name, count in runs}, rounds)
     return {"peers_tokens_per_s": medians, "peers_spreads": spreads,
             "first_greedy_difference": {name: first_difference(model, tokenizer.end_of_text, story)
                                         for name, story in stories.items()}}
 
 
 def run_program(pipe, name, path):
-    """A child process of `compare_with_peers`: answer (stories, new_tokens, greedy) with the seconds and the tokens."""
+    """A child process of `compare_with_peers`: answer (stories, new_tokens, greedy) with seconds, or greedy tokens."""
     model, tokenizer, _ = checkpoint.load_model(path)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, suppress(EOFError):  # the parent has closed the pipe
         program = peers.programs(model.config)[name](model, tokenizer.end_of_text, Path(folder))
-        with suppress(EOFError):  # the parent has closed the pipe
-            while message := pipe.recv():
-                started = time.perf_counter()
-                tokens = program.generate(*message)
-                for _ in range(MORE_SINGLE_STORIES * (message[0] == 1)):
-                    program.generate(*message)
-                pipe.send((time.perf_counter() - started, tokens))
+        while message := pipe.recv():
+            stories, new_tokens, greedy = message
+            started = time.perf_counter()
+            for _ in range(1 + MORE_SINGLE_STORIES * (stories == 1 and not greedy)):
+                tokens = program.generate(stories, new_tokens, greedy)
+            pipe.send(tokens if greedy else time.perf_counter() - started)
 
 
 @torch.inference_mode()
@@ -637,22 +637,14 @@ def first_difference(model, end_of_text, story):
     return f"token {i + 1}, whose logit is {gap:.3f} below the largest"
 
 
-@torch.inference_mode()
 def losses_by_dtype(out_dir, device, count=64):
-    """A run's loss in nats/token over `count` windows of its validation split, with the weights in each dtype.
-
-    Without the targets that never occurred in training: see `GPT.for_inference`.
-    """
+    """A run's loss in nats/token over `count` windows of its validation split, with the weights in each dtype."""
     losses = {}
     for dtype in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
-        model, _, state = checkpoint.load_model(checkpoint.best_checkpoint(out_dir))
-        model.for_inference(device, getattr(torch, dtype))
+        model, _, state = checkpoint.load_model(best_checkpoint(out_dir))
+        prepare_for_generation(model, device, getattr(torch, dtype))
         split = Split(Path("data", state["config"]["dataset"]), "validation", model.config.block_size)
-        x, y = (torch.from_numpy(tokens).to(device) for tokens in split.windows(evaluation_windows(split, count)))
-        columns = torch.full((model.config.vocab_size,), -100, device=device)  # -100: ignored
-        columns[model.head_tokens] = torch.arange(len(model.head_tokens), device=device)
-        window_losses = [F.cross_entropy(model(a[None])[0].float(), columns[b]) for a, b in zip(x, y)]
-        losses[dtype] = torch.stack(window_losses).mean().item()
+        losses[dtype] = window_losses(model, split, evaluation_windows(split, count), batch_size=1).mean().item()
     return losses
 
 
@@ -670,14 +662,12 @@ def bench_prepare(args, device, ceilings, folder):
         name, tokenizer = "gpt2", Tokenizer.named("gpt2")
     except UserError:  # no network; then prepare.py's time includes training a vocabulary
         name, tokenizer = "bpe:4096", Tokenizer.train(stories[:20_000], 4096)
-    batches = [stories[i:i + 1000] for i in range(0, min(len(stories), 20_000), 1000)]
-    megabytes = {"mb_per_s": sum(len(story.encode()) for story in stories) / 1e6,
-                 "tokenizer_mb_per_s": sum(len(story.encode()) for batch in batches for story in batch) / 1e6}
+    megabytes = {count: sum(len(story.encode()) for story in stories[:count]) / 1e6 for count in (None, 20_000)}
     command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", name, "--force"]
-    medians, spreads = median_rates(megabytes, time_interleaved({
-        "mb_per_s": partial(run_script, command, cwd=folder),
-        "tokenizer_mb_per_s": lambda: [tokenizer.encode_stories(batch) for batch in batches]}, args.rounds))
-    return {"tokenizer": name, "mb_of_text": megabytes["mb_per_s"], **medians, "spreads": spreads}
+    medians, spreads = measure_rates({
+        "mb_per_s": (megabytes[None], partial(run_script, command, cwd=folder)),
+        "tokenizer_mb_per_s": (megabytes[20_000], partial(tokenizer.encode_stories, stories[:20_000]))}, args.rounds)
+    return {"tokenizer": name, "mb_of_text": megabytes[None], **medians, "spreads": spreads}
 
 
 # ---- several processes ----
@@ -694,15 +684,13 @@ def bench_ranks(args, device, ceilings, folder):
     with child_processes({f"rank {rank}": (run_rank, rank, world_size, port, device.type, args.config, args.rounds)
                           for rank in range(world_size)}) as pipes:
         seconds = [ask(pipes, name) for name in pipes][0]
-    medians, spreads = median_rates(dict.fromkeys(seconds, 1), seconds)
-    parameters = count_parameters(args.config)
+    medians, spreads = medians_and_spreads(seconds)
+    parameters = fast.count_parameters(GPT, args.config)
     weights = torch.zeros(3, parameters)  # the model and AdamW's two moments
     saves = time_interleaved({"save": lambda: checkpoint.save(folder / "last.pt", {"model": weights})}, args.rounds)
     return {"processes": world_size, "sequences_of_each": RANK_BATCH_SIZE[device.type],
-            "exchanged_mb": 4 * parameters / 1e6,
-            "seconds": {name: 1 / rate for name, rate in medians.items()},
-            "saved_mb": 12 * parameters / 1e6, "save_seconds": float(np.median(saves["save"])),
-            "spreads": {name: (1 / high, 1 / low) for name, (low, high) in spreads.items()}}
+            "exchanged_mb": 4 * parameters / 1e6, "seconds": medians, "saved_mb": 12 * parameters / 1e6,
+            "save_seconds": float(np.median(saves["save"])), "spreads": spreads}
 
 
 def run_rank(pipe, rank, world_size, port, device_type, config, rounds):
@@ -713,36 +701,46 @@ def run_rank(pipe, rank, world_size, port, device_type, config, rounds):
     device = pick_device(device_type)
     if device_type == "cpu":
         torch.set_num_threads(max(1, os.cpu_count() // world_size))
-    model = GPT(config).to(device)
-    ddp_model = DistributedDataParallel(GPT(config).to(device), gradient_as_bucket_view=True)
-    idx = torch.randint(config.vocab_size, (2, RANK_BATCH_SIZE[device_type], config.block_size), device=device)
-    pipe.send(time_interleaved({
-        "all-reduce": partial(time_rank_step, model, idx, passes=False, all_reduce=True),
-        "forward and backward": partial(time_rank_step, model, idx),
-        "forward, backward, all-reduce": partial(time_rank_step, model, idx, all_reduce=True),
-        "DistributedDataParallel": partial(time_rank_step, ddp_model, idx),
-    }, rounds))
+    idx, targets = torch.randint(config.vocab_size, (2, RANK_BATCH_SIZE[device_type], config.block_size), device=device)
+    models = [GPT(config).to(device) for _ in range(2)]
+    for model in models:
+        loss_module.fuse_loss(model)
+    ddp_model = train.prepare_for_training(models[1], use_compile=False)  # DistributedDataParallel, as in train.py
+    parameters = list(models[0].parameters())
+
+    def forward_backward(model):
+        """Both passes, with new gradients."""
+        model.zero_grad(set_to_none=True)
+        with autocast(device, torch.bfloat16):
+            loss = model(idx, targets)
+        loss.backward()
+
+    with fast.faster_functions(device):
+        pipe.send(time_interleaved({name: partial(time_together, steps, device) for name, steps in {
+            "forward and backward": [partial(forward_backward, models[0])],
+            "all-reduce": [partial(all_reduce_gradients, parameters)],  # of the gradients above
+            "forward, backward, all-reduce": [partial(forward_backward, models[0]),
+                                              partial(all_reduce_gradients, parameters)],
+            "DistributedDataParallel": [partial(forward_backward, ddp_model)]}.items()}, rounds))
     cleanup_distributed()
 
 
-def time_rank_step(model, idx, passes=True, all_reduce=False):
-    """Seconds of a forward and backward pass, idx (2, B, T) being inputs and targets, and of a gradient all-reduce.
-
-    Without `passes`, gradients of ones are made before the timing starts.
-    """
-    for p in model.parameters():
-        p.grad = None if passes else torch.ones_like(p)
-    synchronize(idx.device)
-    sync_stop_and_time(False, 0.0)  # a barrier: all ranks start together
+def time_together(steps, device):
+    """Seconds of functions called one after the other on all ranks, which start together."""
+    synchronize(device)
+    all_reduce_sum(torch.zeros(1))  # a barrier
     started = time.perf_counter()
-    if passes:
-        with torch.autocast(idx.device.type, torch.bfloat16):
-            loss = model(idx[0], idx[1])
-        loss.backward()
-    if all_reduce:
-        all_reduce_gradients(model.parameters())
-    synchronize(idx.device)
+    for step in steps:
+        step()
+    synchronize(device)
     return time.perf_counter() - started
+
+
+def all_reduce_gradients(parameters):
+    """Sum the gradients over the ranks in one vector after the backward pass; DistributedDataParallel overlaps the two.
+    """
+    gradients = [p.grad for p in parameters]
+    vector_to_parameters(all_reduce_sum(parameters_to_vector(gradients)), gradients)
 
 
 # ---- two runs at once ----
@@ -753,32 +751,28 @@ def bench_two_runs(args, device, ceilings, folder):
     if device.type != "cpu":
         return {"runs": "on a CPU only"}
     workload = make_workload(folder, device, args.config, small=True)
-    spins = {"": startup.SPIN_COUNT, ", OpenMP's default": LIBGOMP_SPIN_COUNT}
-    seconds = {f"{runs}{name}": [] for runs in ("one run", "two runs") for name in spins}
-    with ExitStack() as stack:
-        pipes = {name: stack.enter_context(two_processes(workload, count)) for name, count in spins.items()}
-        for round in range(args.rounds + 1):
-            for name in spins:
-                for runs, names in (("one run", ["first"]), ("two runs", ["first", "second"])):
-                    slowest = max(answer[0] for answer in ask_at_once(pipes[name], names))
-                    if round:  # the first one is a warm-up
-                        seconds[f"{runs}{name}"].append(slowest)
     tokens = workload.steps * workload.tokens_per_step
-    medians, spreads = median_rates({name: tokens * (1 + name.startswith("two")) for name in seconds}, seconds)
-    default = medians["one run, OpenMP's default"]
-    return {"one_run_times_default": medians["one run"] / default,
-            "two_runs_times_one_default": medians["two runs"] / default, "tokens_per_s_of_each": medians,
+    with two_processes(workload, storygpt.SPIN_COUNT) as own, two_processes(workload, LIBGOMP_SPIN_COUNT) as default:
+        medians, spreads = measure_rates({
+            "one run": (tokens, partial(slowest, own, ["first"])),
+            "one run, OpenMP's default": (tokens, partial(slowest, default, ["first"])),
+            "two runs": (2 * tokens, partial(slowest, own, ["first", "second"])),
+            "two runs, OpenMP's default": (2 * tokens, partial(slowest, default, ["first", "second"]))}, args.rounds)
+    one_default = medians["one run, OpenMP's default"]
+    return {"one_run_times_default": medians["one run"] / one_default,
+            "two_runs_times_one_default": medians["two runs"] / one_default, "tokens_per_s_of_each": medians,
             "spreads": spreads}
 
 
-@contextmanager
 def two_processes(workload, spin_count):
-    """Two child processes that train, with OpenMP's threads spinning so often before they sleep."""
-    before = os.environ.get("GOMP_SPINCOUNT")
-    os.environ["GOMP_SPINCOUNT"] = spin_count  # read when a process loads torch
-    with child_processes(dict.fromkeys(("first", "second"), (run_variant, "eager", workload))) as pipes:
-        os.environ.pop("GOMP_SPINCOUNT") if before is None else os.environ.update(GOMP_SPINCOUNT=before)
-        yield pipes
+    """Two `child_processes` that train, with OpenMP's threads spinning so often before they sleep."""
+    return child_processes(dict.fromkeys(("first", "second"), (run_variant, "eager", workload)),
+                           GOMP_SPINCOUNT=spin_count)  # read when a process loads torch
+
+
+def slowest(pipes, names):
+    """Seconds of a round of `run_variant` in several processes at once."""
+    return max(seconds for seconds, _ in ask_at_once(pipes, names))
 
 
 # ---- profile ----
@@ -790,7 +784,7 @@ def bench_profile(args, device, ceilings, folder):
     for name, small in (("published step", False), ("small step", True)):
         workload = make_workload(folder / name, device, args.config, small)
         result |= summarize_profile(name, device, *profile_training(workload, 20 if small else 4))
-    model = GPT(args.config).eval().for_inference(device, pick_inference_dtype("auto", device))
+    model = prepare_for_generation(GPT(args.config), device, pick_inference_dtype("auto", device))
     idx = torch.zeros(1, 1, dtype=torch.long, device=device)
     generate_stories(model, idx, args.config.block_size)
     with torch.profiler.profile() as profiler:
@@ -803,37 +797,25 @@ def bench_profile(args, device, ceilings, folder):
 def profile_training(workload, count, warmup=8):
     """(profiler, seconds) of `count` optimizer steps of train.py after `warmup` others, compiled on a GPU."""
     schedule = torch.profiler.schedule(wait=warmup - 2, warmup=2, active=count)
-    steps = StepProfiler(torch.profiler.profile(schedule=schedule), workload.device, warmup, warmup + count)
-    hook = register_optimizer_step_post_hook(steps)
-    try:
-        with chdir(workload.folder), steps.profiler, open(os.devnull, "w") as null, redirect_stdout(null):
-            train.main([*workload.flags, "--log_interval=1000000", "--eval_iters=1", "--warmup_iters=0",
-                        f"--max_iters={(warmup + count + 1) * workload.accumulation}",
-                        f"--compile={workload.device.type == 'cuda' and workload.config != TINY}"])
-    finally:
-        hook.remove()
-    return steps.profiler, steps.seconds
+    optimizer_step, last, times = train.optimizer_step, warmup + count, {}
+    flags = ["--log_interval=1000000", "--eval_iters=1", "--warmup_iters=0",
+             f"--max_iters={(last + 1) * workload.accumulation}",
+             f"--compile={workload.device.type == 'cuda' and workload.config != TINY}"]
 
+    def profiled_step(state):
+        """train.py's optimizer step, which ends a step of the profiler."""
+        grad_norm, step = optimizer_step(state), state.step + 1
+        if step in (warmup, last):
+            synchronize(workload.device)  # time the kernels, not only their launches
+        times[step, "before"] = time.perf_counter()
+        profiler.step()  # takes time itself when it starts
+        times[step, "after"] = time.perf_counter()
+        return grad_norm
 
-class StepProfiler:
-    """An optimizer hook that advances a profiler at each training step and times those after `first` up to `last`."""
-
-    def __init__(self, profiler, device, first, last):
-        self.profiler, self.device, self.first, self.last = profiler, device, first, last
-        self.step, self.started, self.seconds = 0, 0.0, 0.0
-
-    def __call__(self, optimizer, args, kwargs):
-        """Count a training step; called after each step of any optimizer."""
-        if not isinstance(optimizer, torch.optim.AdamW):  # every training step has one AdamW step; Muon's comes after
-            return
-        self.step += 1
-        if self.step in (self.first, self.last):
-            synchronize(self.device)  # time the kernels, not only their launches
-        if self.step == self.last:
-            self.seconds = time.perf_counter() - self.started
-        self.profiler.step()
-        if self.step == self.first:  # now that the profiler has started, which takes time itself
-            self.started = time.perf_counter()
+    with (chdir(workload.folder), torch.profiler.profile(schedule=schedule) as profiler,
+          patch.object(train, "optimizer_step", profiled_step), open(os.devnull, "w") as null, redirect_stdout(null)):
+        train.main([*workload.flags, *flags])
+    return profiler, times[last, "before"] - times[warmup, "after"]
 
 
 def summarize_profile(name, device, profiler, seconds, count=10):
@@ -934,8 +916,9 @@ def unpack_commit(commit, folder):
     return program
 
 
-SUBJECTS = {"train": bench_train, "small": bench_small, "generate": bench_generate, "profile": bench_profile,
-            "prepare": bench_prepare, "ranks": bench_ranks, "two-runs": bench_two_runs, "race": bench_race}
+SUBJECTS = {"train": bench_train, "small": bench_small, "loss": bench_loss, "generate": bench_generate,
+            "profile": bench_profile, "prepare": bench_prepare, "ranks": bench_ranks, "two-runs": bench_two_runs,
+            "race": bench_race}
 
 if __name__ == "__main__":
     main()

@@ -10,10 +10,7 @@ Runs of a sweep that differ only in the seed are one row, with the mean ± stand
 curve, in a band from the lowest to the highest. It reads only each run's log.jsonl, so a run may still be training.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import functools
 import os
@@ -24,10 +21,10 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from checkpoint import read_log
-from config import Config
-from runtime import files
-from runtime.errors import Parser, UserError, exit_with_one_line
+from storygpt.run import read_log
+from storygpt.settings import Config
+from storygpt.system import files
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
 
 TICKS = (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.4, 2.6, 2.8, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)  # times powers of ten
 REDUNDANT_SETTINGS = {"out_dir", "max_tokens"}  # other columns show them

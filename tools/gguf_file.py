@@ -6,8 +6,8 @@
 import torch
 
 import sample
-from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, byte_decoder
-from runtime.errors import UserError
+from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, byte_decoder
+from storygpt.system.errors import UserError
 
 
 def check_gguf(model, dtype, tokenizer):
@@ -60,16 +60,24 @@ def add_shape(writer, config):
 def named_weights(model):
     """The weights of a GPT as (name in llama.cpp, float32 tensor) pairs.
 
-    llama.cpp needs all biases: those of a GPT with bias = False are zeros. The head has no name: it then uses the token
-    embedding.
+    llama.cpp needs all biases: those of a GPT with bias = False are zeros. A tied head is left out: llama.cpp then uses
+    the token embedding.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    names = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer)
-    for name, p in model.state_dict().items():
+    names, weights = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer), model.state_dict()
+    if has_tied_head(model):
+        del weights["lm_head.weight"]
+    for name, p in weights.items():
         yield names.get_name(name, (".weight", ".bias")), p.float()
-        if not model.config.bias and name not in ("transformer.wte.weight", "transformer.wpe.weight"):
+        if not model.config.bias and name.startswith(("transformer.h.", "transformer.ln_f.")):
             yield names.get_name(name.replace(".weight", ".bias"), (".weight", ".bias")), torch.zeros(len(p))
+
+
+def has_tied_head(model):
+    """Whether the output head of a GPT has the weights of its token embedding."""
+    weights, none = model.state_dict(), torch.empty(0)
+    return torch.equal(weights.get("lm_head.weight", none), weights.get("transformer.wte.weight", none))
 
 
 def add_vocabulary(writer, tokenizer, vocab_size):

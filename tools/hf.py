@@ -12,10 +12,7 @@ the settings, the losses, samples and the table of tools.judge. An export is mad
 run's logits.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import hashlib
 import io
@@ -34,16 +31,16 @@ from pathlib import Path
 import tiktoken
 import torch
 
-import checkpoint
 import sample
-from config import Config
-from data import nursery
-from data.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
-from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
-from model import GPT, GPTConfig
-from runtime import files
-from runtime.errors import Parser, UserError, exit_with_one_line
-from tools.gguf_file import check_gguf, merges_from_ranks, modelfile, vocab_and_merges, write_gguf
+from model import GPT, GPTConfig, ModelSettings
+from storygpt import checkpoint
+from storygpt.corpus.dataset import data_sha256, with_checksum
+from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
+from storygpt.run import best_checkpoint, claim_run_folder, run_exists, start_run_folder
+from storygpt.settings import Config
+from storygpt.system import files
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from tools.gguf_file import check_gguf, has_tied_head, merges_from_ranks, modelfile, vocab_and_merges, write_gguf
 from tools.model_card import describe, model_card, training_settings
 
 # GPT-2 stores these matrices as (in, out), torch's linear layers as (out, in).
@@ -134,7 +131,7 @@ def export_run(out_dir, folder, name=None):
     model is not a GPT-2, or the folder is not empty or cannot be written.
     """
     silence_transformers()
-    path = checkpoint.best_checkpoint(out_dir)
+    path = best_checkpoint(out_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists: remove it or choose another folder")
     model, tokenizer, state = checkpoint.load_model(path)
@@ -148,7 +145,7 @@ def export_run(out_dir, folder, name=None):
             hf_model.save_pretrained(partial)
             hf_tokenizer.save_pretrained(partial)
             Path(partial, "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
-        check_is_gpt2(path, model, load_exported(partial), text_windows(tokenizer, state, model.config.block_size))
+        check_is_gpt2(path, model, load_exported(partial), tokenizer.end_of_text)
         card = model_card(name or folder.resolve().name, path, model, state)
         Path(partial, "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
@@ -167,15 +164,14 @@ def export_gguf(out_dir, target, dtype, with_modelfile):
     silence_transformers()
     if not (find_spec("gguf") and find_spec("accelerate")):  # the latter: transformers reads GGUF with it
         raise UserError("GGUF needs the packages gguf and accelerate:  pip install -r requirements-extra.txt")
-    path = checkpoint.best_checkpoint(out_dir)
+    path = best_checkpoint(out_dir)
     for file in (target, target.with_suffix(".Modelfile"))[:1 + with_modelfile]:
         if file.exists():
             raise UserError(f"{file} already exists: remove it or choose another name")
     model, tokenizer, state = checkpoint.load_model(path)
     check_gguf(model, dtype, tokenizer)
     hf_model = to_hf_model(path, model, tokenizer.end_of_text)
-    windows = text_windows(tokenizer, state, model.config.block_size)
-    check_is_gpt2(path, model, hf_model, windows)
+    check_is_gpt2(path, model, hf_model, tokenizer.end_of_text)
     texts = {"general.name": target.stem, "general.description": describe(model, state)}
     if settings := training_settings(state):
         texts["training.settings"] = json.dumps(settings)
@@ -184,7 +180,7 @@ def export_gguf(out_dir, target, dtype, with_modelfile):
         with hf_errors_as_user_errors(f"write {target}", "free some disk space or choose another folder"):
             partial.parent.mkdir(parents=True, exist_ok=True)
             write_gguf(partial, model, dtype, tokenizer, texts)
-            difference = gguf_difference(partial, model, hf_model, windows)
+            difference = gguf_difference(partial, model, hf_model, tokenizer.end_of_text)
             if not difference <= GGUF_TOLERANCE[dtype]:
                 raise UserError(f"{path} cannot be exported in {dtype}: its logits would differ by up to "
                                 f"{difference:.2g} of the largest from the run's: try another --dtype")
@@ -199,28 +195,13 @@ def export_gguf(out_dir, target, dtype, with_modelfile):
           f"{difference:.1g} of the largest from the run's in float32")
 
 
-def gguf_difference(file, model, hf_model, windows):
+def gguf_difference(file, model, hf_model, end_of_text):
     """`logit_difference` of a GPT and its GGUF file as transformers reads it; `hf_model`: for the config."""
     # llama.cpp has no other activation for GPT-2. Without the config, transformers would assume 1,024 positions.
     hf_model.config.activation_function = "gelu_new"
     with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
         exported = load_exported(file.parent, gguf_file=file.name, config=hf_model.config)
-    return logit_difference(model, exported, windows)
-
-
-def text_windows(tokenizer, state, block_size, count=4):
-    """At most `count` windows of text as token ids (N, block_size).
-
-    They are from the validation split of the run, whose checkpoint is the dict `state`, or, if data/ does not have that
-    split, from the nursery corpus.
-    """
-    folder = Path("data", state["config"]["dataset"])
-    with suppress(UserError):  # the dataset is not there
-        if data_sha256(read_meta(folder)) == state["data_sha256"]:
-            split = Split(folder, "validation", block_size, verify=False)
-            return torch.from_numpy(split.windows(evaluation_windows(split, count))[0])
-    tokens = tokenizer.encode_stories(list(nursery.stories(block_size)))  # a story has far more than `count` tokens
-    return torch.from_numpy(tokens[:count * block_size].astype("int64")).view(count, block_size)
+    return logit_difference(model, exported, end_of_text)
 
 
 def load_exported(folder, **options):
@@ -230,20 +211,29 @@ def load_exported(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def logit_difference(model, hf_model, windows):
-    """The largest difference between the logits of two models on windows (N, T), divided by the largest logit."""
+def logit_difference(model, hf_model, end_of_text):
+    """The largest difference between the logits of two models on random tokens, divided by the largest logit.
+
+    The models read whole blocks and a shorter text, with and without an end of text in the middle: an edit of model.py
+    may have an effect in only one of these cases.
+    """
+    T, generator = model.config.block_size, torch.Generator().manual_seed(0)
     differences, largest = [], []
     with torch.inference_mode():
-        for window in windows.split(1):  # (1, T), because all logits of a window of GPT-2 are already 200 MB
-            logits = model(window)  # (1, T, V)
-            differences.append((hf_model(window).logits - logits).abs().max())
+        for i, length in enumerate((T, T, T, T, T // 2)):
+            # One sequence at a time, because all logits of a block of GPT-2 are already 200 MB.
+            idx = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+            if i % 2:
+                idx[:, length // 2] = end_of_text
+            logits = model(idx)  # (1, length, V)
+            differences.append((hf_model(idx).logits - logits).abs().max())
             largest.append(logits.abs().max())
     return (torch.stack(differences).max() / torch.stack(largest).max()).item()
 
 
-def check_is_gpt2(path, model, hf_model, windows):
-    """Raise UserError unless a model of transformers gives the logits of the run's model on all windows (N, T)."""
-    difference = logit_difference(model, hf_model, windows)
+def check_is_gpt2(path, model, hf_model, end_of_text):
+    """Raise UserError unless a model of transformers gives the same logits as the run's model."""
+    difference = logit_difference(model, hf_model, end_of_text)
     if not difference <= LOGIT_TOLERANCE:  # so that NaN is an error, too
         raise UserError(f"{path} cannot be exported as a GPT-2: its logits would differ by up to {difference:.2g} of "
                         "the largest from the run's, because model.py is no longer GPT-2 (another norm, activation or "
@@ -265,15 +255,14 @@ def to_hf_model(path, model, end_of_text):
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function={"tanh": "gelu_new", "exact": "gelu"}[c.gelu],
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        bos_token_id=end_of_text, eos_token_id=end_of_text, n_ctx=c.block_size))  # n_ctx: for llama.cpp
+        tie_word_embeddings=has_tied_head(model), bos_token_id=end_of_text, eos_token_id=end_of_text,
+        n_ctx=c.block_size))  # n_ctx: for llama.cpp
     weights, expected = model.state_dict(), transpose_weights(hf_model.state_dict())
-    expected.pop("lm_head.weight")
     if not c.bias:
         weights = {name: torch.zeros_like(p) for name, p in expected.items() if name.endswith(".bias")} | weights
     if difference := parameter_difference(weights, expected):
         raise UserError(f"{path} cannot be exported as a GPT-2: {difference}")
-    weights = transpose_weights(weights)
-    hf_model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    hf_model.load_state_dict(transpose_weights(weights))
     sampling = sample.parse_args([])  # the defaults
     hf_model.generation_config = GenerationConfig(
         bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text, do_sample=True,
@@ -389,7 +378,7 @@ def import_model(source, out_dir, overwrite):
 
     Raises UserError if the model cannot be read, or computes another function than model.py.
     """
-    if checkpoint.run_exists(out_dir) and not overwrite:
+    if run_exists(out_dir) and not overwrite:
         raise UserError(f"{out_dir} already contains a run: choose another folder, or replace it with --overwrite")
     model, tokenizer = read_nanogpt(source) if Path(source).is_file() else read_hf(source)
     write_run(out_dir, model, tokenizer, overwrite)
@@ -414,7 +403,7 @@ def read_nanogpt(path):
                         "or the name of a hub model") from error
     try:
         config = GPTConfig(**{"dropout": 0.0, "gelu": "exact"} | state["model_args"])
-        Config(**shape_settings(config), dropout=config.dropout)
+        Config(**model_settings(config))
     except (TypeError, UserError) as error:
         raise UserError(f"the model_args of {path} are not those of a model of nanoGPT: {error}") from error
     if config.vocab_size not in NANOGPT_VOCABULARY:
@@ -467,43 +456,44 @@ def check_architecture(source, config):
             raise UserError(f"{source} has {name} = {getattr(config, name, None)!r}, but only {values} is supported: "
                             "use a GPT-2 model")
     try:
-        Config(**shape_settings(to_gpt_config(config)))
+        Config(**model_settings(to_gpt_config(config)))
     except UserError as error:
         raise UserError(f"config.json of {source} is invalid: {error}") from error
 
 
 def to_gpt_config(config):
     """Convert a transformers GPT2Config to a GPTConfig."""
-    return GPTConfig(config.vocab_size, block_size=config.n_positions, n_layer=config.n_layer, n_head=config.n_head,
-                     n_embd=config.n_embd, dropout=config.resid_pdrop, bias=True, gelu=GELU[config.activation_function])
+    return GPTConfig(vocab_size=config.vocab_size, block_size=config.n_positions, n_layer=config.n_layer,
+                     n_head=config.n_head, n_embd=config.n_embd, dropout=config.resid_pdrop, bias=True,
+                     gelu=GELU[config.activation_function])
 
 
-def shape_settings(config):
-    """The settings (of Config) that define the architecture of a GPTConfig."""
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("vocab_size", "dropout")}
+def model_settings(config):
+    """The settings (of Config) in a GPTConfig."""
+    return {f.name: getattr(config, f.name) for f in fields(ModelSettings)}
 
 
 def build_model(source, weights, config, vocab_size):
     """A GPT with these weights, a state dict, for a tokenizer of `vocab_size` tokens: further embeddings are dropped.
 
     Raises UserError if the weights are not those of a GPT with this GPTConfig, or not finite, or the head is not tied
-    to the embedding.
+    to the embedding as it is in model.py.
     """
-    head = weights.pop("lm_head.weight", None)
     with torch.device("meta"):
         if difference := parameter_difference(weights, GPT(config).state_dict()):
             raise UserError(f"{source} does not fit model.py: {difference}")
-    wte = weights["transformer.wte.weight"]  # (V, C)
-    if head is not None and not torch.equal(head, wte):
-        raise UserError(f"{source} has an untied output head: use a GPT-2 model with tied embeddings")
-    if len(wte) < vocab_size:
-        raise UserError(f"{source} is damaged: it has {len(wte)} token embeddings for a tokenizer of {vocab_size}")
-    if len(wte) > vocab_size:
-        print(f"dropped {len(wte) - vocab_size} token embeddings beyond the tokenizer's {vocab_size:,}")
-    model = GPT(replace(config, vocab_size=vocab_size))
-    model.load_state_dict(weights | {"transformer.wte.weight": wte[:vocab_size]})
-    if not all(p.isfinite().all() for p in model.parameters()):
+    embeddings = len(weights["transformer.wte.weight"])
+    if embeddings < vocab_size:
+        raise UserError(f"{source} is damaged: it has {embeddings} token embeddings for a tokenizer of {vocab_size}")
+    if embeddings > vocab_size:
+        print(f"dropped {embeddings - vocab_size} token embeddings beyond the tokenizer's {vocab_size:,}")
+    weights |= {name: weights[name][:vocab_size] for name in ("transformer.wte.weight", "lm_head.weight")}
+    if not all(p.isfinite().all() for p in weights.values()):
         raise UserError(f"{source} is damaged: some weights are not finite")
+    model = GPT(replace(config, vocab_size=vocab_size))
+    model.load_state_dict(weights)
+    if not all(torch.equal(p, weights[name]) for name, p in model.state_dict().items()):  # if model.py ties the head
+        raise UserError(f"{source} has an untied output head: use a GPT-2 model with tied embeddings")
     return model
 
 
@@ -549,7 +539,10 @@ def check_tokenizer_type(source, description):
 
 
 def write_run(out_dir, model, tokenizer, overwrite):
-    """Write a model and its tokenizer as a run with 0 training tokens."""
+    """Write a model and its tokenizer as a run with 0 training tokens.
+
+    Raises UserError if there is a run already, unless `overwrite`, or another process uses the folder.
+    """
     c = model.config
     no_data = {"stories": 0, "tokens": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": c.vocab_size, "end_of_text": tokenizer.end_of_text,
@@ -558,11 +551,12 @@ def write_run(out_dir, model, tokenizer, overwrite):
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         Path(folder, "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
-        checkpoint.create_run_folder(out_dir, Path(folder), overwrite)
-    config = Config(out_dir=str(out_dir), **shape_settings(c))
+        claim_run_folder(out_dir, overwrite)
+        start_run_folder(out_dir, Path(folder))
+    config = Config(out_dir=str(out_dir), **model_settings(c))
     checkpoint.save(out_dir / "ckpt.pt", {
         "model": model.state_dict(), "model_config": asdict(c), "config": asdict(config),
-        "data_sha256": data_sha256(meta), "iter": 0, "update": 0, "tokens": 0, "figures": {"iter": 0}})
+        "data_sha256": data_sha256(meta), "iter": 0, "step": 0, "tokens": 0, "metrics": {"iter": 0}})
 
 
 if __name__ == "__main__":

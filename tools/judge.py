@@ -10,10 +10,7 @@ run's measures are also written to judge.json in its folder, its stories to judg
 validated in docs/judging.md.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import importlib.util
 import json
@@ -26,12 +23,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import best_checkpoint, load, load_model
-from data.dataset import Split, read_meta
-from data.tokenizer import END_OF_TEXT, Tokenizer
-from runtime import files
-from runtime.errors import Parser, UserError, exit_with_one_line
-from runtime.hardware import autocast, pick_device, pick_dtype, pick_inference_dtype
+from storygpt.checkpoint import load, load_model
+from storygpt.corpus.dataset import Split, read_meta
+from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.generate import generate, prepare_for_generation
+from storygpt.run import best_checkpoint
+from storygpt.system import files
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.hardware import autocast, pick_device, pick_dtype, pick_inference_dtype
 from sample import add_sampling_flags, number, read_prompt
 from tools.compare import markdown, save_figure
 from tools.judging import controls, grammar, novelty, pairs, scoring, text
@@ -257,10 +256,10 @@ def judge_model(run, path, dataset, args):
             column.measures = scoring.language(model, tokenizer, pairs_by_kind)
             measures, column.curves = scoring.context(model, tokenizer, dataset.stories)
             column.measures |= measures
-    model.for_inference(args.device, pick_inference_dtype("auto", args.device))
-    column.stories, column.ended = without_empty(run, *generate(model, tokenizer, args))
+    prepare_for_generation(model, args.device, pick_inference_dtype("auto", args.device))
+    column.stories, column.ended = without_empty(run, *generate_stories(model, tokenizer, args))
     column.about = {"checkpoint": str(path), "tokens": checkpoint["tokens"],
-                    "val_loss": checkpoint["figures"].get("val_loss"), "dataset": dataset and dataset.name,
+                    "val_loss": checkpoint["metrics"].get("val_loss"), "dataset": dataset and dataset.name,
                     **{name: getattr(args, name) for name in SETTINGS}}
     return column
 
@@ -274,7 +273,7 @@ def check_vocabulary(tokenizer, texts):
                             f"{min(unknown)}; choose another --start or --dataset")
 
 
-def generate(model, tokenizer, args):
+def generate_stories(model, tokenizer, args):
     """Generate stories in batches: (texts, whether each ended before max_new_tokens)."""
     opening, device = [tokenizer.end_of_text, *tokenizer.encode(args.start)], args.device
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -284,8 +283,8 @@ def generate(model, tokenizer, args):
             count = min(BATCH, args.num_samples - len(stories))
             prompts = torch.tensor([opening] * count, device=device)
             tokens, done = [], 0
-            for step in model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                       generator, tokenizer.end_of_text):
+            for step in generate(model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                                 generator, tokenizer.end_of_text):
                 tokens.append(step.cpu())
                 finished = int((tokens[-1] == tokenizer.end_of_text).sum())
                 bar.update(finished - done)
@@ -383,7 +382,7 @@ def read_result(out_dir, state):
         return ""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        same_weights = (result["tokens"], result["val_loss"]) == (state["tokens"], state["figures"].get("val_loss"))
+        same_weights = (result["tokens"], result["val_loss"]) == (state["tokens"], state["metrics"].get("val_loss"))
         return describe_result(result) if same_weights else ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: remove it, or run  python -m tools.judge {out_dir}  again") from error

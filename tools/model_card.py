@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import sample
-from data.dataset import read_meta
-from data.tokenizer import END_OF_TEXT
-from runtime.errors import UserError
+from storygpt.corpus.dataset import read_meta
+from storygpt.corpus.tokenizer import END_OF_TEXT
+from storygpt.system.errors import UserError
 from tools import judge
 
 SAMPLE_FLAGS = ("--start", "Once upon a time", "--num_samples", "3", "--seed", "1", "--dtype", "float32",
@@ -20,8 +20,8 @@ def describe(model, state):
     line = f"GPT-2 architecture, {model.num_parameters():,} parameters"
     if state["tokens"]:
         line += f", trained on {state['tokens']:,} tokens of {state['config']['dataset']}"
-    if "val_loss" in state["figures"]:
-        line += f", validation loss {state['figures']['val_loss']:.4f} nats/token"
+    if "val_loss" in state["metrics"]:
+        line += f", validation loss {state['metrics']['val_loss']:.4f} nats/token"
     return line
 
 
@@ -56,7 +56,7 @@ print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], s
 
 def training_table(state, meta):
     """The table of the model card about training, as Markdown."""
-    metrics, data = state["figures"], meta["splits"]["train"]
+    metrics, data = state["metrics"], meta["splits"]["train"]
     loss, training_data = "not measured", "unknown (imported model)"
     if "val_loss" in metrics:
         loss = (f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte (evaluation at "

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import sample
+from storygpt.generate import generate, prepare_for_generation
 from tools.gguf_file import write_gguf
 
 DEFAULTS = sample.parse_args([])  # temperature and top_k
@@ -28,15 +29,15 @@ def programs(config):
 
 
 class ThisProgram:
-    """GPT.generate with the weights that sample.py uses by default on an x86 CPU."""
+    """storygpt/generate.py with the weights that sample.py uses by default on an x86 CPU."""
 
     def __init__(self, model, prompt, folder):
-        self.model, self.prompt = model.for_inference("cpu", torch.int8), prompt
+        self.model, self.prompt = prepare_for_generation(model, "cpu", torch.int8), prompt
 
     def generate(self, batch_size, new_tokens, greedy=False):
         """Generate that many tokens for each sequence; returns their ids as an array (batch_size, new_tokens)."""
         idx = torch.full((batch_size, 1), self.prompt)
-        steps = list(self.model.generate(idx, new_tokens, 0 if greedy else DEFAULTS.temperature, DEFAULTS.top_k))
+        steps = list(generate(self.model, idx, new_tokens, 0 if greedy else DEFAULTS.temperature, DEFAULTS.top_k))
         return torch.stack(steps, 1).numpy()
 
 

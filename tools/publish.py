@@ -9,10 +9,7 @@ records are published until training ends or Ctrl-C. Publishing a run again repl
 where nothing can be replaced, it creates another run.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
-
-    startup.before_importing_torch()
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import html
 import itertools
@@ -24,9 +21,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import checkpoint
-from runtime import files
-from runtime.errors import Parser, UserError, exit_with_one_line
+from storygpt.run import read_log
+from storygpt.system import files
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
 from tools.compare import markdown
 
 METRICS = {"step": ("train", ("loss", "lr", "grad_norm", "tokens_per_s", "skipped")),
@@ -113,7 +110,7 @@ def read_run(folder):
     """A run's log records, its stories (iteration → text), and the modification time of its log; empty if missing."""
     records, stories, modified = [], {}, 0
     try:
-        records, modified = checkpoint.read_log(folder / "log.jsonl"), (folder / "log.jsonl").stat().st_mtime
+        records, modified = read_log(folder / "log.jsonl"), (folder / "log.jsonl").stat().st_mtime
         # Read after the log: a story is written before the records that follow its evaluation.
         stories = read_stories(folder)
     except (FileNotFoundError, NotADirectoryError):

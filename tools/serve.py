@@ -9,12 +9,8 @@ The page requests a story with POST /generate and receives one line of JSON for 
 everyone who can reach the port can use it. Without --host, only this machine can.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
-    startup.before_importing_torch()
-
-import argparse
 import asyncio
 import functools
 import itertools
@@ -25,23 +21,21 @@ import secrets
 import socket
 import threading
 import time
-from collections import Counter
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
 
-import checkpoint
-from runtime.errors import Parser, UserError, exit_with_one_line
-from runtime.hardware import max_concurrent_samples, pick_device, pick_inference_dtype
+from sample import number
+from storygpt.checkpoint import load_model
+from storygpt.generate import generate, prepare_for_generation
+from storygpt.run import best_checkpoint, list_runs, newest_run
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.hardware import max_concurrent_samples, pick_device, pick_inference_dtype
 from tools import compare, publish
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_PROMPT = 10_000  # characters
-MAX_QUEUED = 8  # stories being generated or waiting
-REQUEST_TIMEOUT = 10  # seconds in which a request must arrive
-# A browser opens up to 6 connections, but programs on this machine share one address, as do users behind a proxy.
-MAX_PER_ADDRESS, MAX_CONNECTIONS = 150, 200
 TOP_TOKENS = 5  # most likely tokens that are shown with their probabilities
 # The settings of a request: name → type, minimum, maximum, default. JavaScript numbers are exact up to 2**53.
 LIMITS = {"temperature": (float, 0, 100, 0.8), "top_k": (int, 0, 10**9, 200), "top_p": (float, 1e-9, 1, 1.0),
@@ -56,10 +50,12 @@ def main(argv=None):
     """Serve the page until Ctrl-C. `argv`: the command line, by default sys.argv's."""
     args = parse_args(argv)
     try:
-        server = make_server(make_app(pick_device(args.device), args.host, lambda: server.should_exit))
+        import uvicorn
+        app = make_app(pick_device(args.device), args.host, lambda: server.should_exit)
     except ImportError as error:
         raise UserError("the page needs starlette and uvicorn:  pip install -r requirements-extra.txt") from error
-    checkpoint.newest_run()  # raises UserError if there is no run
+    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=1))
+    newest_run()  # raises UserError if there is no run
     try:
         listener = socket.create_server((args.host, args.port))
     except OSError as error:
@@ -74,13 +70,9 @@ def main(argv=None):
 
 def parse_args(argv):
     """Parse the command line. Exits with code 2 if it is wrong."""
-    def port(text):
-        if not 0 <= int(text) <= 65535:
-            raise argparse.ArgumentTypeError(f"{text} is not from 0 to 65535")
-        return int(text)
-
     parser = Parser(prog="python -m tools.serve", description="A local web page to generate stories with runs in out/.")
-    parser.add_argument("--port", type=port, default=8000, help="0: any free port (default: %(default)s)")
+    parser.add_argument("--port", type=number(int, 0, 65535, "from 0 to 65535"), default=8000,
+                        help="0: any free port (default: %(default)s)")
     parser.add_argument("--host", default=LOOPBACK[0],
                         help="address to listen on; 0.0.0.0: the whole network can connect (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -103,7 +95,7 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
     from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    queue = StoryQueue(max_concurrent_samples(device))
+    slots = asyncio.Semaphore(max_concurrent_samples(device))  # the other stories wait
 
     async def page(request):
         return FileResponse(Path(__file__).with_name("serve.html"), headers=HEADERS)
@@ -132,96 +124,20 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
 
     async def stream(settings):
         try:  # Starlette cancels this at an await if the client disconnects
-            async with queue.slot():
+            async with slots:
                 # Closed as soon as the client disconnects, not later by the garbage collector: on a GPU the story
                 # owns a CUDA graph, which must not be freed while the next story has one (PyTorch issue 193402).
-                with closing(generate(device, **settings)) as events:
+                with closing(story_events(device, **settings)) as events:
                     while not stopping() and (event := await run_in_threadpool(next, events, None)):
-                        yield json_line(event)
+                        yield json.dumps(event) + "\n"
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            yield json_line({"error": str(error)})
+            yield json.dumps({"error": str(error)}) + "\n"
 
     # Rejects requests of other web sites whose host name resolves to this address (DNS rebinding).
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK if host in LOOPBACK else ["*"])
     return Starlette(middleware=[hosts], routes=[
         Route("/", page), Route("/runs", runs), Route("/losses", losses), Route("/sample", sample),
         Route("/generate", story, methods=["POST"])])
-
-
-def make_server(app):
-    """A uvicorn server for the application, with limits that uvicorn lacks (see `limited_protocol`)."""
-    import uvicorn
-    # Without WebSockets, because a connection that is upgraded to one gets another protocol, without these limits.
-    return uvicorn.Server(uvicorn.Config(app, http=limited_protocol(), ws="none", log_level="warning",
-                                         timeout_graceful_shutdown=1))
-
-
-def limited_protocol():
-    """uvicorn's class for HTTP/1.1, with limits on clients that keep connections open without sending a request.
-
-    A connection is dropped if a request has not arrived completely REQUEST_TIMEOUT seconds after its first byte (the
-    first request: after the connection was made). If there are more than MAX_CONNECTIONS, or more than MAX_PER_ADDRESS
-    of one address, the address with the most loses the oldest of those that wait for a request.
-    """
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class LimitedProtocol(H11Protocol):
-        """See `limited_protocol`; `timeout` is the timer that drops the connection."""
-
-        def connection_made(self, transport):
-            """Start the timer; drop a connection if there are too many."""
-            super().connection_made(transport)
-            self.address = self.client and self.client[0]  # None if the client has already disconnected
-            self.timeout = self.loop.call_later(REQUEST_TIMEOUT, transport.abort)
-            counts = Counter(connection.address for connection in self.connections)
-            if len(self.connections) > MAX_CONNECTIONS or counts[self.address] > MAX_PER_ADDRESS:
-                dropped = max((connection for connection in self.connections if connection.is_waiting()),
-                              key=lambda connection: (counts[connection.address], -connection.timeout.when()))
-                dropped.transport.abort()
-                self.connections.discard(dropped)  # now: connection_lost() may follow only after more are made
-
-        def connection_lost(self, exc):
-            """Cancel the timer."""
-            super().connection_lost(exc)
-            self.timeout.cancel()
-
-        def handle_events(self):
-            """Process received data, also after a response what came before its end; start or cancel the timer."""
-            super().handle_events()
-            if not self.is_waiting():
-                self.timeout.cancel()
-            elif self.timeout.cancelled() and not self.timeout_keep_alive_task:  # which limits the time in between
-                self.timeout = self.loop.call_later(REQUEST_TIMEOUT, self.transport.abort)
-
-        def is_waiting(self):
-            """Whether a request, or its rest, is still to come, and no response is due before."""
-            return not self.cycle or self.cycle.more_body or self.cycle.response_complete
-
-    return LimitedProtocol
-
-
-class StoryQueue:
-    """Limits how many stories are generated at once (`concurrent`) and how many may wait (up to MAX_QUEUED in all)."""
-
-    def __init__(self, concurrent):
-        self.concurrent, self.queued = asyncio.Semaphore(concurrent), 0
-
-    @asynccontextmanager
-    async def slot(self):
-        """Wait for permission to generate a story. Raises UserError if the queue is full."""
-        if self.queued >= MAX_QUEUED:  # no await between this and the += 1, or simultaneous requests could all pass
-            raise UserError(f"the server is busy with {self.queued} stories: try again later")
-        self.queued += 1
-        try:
-            async with self.concurrent:
-                yield
-        finally:
-            self.queued -= 1
-
-
-def json_line(event):
-    """A dict as one line of JSON."""
-    return json.dumps(event) + "\n"
 
 
 async def read_json(request):
@@ -241,7 +157,7 @@ async def read_json(request):
 
 
 def check_request(request, runs):
-    """The keyword arguments for `generate` from a request's JSON, with defaults filled in.
+    """The keyword arguments for `story_events` from a request's JSON, with defaults filled in.
 
     Raises UserError for unknown keys, wrong types and values out of range.
     """
@@ -272,7 +188,7 @@ def check_run(run, runs):
 
 def run_names():
     """The names of the runs under out/ that have a checkpoint, newest first."""
-    return [folder.relative_to("out").as_posix() for folder in checkpoint.list_runs()]
+    return [folder.relative_to("out").as_posix() for folder in list_runs()]
 
 
 def read_losses():
@@ -314,22 +230,22 @@ def load(path, modified, device):
 
     `modified` (the file's modification time) only makes the cache load a newer checkpoint again.
     """
-    model, tokenizer, state = checkpoint.load_model(path)
+    model, tokenizer, state = load_model(path)
     facts = {"parameters": model.num_parameters(), "training_tokens": state["tokens"],
-             "block_size": model.config.block_size, "val_loss": state["figures"].get("val_loss")}
-    return model.for_inference(device, pick_inference_dtype("auto", device)), tokenizer, facts
+             "block_size": model.config.block_size, "val_loss": state["metrics"].get("val_loss")}
+    return prepare_for_generation(model, device, pick_inference_dtype("auto", device)), tokenizer, facts
 
 
-def generate(device, run, prompt, seed, max_new_tokens, **sampling):
+def story_events(device, run, prompt, seed, max_new_tokens, **sampling):
     """Generate a story with a run, yielding dicts for the page: facts about the model, each token, how it ended."""
-    path = checkpoint.best_checkpoint(Path("out", run))
+    path = best_checkpoint(Path("out", run))
     with load_lock:
         model, tokenizer, facts = load(path, path.stat().st_mtime_ns, device)
     prompt_tokens = tokenizer.encode(prompt)
     yield {"model": facts, "seed": seed, "prompt_tokens": len(prompt_tokens)}
     idx = torch.tensor([[tokenizer.end_of_text, *prompt_tokens]], device=device)  # (1, T); as in training
-    steps = model.generate(idx, max_new_tokens, generator=torch.Generator(device).manual_seed(seed),
-                           end_of_text=tokenizer.end_of_text, with_logits=True, **sampling)
+    steps = generate(model, idx, max_new_tokens, generator=torch.Generator(device).manual_seed(seed),
+                     end_of_text=tokenizer.end_of_text, with_logits=True, **sampling)
     steps = ((int(token), probabilities(int(token), logits[0], tokenizer)) for token, logits in steps)
     steps, copy = itertools.tee(steps)  # for the probabilities and for the text
     pieces = tokenizer.stream(itertools.takewhile(lambda token: token != tokenizer.end_of_text, (t for t, _ in copy)))

@@ -14,16 +14,13 @@ Ctrl-C stops all runs; the same command resumes them. Several of these commands 
 machines (--storage), share the work. docs/experiments.md has examples.
 """
 
-if __name__ == "__main__":
-    from runtime import startup
+import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
-    startup.before_importing_torch()
-
-import argparse
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,12 +37,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import read_log, run_exists
-from config import BUDGETS, Config, apply_overrides, parse_value, read_command_line
-from data.dataset import data_sha256, read_meta
-from runtime import files
-from runtime.errors import Parser, UserError, exit_with_one_line
-from runtime.hardware import StopSignals
+from sample import number
+from storygpt.corpus.dataset import data_sha256, read_meta
+from storygpt.run import read_log, run_exists
+from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
+from storygpt.system import files
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.hardware import StopSignals
 from tools import compare
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +54,6 @@ HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 60  # after the last heartbeat of a trial, until another process takes it up
 POLL_SECONDS = 0.5
 WAITING_SECONDS = 5  # without work, until a note about that is printed
-MAX_KILLS = 3  # times that train.py may be killed, as for lack of memory, before its run counts as failed
 PLOTTED = 10  # curves in a plot, as many as matplotlib has colors
 SKIPPED = "not a run of this command, or the same run as another trial"
 STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # of trials of the same run, the first of these counts
@@ -148,6 +145,7 @@ def make_parser():
                     "[--vary ...] [--seeds N] [--trials N] [--no_prune] [--jobs N] [--storage URL] [--picture]",
                     description="Train with several values of settings and several seeds, and compare the losses. Each "
                     "run is a folder in --out_dir, by default out/<config>-<the settings that vary>.")
+    positive = number(int, 1, 10**6, "1 or more")
     parser.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUES", help=EXAMPLE)
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per setting (default: 3, in a search 1)")
     parser.add_argument("--trials", type=positive, default=0, metavar="N",
@@ -186,13 +184,6 @@ def parse_args(argv):
     return Sweep(settings, base, varied, seeds, args.trials, prune, args.jobs, storage), args.picture
 
 
-def positive(text):
-    """A whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
-    return int(text)
-
-
 def parse_varied(texts):
     """The varied settings of all --vary flags, name → list of values or Range, in the order of Config.
 
@@ -217,20 +208,17 @@ def parse_varied(texts):
 
 def parse_range(name, text):
     """The Range that a text such as 1e-3..2e-2:log means. Raises UserError if it is none, or not one of numbers."""
-    ends, _, scale = text.partition(":")
-    low, _, high = ends.partition("..")
-    if not low or not high:
-        raise UserError(f"--vary {name}={text}: a range needs both ends, LOW..HIGH")
-    if scale not in ("", "log"):
-        raise UserError(f"--vary {name}={text}: after a range, only :log is possible")
-    low, high = parse_value(name, low), parse_value(name, high)
+    match = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
+    if not match:
+        raise UserError(f"--vary {name}={text}: a range is LOW..HIGH or LOW..HIGH:log")
+    low, high, log = parse_value(name, match[1]), parse_value(name, match[2]), match[3] is not None
     if isinstance(low, bool):
         raise UserError(f"--vary {name}={text}: {name} is no number, so give its values, separated by commas")
     if low >= high:
         raise UserError(f"--vary {name}={text}: the low end is not below the high end")
-    if scale and low <= 0:
+    if log and low <= 0:
         raise UserError(f"--vary {name}={text}: the low end of a logarithmic range must be above 0")
-    return Range(low, high, bool(scale))
+    return Range(low, high, log)
 
 
 def check_settings(sweep):
@@ -477,7 +465,7 @@ def train_run(sweep, slot, trial):
         pruned, code, printed = run_training(sweep, slot, trial, folder)
         if pruned:
             raise optuna.TrialPruned
-        check_finished(sweep, trial, code, printed)
+        check_finished(sweep, trial, code, printed, folder / "log.jsonl")
         run = compare.read_run(folder)
     except (UserError, OSError) as error:  # such as a damaged log
         no_result(trial, str(error))
@@ -579,21 +567,15 @@ def report_losses(sweep, trial, process, log):
             return False
 
 
-def check_finished(sweep, trial, code, printed):
-    """Raise NoResult if train.py, which exited with this code after it printed these lines, did not finish its run."""
-    stopped = any(line.startswith("stopped after step") for line in printed)
-    if code == 0 and not stopped:
-        return
-    if stopped or code in (130, -signal.SIGTERM) or sweep.stop.is_set():
+def check_finished(sweep, trial, code, printed, log):
+    """Raise NoResult if train.py did not finish its run: it exited with this code after it printed these lines."""
+    stopped = code in (130, -signal.SIGTERM) or (code == 0 and read_log(log)[-1].get("reason") == "stopped")
+    if stopped or (code and sweep.stop.is_set()):
         raise NoResult
-    if code > 0:
+    if code < 0:
+        no_result(trial, f"train.py was killed by signal {-code} (9: perhaps for lack of memory)")
+    if code:
         no_result(trial, printed[-1].removeprefix("error: ") if printed else f"train.py exited with code {code}")
-    killed = trial.user_attrs.get("killed", 0) + 1
-    trial.set_user_attr("killed", killed)
-    if killed > MAX_KILLS:
-        no_result(trial, f"train.py was killed {killed} times, the last time by signal {-code} (9: perhaps for lack of "
-                         "memory)")
-    raise NoResult
 
 
 def no_result(trial, error):

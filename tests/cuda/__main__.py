@@ -32,8 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import files
-from runtime.errors import Parser, UserError, exit_with_one_line
+from storygpt.system import files
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
 
 TINY_FLAGS = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 "
               "--max_iters=8 --warmup_iters=1 --eval_interval=4 --eval_iters=1 --compile=False").split()

@@ -21,15 +21,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import layers
+from storygpt import checkpoint
+from storygpt import fast as layers
 import sample
 import train
 from conftest import ROOT
-from layers import fused_linear_cross_entropy
+from storygpt.fast import fused_linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, window_start
 from modern import make_model
-from runtime.hardware import autocast, to_device
+from storygpt.system.hardware import autocast, to_device
 from tools import bench
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from config import Config
+from storygpt.settings import Config
 from model import GPTConfig, KVCache, sample_token
 from modern import make_model
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from storygpt import checkpoint
 from conftest import ROOT
-from runtime.errors import UserError
+from storygpt.system.errors import UserError
 from tests.cuda import __main__ as cuda
 
 

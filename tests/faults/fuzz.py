@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import prepare
 import sample
 import train
-from config import Config
 from conftest import TINY
-from data.tokenizer import END_OF_TEXT, Tokenizer
 from faults.processes import Failure, check_one_line_error, check_success, run
+from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.settings import Config
 
 # Small enough to train in no time, or absurdly large; sizes in between work, but take long.
 NUMBERS = st.one_of(st.integers(-3, 12), st.integers(10**9, 10**30), st.integers(-10**30, -10**9),

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -116,3 +117,23 @@ def limit_file_size(size):
     """Make this process's writes beyond a file size in bytes fail, as on a full disk; None: no limit."""
     if size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
+    """Run main(argv) on several processes, as torchrun would start them: (exit code, stdout, stderr) of each.
+
+    All but rank 0 start in `other_folder`. `while_running(pids)` is called while they run.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def setup(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.chdir(other_folder if rank else ".")
+
+    processes = [ForkedProcess(main, argv, lambda rank=rank: setup(rank)) for rank in range(world_size)]
+    if while_running:
+        while_running([process.pid for process in processes])
+    return [process.result() for process in processes]

@@ -24,12 +24,13 @@ from conftest import ROOT, TINY, use_gpt2_vocabulary
 
 import torch
 
-import checkpoint
 import prepare
 import sample
 import train
 from faults.processes import Failure, check_one_line_error, check_success, limit_file_size, run
-from runtime.errors import Parser
+from storygpt import checkpoint
+from storygpt.run import is_resumable, read_log
+from storygpt.system.errors import Parser
 
 # With all the state that a run can have: two optimizers, dropout, accumulation, evaluations between its steps.
 RUN = [*TINY, "--optimizer=muon", "--dropout=0.1", "--max_iters=120", "--log_interval=1", "--eval_interval=20",
@@ -41,11 +42,12 @@ def check_same_run(expected, actual):
     """Raise Failure unless two run folders are equal bit for bit: checkpoints, logged losses and samples."""
     for name, required in (("last.pt", checkpoint.LAST_REQUIRED_KEYS), ("ckpt.pt", checkpoint.REQUIRED_KEYS)):
         a, b = (checkpoint.load(Path(folder, name), required) for folder in (expected, actual))
-        for key in ("model", "optimizers", "scaler", "iter", "figures", "best_val_loss"):
+        for key in ("model", "optimizers", "scaler", "iter", "metrics", "best_val_loss"):
             if key in required and not equal(a[key], b[key]):
                 raise Failure(f"{key} in {actual}/{name} differs from {expected}/{name}")
-    for kind, keys in (("step", ("iter", "loss", "grad_norm", "lr")), ("eval", ("iter", "val_loss", "train_loss"))):
-        a, b = ([[r[key] for key in keys] for r in checkpoint.read_log(Path(folder, "log.jsonl")) if r["kind"] == kind]
+    for kind, keys in (("step", ("iter", "loss", "grad_norm", "lr")), ("eval", ("iter", "val_loss", "train_loss")),
+                       ("end", ("iter", "reason"))):
+        a, b = ([[r[key] for key in keys] for r in read_log(Path(folder, "log.jsonl")) if r["kind"] == kind]
                 for folder in (expected, actual))
         if a != b:
             raise Failure(f"the {kind} lines in {actual}/log.jsonl differ from {expected}/log.jsonl")
@@ -158,7 +160,7 @@ def train_on_full_disk(rng, counts):
         while result[0]:
             check_one_line_error(result, str(folder))
             counts["full disks"] += 1
-            if checkpoint.is_resumable(folder):
+            if is_resumable(folder):
                 checkpoint.load(folder / ("last.pt" if (folder / "last.pt").exists() else "last.prev.pt"),
                                 checkpoint.LAST_REQUIRED_KEYS)
             free = None if rng.random() < 0.5 else rng.randint(0, 400_000)
@@ -285,7 +287,7 @@ def soak_rank_kills(count, rng):
     process = subprocess.Popen([*torchrun, "--max-restarts=1000", *flags, "--out_dir=out/ranks_killed"], **options)
     while counts["killed ranks"] < count:
         next_kill += rng.randint(1, 100)  # steps
-        while not log.exists() or max([r.get("update", 0) for r in checkpoint.read_log(log)], default=0) < next_kill:
+        while not log.exists() or max([r.get("step", 0) for r in read_log(log)], default=0) < next_kill:
             time.sleep(0.05)
             if process.poll() is not None:
                 raise Failure(f"torchrun ended:\n{process.communicate()[0]}")

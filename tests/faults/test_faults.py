@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import prepare
 import train
 from conftest import ROOT, TINY
 from faults.processes import check_one_line_error, check_success, limit_file_size, run, wait_for_steps
+from storygpt import checkpoint
+from storygpt.run import read_log
 
 LONG = [*TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=out/x"]
 
@@ -29,7 +30,8 @@ def test_short_soak():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_repeated_signal_aborts_and_keeps_the_last_checkpoint(with_data, number):
     def send_twice(pid):
-        wait_for_steps("out/x", 0)
+        while not Path("out/x/last.pt").exists():  # saved after the first step
+            time.sleep(0.01)
         for _ in range(2):
             time.sleep(0.1)
             os.kill(pid, number)
@@ -37,7 +39,22 @@ def test_a_repeated_signal_aborts_and_keeps_the_last_checkpoint(with_data, numbe
     flags = [*LONG, "--block_size=64", "--batch_size=2048", "--device_batch_size=4"]  # a step takes seconds
     code, out, err = run(train.main, flags, while_running=send_twice)
     assert code == 130 and err.endswith("stopped\n") and "Traceback" not in err
-    assert checkpoint.load("out/x/last.pt")["update"] == 0
+    assert checkpoint.load("out/x/last.pt")["step"] == 1
+
+
+def test_a_run_killed_just_before_its_first_checkpoint_is_started_again(with_data):
+    """As by torchrun, which restarts the same command."""
+    def kill_at_first_save():
+        def hook(event, args):
+            if event == "open" and str(args[0]).endswith("last.pt.tmp"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+
+    flags = [*TINY, "--out_dir=out/x", "--resume=auto", "--max_iters=4"]
+    assert run(train.main, flags, setup=kill_at_first_save)[0] == -signal.SIGKILL
+    assert Path("out/x/log.jsonl").exists()
+    check_success(run(train.main, flags))
+    assert [r["kind"] for r in read_log("out/x/log.jsonl")] == ["run", "step", "step", "eval", "end"]
 
 
 def test_a_closed_stdout_ends_the_run_silently(with_data):
@@ -48,7 +65,7 @@ def test_a_closed_stdout_ends_the_run_silently(with_data):
 
     code, _, err = run(train.main, LONG, setup=close_stdout)
     assert code == 141 and err == ""
-    check_success(run(train.main, ["--resume", "--out_dir=out/x", "--max_iters=4"]))
+    check_success(run(train.main, [*TINY, "--resume=auto", "--out_dir=out/x", "--max_iters=4"]))
 
 
 def test_a_second_process_on_a_run_is_refused(with_data):

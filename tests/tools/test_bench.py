@@ -14,30 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.profiler_util import Interval
 
-import model
-from config import parse_value
+import train
 from conftest import TINY
-from data.tokenizer import Tokenizer
-from layers import linear_cross_entropy
 from model import GPT, GPTConfig
-from modern import count_parameters
-from runtime import files
-from runtime.errors import UserError
+from storygpt import fast, loss
+from storygpt.corpus.tokenizer import Tokenizer
+from storygpt.fast import count_parameters
+from storygpt.generate import generate
+from storygpt.settings import parse_value
+from storygpt.system import files
+from storygpt.system.errors import UserError
 from tools import bench, peers
+
+FASTER = [(fast, "dropout"), (fast, "causal_attention"), (loss, "fused_linear_cross_entropy"), (loss, "UsedTokens")]
 
 
 @pytest.fixture
 def small(monkeypatch, here):
     """An empty folder; everything that the benchmark's variants patch is restored after the test."""
-    for owner, name in [(model, "Dropout"), (model, "causal_attention"), (sys, "stdout"), (files, "append_line")]:
+    for owner, name in [*FASTER, (train, "fuse_loss"), (train, "save_last"), (sys, "stdout"), (files, "append_line"),
+                        (torch, "compile")]:
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(GPT, "loss_function", staticmethod(GPT.loss_function))
 
 
 def fake_timings(seconds):
-    """A `time_variants` in which every variant takes this long."""
-    return lambda names, workload, rounds: (dict.fromkeys(names, [seconds]), dict.fromkeys(names, 1.0),
-                                            dict.fromkeys(names, 3.0))
+    """A `time_variants` in which every variant takes this long, and 3 seconds at first."""
+    return lambda names, workload, rounds: dict.fromkeys(names, [(3.0, 1.0), (seconds, 1.0)])
 
 
 def test_variants_are_interleaved_after_a_warm_up():
@@ -45,7 +47,7 @@ def test_variants_are_interleaved_after_a_warm_up():
     seconds = bench.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.0}, rounds=3)
     assert calls == ["a", "b"] * 4
     assert len(seconds["a"]) == 3 and seconds["b"] == [2.0] * 3
-    medians, spreads = bench.median_rates({"b": 10}, {"b": [1.0, 2.0, 5.0]})
+    medians, spreads = bench.measure_rates({"b": (10, iter([9.0, 1.0, 2.0, 5.0]).__next__)}, rounds=3)
     assert medians == {"b": 5.0} and spreads == {"b": (2.0, 10.0)}
 
 
@@ -79,14 +81,36 @@ def test_each_variant_does_its_optimizer_steps_in_each_round(small, here, monkey
     assert all(seconds > 0 and mb > 10 for seconds, mb in pipe.answers)
 
 
-def test_a_variant_replaces_layers_by_torchs(small, here):
+@pytest.mark.parametrize("name, without", [
+    ("torch's dropout", FASTER[:1]), ("torch's attention", FASTER[1:2]), ("unfused loss", FASTER[2:3]),
+    ("whole vocabulary", FASTER[3:]), ("baseline", FASTER)])
+def test_a_variant_does_without_something_faster(small, here, monkeypatch, name, without):
+    def fail(*args):
+        raise AssertionError("called")
+
     workload = bench.make_workload(here, torch.device("cpu"), bench.TINY)
-    with pytest.raises(SystemExit):
-        bench.run_variant(ParentPipe(), "baseline", workload)
-    assert model.Dropout is torch.nn.Dropout and GPT.loss_function is linear_cross_entropy
-    q, k, v = torch.randn(3, 1, 2, 4, 8)
-    attention = model.causal_attention(q, k, v, torch.nn.Dropout(0.0))
-    torch.testing.assert_close(attention, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    for owner, attribute in without:
+        monkeypatch.setattr(owner, attribute, fail)
+    with pytest.raises(AssertionError, match="called"):
+        bench.run_variant(ParentPipe(), "this project", workload)
+    with pytest.raises(SystemExit):  # at the end
+        bench.run_variant(ParentPipe(), name, workload)
+
+
+def test_the_losses_that_are_compared_are_equal():
+    x, weight, targets = torch.randn(6, 4), torch.randn(9, 4), torch.tensor([0, 8, 3, -1, 5, 8])
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    for function in (loss.fused_linear_cross_entropy, bench.unfused_loss):
+        torch.testing.assert_close(function(x, weight, targets)[0], expected)
+    if hasattr(F, "linear_cross_entropy"):
+        torch.testing.assert_close(bench.torch_fused_loss(x, weight, targets)[0], expected)
+
+
+def test_the_loss_is_timed_in_all_ways(small, capsys):
+    bench.main(["loss", "--tiny", "--json", "--rounds=1", "--device=cpu"])
+    result = json.loads(capsys.readouterr().out)["loss"]
+    assert result["rows"] == 32 * 16 and result["seconds"].keys() == result["spreads"].keys()
+    assert list(result["seconds"])[:2] == ["fused", "unfused"] and all(s > 0 for s in result["seconds"].values())
 
 
 def test_a_variant_that_fails_is_named(small, here):
@@ -110,7 +134,7 @@ def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
     assert result["generate"].keys() >= {
         "tokens_per_s_1", "tokens_per_s_32", "bandwidth_fraction_1", "first_token_s", "peers_tokens_per_s"}
     assert result["generate"]["dtype"] == "int8" and len(result["generate"]["tokens_per_s_of_each"]) == 12
-    programs = peers.programs(GPTConfig(300, n_embd=16)).keys()
+    programs = peers.programs(GPTConfig(vocab_size=300, n_embd=16)).keys()
     assert ("CTranslate2" in programs) == (find_spec("ctranslate2") is not None)
     assert result["generate"]["peers_tokens_per_s"].keys() == {f"{name}, {n}" for name in programs for n in (1, 32)}
     differences = result["generate"]["first_greedy_difference"]
@@ -133,7 +157,7 @@ def test_prepare_and_train_keys_and_the_tables(small, monkeypatch, capsys):
                              "baseline_peak_mb", "peak_mb"}
     assert result["tokens_per_s"] == 32 * 16 / 2.0 and result["first_round_s_of_each"]["baseline"] == 3.0
     used = replace(bench.TINY, vocab_size=75)  # the data uses a quarter of the vocabulary
-    flops_per_token = 6 * count_parameters(used) + 12 * 2 * 16 * 32
+    flops_per_token = 6 * count_parameters(GPT, used) + 12 * 2 * 16 * 32
     assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops_per_token / result["mfu_of_tflops"] / 1e12)
     assert result["mfu_of_measured"] == result["mfu"]  # there is no data sheet of a CPU
 
@@ -146,8 +170,8 @@ def test_wrong_arguments_are_named(fails, words):
 def test_two_ranks_all_reduce_gradients_in_both_ways(small, capsys):
     bench.main(["ranks", "--tiny", "--json", "--rounds=1"])
     result = json.loads(capsys.readouterr().out)["ranks"]
-    assert result["processes"] == 2 and result["exchanged_mb"] == 4 * count_parameters(bench.TINY) / 1e6
-    assert list(result["seconds"]) == ["all-reduce", "forward and backward", "forward, backward, all-reduce",
+    assert result["processes"] == 2 and result["exchanged_mb"] == 4 * count_parameters(GPT, bench.TINY) / 1e6
+    assert list(result["seconds"]) == ["forward and backward", "all-reduce", "forward, backward, all-reduce",
                                        "DistributedDataParallel"]
     assert all(seconds > 0 for seconds in result["seconds"].values())
 
@@ -170,19 +194,16 @@ def test_two_runs_at_once_are_compared_with_one(small, monkeypatch, capsys):
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
-@pytest.mark.parametrize("spin_count", ["1", "1000"])
-def test_two_processes_get_the_spin_count(small, here, monkeypatch, spin_count):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+def test_each_of_two_processes_gets_the_spin_count(small, monkeypatch):
     monkeypatch.setattr(bench, "run_variant", send_spin_count)
-    with bench.two_processes(None, spin_count) as pipes:
-        assert [bench.ask(pipes, name) for name in pipes] == [spin_count] * 2
-    assert "GOMP_SPINCOUNT" not in os.environ
+    with bench.two_processes(None, "1") as first, bench.two_processes(None, "1000") as second:
+        assert [bench.slowest(pipes, ["first", "second"]) for pipes in (first, second)] == [1, 1000]
 
 
 def send_spin_count(pipe, name, workload):
-    """A child process that answers with its GOMP_SPINCOUNT."""
+    """A child process that answers with its GOMP_SPINCOUNT as the seconds."""
     pipe.recv()
-    pipe.send(os.environ["GOMP_SPINCOUNT"])
+    pipe.send((float(os.environ["GOMP_SPINCOUNT"]), 0))
 
 
 def test_a_profile_lists_the_most_expensive_operations(small, capsys):
@@ -298,7 +319,7 @@ def test_only_the_race_takes_a_config(fails):
 def test_the_first_difference_of_a_greedy_story():
     torch.manual_seed(0)
     model = GPT(bench.TINY).eval()
-    story = [int(token) for token in model.generate(torch.tensor([[5]]), 15, temperature=0)]
+    story = [int(token) for token in generate(model, torch.tensor([[5]]), 15, temperature=0)]
     assert bench.first_difference(model, 5, story) == "none in 15 tokens"
     other = [*story[:7], (story[7] + 1) % 300, *story[8:]]
     assert bench.first_difference(model, 5, other).startswith("token 8, whose logit is ")

@@ -12,21 +12,24 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+import torch.nn as nn
 
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extra.txt")
 
-import checkpoint
-import model as model_module
 import prepare
 import sample
 import train
 from conftest import ROOT, TINY
-from data.dataset import Split
-from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from model import GPT, GPTConfig
+from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
+from storygpt import checkpoint
+from storygpt.corpus.dataset import Split
+from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from storygpt.generate import generate
+from storygpt.run import read_log
 from tools import gguf_file, hf
 
+SHAPE = dict(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=16)  # of out/tiny
 TEXTS = ["Once upon a time, there was a fox.", "  two  spaces\n\n and lines \n", "trailing   ", "", "\n",
          "naïve 🦊 façade\tx1234567 don't I'LL", "\r\n\r\n  \n x\u00a0y\u2003z  ", "一二三 été №5 ½ … !?!?  --",
          " \n\n\n  a  \n b"]
@@ -73,7 +76,7 @@ def test_exported_model_and_tokenizer_give_equal_results(run, capsys):
         assert hf_tokenizer.decode(tokenizer.encode(text)) == text
     prompt = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("One")]])
     new = 16 - prompt.size(1)
-    story = [int(token) for token in model.generate(prompt, new, temperature=0, end_of_text=tokenizer.end_of_text)]
+    story = [int(token) for token in generate(model, prompt, new, temperature=0, end_of_text=tokenizer.end_of_text)]
     hf_story = hf_model.generate(prompt, max_new_tokens=new, do_sample=False, temperature=1.0, top_k=50)
     assert hf_story[0, prompt.size(1):].tolist() == story
 
@@ -91,7 +94,7 @@ def test_exported_files_and_model_card(run, fails):
     assert hf_tokenizer.model_max_length == 16 and hf_tokenizer.bos_token == END_OF_TEXT
     assert hf_tokenizer.encode(END_OF_TEXT) == [299]
     card = Path("model/README.md").read_text()
-    for text in (f"{state['figures']['val_loss']:.4f} nats/token", f"{state['figures']['val_bpb']:.4f} bits per byte",
+    for text in (f"{state['metrics']['val_loss']:.4f} nats/token", f"{state['metrics']['val_bpb']:.4f} bits per byte",
                  "| learning_rate | 0.01 |", "tokens of 54 stories (nursery-bpe300)", "| training tokens | 1,536 |",
                  "bpe300, 300 tokens"):
         assert text in card
@@ -101,69 +104,67 @@ def test_exported_files_and_model_card(run, fails):
     assert done.returncode == 0 and done.stdout.startswith("Once upon a time")
 
 
-def test_a_model_without_biases(run):
-    train.main([*TINY, "--bias=False", "--max_iters=4", "--out_dir=out/bare"])
-    hf_model, _ = export("out/bare", "model")
-    hf.main(["import", "model", "out/back"])
-    idx = validation_tokens(2, 16)
-    with torch.no_grad():
-        logits = checkpoint.load_model(Path("out/bare/ckpt.pt"))[0](idx)
-        torch.testing.assert_close(hf_model(idx).logits, logits, atol=1e-4, rtol=0)
-        torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), logits)
+def edit(monkeypatch, cls, layers, **methods):
+    """Edit a class of model.py: `layers` (attribute → function of the GPTConfig) and methods replace its own."""
+    def init(self, config, init=cls.__init__):
+        init(self, config)
+        for name, make in layers.items():
+            setattr(self, name, make(config))
+    for name, method in {"__init__": init, **methods}.items():
+        monkeypatch.setattr(cls, name, method)
 
 
-class RMSNormBlock(model_module.Block):
-    """A block with RMSNorm instead of LayerNorm: without biases, the names and shapes of the parameters are GPT-2's."""
-
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
-        self.ln_1, self.ln_2 = torch.nn.RMSNorm(config.n_embd), torch.nn.RMSNorm(config.n_embd)
+def swiglu(self, x):
+    value, gate = self.c_fc(x).chunk(2, -1)
+    return self.c_proj(value * nn.functional.silu(gate))
 
 
-class ReluMLP(model_module.MLP):
-    """An MLP with another activation."""
-
-    def forward(self, x):
-        return self.c_proj(self.c_fc(x).relu())
-
-
-class SwiGLU(model_module.MLP):
-    """An MLP with a gate: the first matrix has another shape than GPT-2's."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.c_fc = model_module.Linear(config.n_embd, 8 * config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        value, gate = self.c_fc(x).chunk(2, -1)
-        return self.c_proj(value * torch.nn.functional.silu(gate))
-
-
-class ScaledBlock(model_module.Block):
-    """A block with a parameter more."""
-
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
-        self.scale = torch.nn.Parameter(torch.ones(config.n_embd))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("changed_class, complaint", [
-    (RMSNormBlock, {True: "transformer.h.0.ln_1.bias is missing (and 3 more differences)", False: None}),
-    (ReluMLP, {True: None, False: None}),
-    (SwiGLU, dict.fromkeys([True, False], "transformer.h.0.mlp.c_fc.weight has shape (128, 16), expected (64, 16)")),
-    (ScaledBlock, dict.fromkeys([True, False], "transformer.h.0.scale is unexpected (and 1 more difference)")),
+@pytest.mark.parametrize("bias, cls, layers, methods, complaint", [
+    (True, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, "h.0.ln_1.bias is missing (and 1 more difference)"),
+    (False, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, None),  # the names and shapes are GPT-2's
+    (True, Block, {"mlp": lambda c: nn.Sequential(nn.Linear(c.n_embd, 64), nn.GELU("tanh"), nn.Linear(64, c.n_embd))},
+     {}, "h.0.mlp.c_fc.weight is missing (and 15 more differences)"),
+    (True, Block, {"scales": lambda c: nn.ParameterList([torch.ones(1)])}, {}, "h.0.scales.0 is unexpected (and 1"),
+    (True, Block, {"scale": lambda c: nn.Buffer(torch.ones(1))}, {}, "h.0.scale is unexpected (and 1 more difference)"),
+    (True, Block, {"scale": lambda c: nn.Buffer(torch.tensor(0.9), persistent=False)},
+     {"forward": lambda self, x, cache=None, forward=Block.forward: self.scale * forward(self, x, cache)}, None),
+    (True, MLP, {}, {"forward": lambda self, x: self.c_proj(self.c_fc(x).relu())}, None),
+    (False, MLP, {"c_fc": lambda c: nn.Linear(c.n_embd, 128, bias=False)}, {"forward": swiglu},
+     "h.0.mlp.c_fc.weight has shape (128, 16), expected (64, 16)"),
+    (True, MLP, {"c_fc": lambda c: nn.utils.parametrizations.weight_norm(nn.Linear(c.n_embd, 64))}, {},
+     "h.0.mlp.c_fc.weight is missing (and 5 more differences)"),
+    # What depends on the length of the text, but not in a full block, and what only an end of text changes.
+    (True, CausalSelfAttention, {}, {"attend": lambda self, q, k, v, cache, attend=CausalSelfAttention.attend: attend(
+        self, q * (q.size(2) / 16) ** 0.5, k, v, cache)}, None),
+    (True, GPT, {}, {"hidden_states": lambda self, idx, *args, hidden_states=GPT.hidden_states: hidden_states(
+        self, idx, *args) + (idx == 299)[..., None] * torch.arange(16)}, None),
 ])
-def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, changed_class, complaint, bias):
-    monkeypatch.setattr(model_module, changed_class.__mro__[1].__name__, changed_class)
-    write_run("out/changed", GPTConfig(300, 16, 2, 2, 16, bias=bias))
-    error = fails(hf.main, ["export", "out/changed", "model"])
-    if complaint[bias]:
-        assert f"out/changed/ckpt.pt cannot be exported as a GPT-2: {complaint[bias]}" in error
-    else:
-        difference = re.search(r"its logits would differ by up to ([\d.]+) of the largest from the run's", error)
-        assert difference and float(difference[1]) > 1e-3
-    assert not Path("model").exists() and not Path(".model.partial").exists()
+def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, bias, cls, layers, methods, complaint):
+    edit(monkeypatch, cls, layers, **methods)
+    write_run("out/edited", GPTConfig(**SHAPE, bias=bias))
+    for target in ("model", "model.gguf"):
+        error = fails(hf.main, ["export", "out/edited", target])
+        if complaint:
+            assert f"out/edited/ckpt.pt cannot be exported as a GPT-2: transformer.{complaint}" in error
+        else:
+            difference = re.search(r"its logits would differ by up to ([\d.]+) of the largest from the run's", error)
+            assert difference and float(difference[1]) > 1e-3
+        assert sorted(os.listdir()) == ["data", "out"]
+
+
+@torch.no_grad()
+def test_a_model_with_an_untied_head(run, monkeypatch, fails):
+    with monkeypatch.context() as edited:
+        edit(edited, GPT, {"lm_head": lambda c: nn.Linear(c.n_embd, c.vocab_size, bias=False)})
+        model, idx = write_run("out/untied", GPTConfig(**SHAPE)), validation_tokens(2, 16)
+        hf_model, _ = export("out/untied", "model")
+        torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-5, rtol=0)
+        hf.main(["import", "model", "out/back"])
+        torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), model(idx))
+        hf.main(["export", "out/untied", "model.gguf"])
+        values = torch.from_numpy(read_gguf("model.gguf")[1]["output.weight"][1])
+        torch.testing.assert_close(values, model.lm_head.weight, atol=1e-3, rtol=0)
+    assert "model has an untied output head" in fails(hf.main, ["import", "model", "out/tied"])
 
 
 def test_a_modern_model_is_not_exported(run, fails):
@@ -171,17 +172,6 @@ def test_a_modern_model_is_not_exported(run, fails):
     error = fails(hf.main, ["export", "out/modern", "model"])
     assert "transformers has no model of the architecture 'modern'" in error and "--architecture=gpt2" in error
     assert not Path("model").exists()
-
-
-@pytest.mark.parametrize("text", ["validation split", "nursery corpus"])
-def test_an_export_is_checked_on_text_that_fills_its_context(run, text):
-    _, tokenizer, state = checkpoint.load_model(Path("out/tiny/ckpt.pt"))
-    if text == "nursery corpus":
-        state["data_sha256"] = {}  # as of other data with the same name
-    windows = hf.text_windows(tokenizer, state, 16)
-    assert windows.shape == (4, 16)
-    assert torch.equal(windows[:1], validation_tokens(1, 16)) == (text == "validation split")
-    assert len(tokenizer.decode(windows.flatten().tolist()).split()) > 10
 
 
 def test_export_then_import_gives_the_same_model(run, capsys):
@@ -207,7 +197,7 @@ def test_fine_tuning_an_import_with_a_shorter_block_on_data_with_its_tokenizer(r
     flags = [flag for flag in TINY if not flag.startswith(("--dataset", "--n_", "--block"))]
     train.main([*flags, "--dataset=nursery-base", "--init_from=out/base", "--block_size=8", "--out_dir=out/tuned"])
     model = checkpoint.load_model(Path("out/tuned/ckpt.pt"))[0]
-    steps = [r for r in checkpoint.read_log("out/tuned/log.jsonl") if r["kind"] == "step"]
+    steps = [r for r in read_log("out/tuned/log.jsonl") if r["kind"] == "step"]
     assert model.config.block_size == 8 and steps[0]["loss"] < 5.3  # ln 300 is 5.7
     assert "no checkpoint out/base/last.pt" in fails(train.main, ["--out_dir=out/base", "--resume"])
     train.main(["--out_dir=out/base", "--eval_only", "--dataset=nursery-bpe300"])
@@ -361,17 +351,17 @@ def test_import_of_a_hub_model_from_the_cache(hf_tokenizer):
 
 # ---- nanoGPT ----
 
-class NanoBlock(torch.nn.Module):
+class NanoBlock(nn.Module):
     """A block of nanoGPT in plain torch, with its names of parameters."""
 
     def __init__(self, n_embd, n_head, bias):
         super().__init__()
-        self.ln_1, self.ln_2 = (torch.nn.LayerNorm(n_embd, bias=bias) for _ in range(2))
-        self.attn, self.mlp, self.n_head = torch.nn.Module(), torch.nn.Module(), n_head
-        self.attn.c_attn = torch.nn.Linear(n_embd, 3 * n_embd, bias=bias)
-        self.attn.c_proj = torch.nn.Linear(n_embd, n_embd, bias=bias)
-        self.mlp.c_fc = torch.nn.Linear(n_embd, 4 * n_embd, bias=bias)
-        self.mlp.c_proj = torch.nn.Linear(4 * n_embd, n_embd, bias=bias)
+        self.ln_1, self.ln_2 = (nn.LayerNorm(n_embd, bias=bias) for _ in range(2))
+        self.attn, self.mlp, self.n_head = nn.Module(), nn.Module(), n_head
+        self.attn.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.attn.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.mlp.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.mlp.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
 
     def forward(self, x):
         B, T, C = x.shape
@@ -384,20 +374,20 @@ class NanoBlock(torch.nn.Module):
         return x + self.mlp.c_proj(h * (1 + torch.erf(h / 2 ** 0.5)) / 2)  # the exact GELU
 
 
-class NanoGPT(torch.nn.Module):
+class NanoGPT(nn.Module):
     """The model of nanoGPT in plain torch, with random weights: token ids (B, T) -> logits (B, T, V)."""
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True):
         super().__init__()
         torch.manual_seed(0)
-        self.transformer = torch.nn.ModuleDict(dict(
-            wte=torch.nn.Embedding(vocab_size, n_embd), wpe=torch.nn.Embedding(block_size, n_embd),
-            h=torch.nn.ModuleList(NanoBlock(n_embd, n_head, bias) for _ in range(n_layer)),
-            ln_f=torch.nn.LayerNorm(n_embd, bias=bias)))
-        self.lm_head = torch.nn.Linear(n_embd, vocab_size, bias=False)
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(vocab_size, n_embd), wpe=nn.Embedding(block_size, n_embd),
+            h=nn.ModuleList(NanoBlock(n_embd, n_head, bias) for _ in range(n_layer)),
+            ln_f=nn.LayerNorm(n_embd, bias=bias)))
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         for p in self.parameters():
-            torch.nn.init.normal_(p, std=0.2)
+            nn.init.normal_(p, std=0.2)
 
     def forward(self, idx):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.size(1)]  # (B, T, C)
@@ -441,25 +431,16 @@ def test_import_of_a_checkpoint_of_nanogpt(here, capsys, settings, change):
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_run_with_the_exact_gelu_in_nanogpt_and_transformers(run, bias):
-    shape = dict(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=bias)
-    model, nanogpt = write_run("out/exact", GPTConfig(**shape, gelu="exact")), NanoGPT(**shape)
+    model = write_run("out/exact", GPTConfig(**SHAPE, bias=bias, gelu="exact"))
+    nanogpt = NanoGPT(**SHAPE, bias=bias)
     idx = validation_tokens(4, 16)
-    weights = checkpoint.load("out/exact/ckpt.pt")["model"]
-    nanogpt.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    nanogpt.load_state_dict(checkpoint.load("out/exact/ckpt.pt")["model"])
     torch.testing.assert_close(nanogpt(idx), model(idx), atol=1e-5, rtol=0)
     hf_model, _ = export("out/exact", "model")
     assert hf_model.config.activation_function == "gelu"
     torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-5, rtol=0)
     hf.main(["import", "model", "out/back"])
     torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), model(idx))
-
-
-def test_fine_tuning_keeps_the_gelu(run, fails):
-    write_run("out/exact", GPTConfig(300, 16, 2, 2, 16, gelu="exact"))
-    flags = [*TINY, "--max_iters=4", "--init_from=out/exact", "--out_dir=out/tuned"]
-    assert "gelu = 'tanh' differs from that of init_from" in fails(train.main, [*flags, "--gelu=tanh"])
-    train.main(flags)
-    assert checkpoint.load_model(Path("out/tuned/ckpt.pt"))[0].config.gelu == "exact"
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -499,7 +480,7 @@ def test_import_from_nanogpt_needs_no_transformers(here, monkeypatch):
 def test_export_and_import_of_gpt2s_vocabulary(here):
     tokenizer = Tokenizer.named("gpt2")
     hf_tokenizer = hf.to_hf_tokenizer(tokenizer, 1024)
-    for text in [*TEXTS, README, (ROOT / "data/nursery.py").read_text()[:20_000]]:
+    for text in [*TEXTS, README, (ROOT / "storygpt/corpus/nursery.py").read_text()[:20_000]]:
         assert hf_tokenizer.encode(text) == tokenizer.encode(text)
     back = hf.from_hf_tokenizer("x", hf_tokenizer, None)
     assert back == tokenizer and back.name == "gpt2"
@@ -547,7 +528,7 @@ def read_gguf(path):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 8e-3)])
 def test_a_gguf_file_has_the_weights(run, capsys, dtype, tolerance, bias):
-    write_run("out/wide", GPTConfig(300, 16, 2, 2, 32, bias=bias))
+    write_run("out/wide", GPTConfig(**SHAPE | {"n_embd": 32}, bias=bias))
     hf.main(["export", "out/wide", "new/wide.gguf", "--dtype", dtype])
     assert "new/wide.gguf: exported out/wide/ckpt.pt" in capsys.readouterr().out
     metadata, tensors = read_gguf("new/wide.gguf")
@@ -576,7 +557,7 @@ def test_metadata_and_modelfile_of_a_gguf_file(run, capsys):
                 "gpt2.feed_forward_length": 64, "tokenizer.ggml.bos_token_id": 299, "tokenizer.ggml.eos_token_id": 299,
                 "tokenizer.ggml.add_bos_token": True,
                 "general.description": "GPT-2 architecture, 11,648 parameters, trained on 1,536 tokens of "
-                f"nursery-bpe300, validation loss {state['figures']['val_loss']:.4f} nats/token"}
+                f"nursery-bpe300, validation loss {state['metrics']['val_loss']:.4f} nats/token"}
     assert {key: metadata[key] for key in expected} == expected and "general.license" not in metadata
     settings = json.loads(metadata["training.settings"])
     assert settings == {name: value for name, value in state["config"].items() if name != "out_dir"}
@@ -589,7 +570,7 @@ def test_metadata_and_modelfile_of_a_gguf_file(run, capsys):
 
 def test_an_export_tells_no_paths_and_no_settings_that_are_not_known(run):
     train.main([*TINY, f"--init_from={run}/out/tiny", "--max_iters=2", "--out_dir=out/tuned"])
-    write_run("out/imported", GPTConfig(300, 16, 2, 2, 16))
+    write_run("out/imported", GPTConfig(**SHAPE))
     for name in ("tuned", "imported"):
         hf.main(["export", f"out/{name}", f"{name}.gguf"])
         hf.main(["export", f"out/{name}", name])
@@ -605,7 +586,7 @@ def test_a_gguf_file_has_the_tokenizer(run, trained_vocabulary):
     """As read by transformers, which encodes as GPT-2 does if the vocabulary and the merges are right."""
     tokenizer = Tokenizer.load("data/nursery-bpe300") if trained_vocabulary else Tokenizer.named("gpt2")
     torch.manual_seed(1)
-    model = GPT(GPTConfig(tokenizer.vocab_size + 2, 16, 1, 1, 16))  # padded, as some models are
+    model = GPT(GPTConfig(**SHAPE | {"vocab_size": tokenizer.vocab_size + 2}))  # padded, as some models are
     gguf_file.write_gguf("model.gguf", model, "f16", tokenizer)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(".", gguf_file="model.gguf")
     for text in [*TEXTS, README]:
@@ -632,7 +613,7 @@ def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     encoding = Tokenizer.load("out/tiny").encoding
     other = Tokenizer(tiktoken.Encoding("x", pat_str=CL100K, mergeable_ranks=encoding._mergeable_ranks,
                                         special_tokens=encoding._special_tokens))
-    hf.write_run(Path("out/x"), GPT(GPTConfig(300, 16, 2, 2, 16)), other, overwrite=False)
+    hf.write_run(Path("out/x"), GPT(GPTConfig(**SHAPE)), other, overwrite=False)
     assert "the tokenizer x cannot be written as GGUF" in error("out/x", "x.gguf")
     state = torch.load("out/tiny/ckpt.pt")
     state["model"]["transformer.h.0.mlp.c_proj.weight"] *= 1e7  # more than float16 has

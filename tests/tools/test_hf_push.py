@@ -20,11 +20,11 @@ import torch
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 from huggingface_hub import constants
 
-import checkpoint
 import sample
 import train
 from conftest import ROOT, TINY
-from data.tokenizer import END_OF_TEXT
+from storygpt import checkpoint
+from storygpt.corpus.tokenizer import END_OF_TEXT
 from tools import hf, judge
 
 ROLES = {"hf_write": "write", "hf_read": "read"}  # of the tokens of alice, the only user
@@ -288,7 +288,7 @@ def test_the_commands_in_the_card_generate_its_samples(run, capsys, bias):
 def test_the_table_of_the_judge(run, fails):
     assert "Quality" not in card_of("out/tiny", "not-judged")
     state, path = checkpoint.load("out/tiny/ckpt.pt"), Path("out/tiny/judge.json")
-    result = {"tokens": state["tokens"], "val_loss": state["figures"]["val_loss"], "dataset": None, "reference": None,
+    result = {"tokens": state["tokens"], "val_loss": state["metrics"]["val_loss"], "dataset": None, "reference": None,
               "measures": {"ends": {"value": 0.875, "low": 0.75, "high": 1}}, **dict.fromkeys(judge.SETTINGS, 8)}
     path.write_text(json.dumps(result), encoding="utf-8")
     assert f"\n## Quality of the stories\n\n{judge.read_result('out/tiny', state)}\n\n## Training" in card_of(

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("sacrebleu", reason="pip install -r requirements-extra.txt")
 
 from conftest import ROOT
-from data import nursery
-from data.dataset import Split
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.corpus import nursery
+from storygpt.corpus.dataset import Split
+from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
 from tools import judge
 from tools.judging import novelty, text
 
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_result(result):
 
 def test_stories_that_were_cut_have_not_ended(here):
     args = judge.parse_args(["out/tiny", "--num_samples=3", "--max_new_tokens=2", "--temperature=0"])
-    stories, ended = judge.generate(*judge.load_model("out/tiny/ckpt.pt")[:2], args)
+    stories, ended = judge.generate_stories(*judge.load_model("out/tiny/ckpt.pt")[:2], args)
     assert len(stories) == 3 and ended == [False] * 3
 
 

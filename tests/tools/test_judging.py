@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("sacrebleu", reason="pip install -r requirements-extra.txt")
 
-from checkpoint import load_model
-from data import nursery
-from data.tokenizer import Tokenizer
+from storygpt.checkpoint import load_model
+from storygpt.corpus import nursery
+from storygpt.corpus.tokenizer import Tokenizer
 from tools.judging import controls, grammar, novelty, pairs, scoring, text
 
 # Enough uses of each name to learn it; Honey is also a word.
@@ -288,7 +288,7 @@ def test_loss_by_position(model_and_tokenizer):
     count = (len(stream) - 1) // 16
     x = torch.tensor(stream[:count * 16]).view(count, 16)
     y = torch.tensor(stream[1:count * 16 + 1]).view(count, 16)
-    losses = model(x, y, reduction="none").detach()
+    losses = torch.nn.functional.cross_entropy(model(x).mT, y, reduction="none").detach()  # (B, T)
     assert curves["loss_by_window_position"] == pytest.approx(losses.mean(0).tolist(), abs=1e-4)
     assert text.interval(*measures["loss_window_start"])[0] == pytest.approx(losses[:, :4].mean().item(), abs=1e-4)
     assert text.interval(*measures["loss_window_end"])[0] == pytest.approx(losses[:, 8:].mean().item(), abs=1e-4)

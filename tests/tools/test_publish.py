@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import checkpoint
 from conftest import ROOT, TINY
+from storygpt.run import read_log
 from tools import publish
 
 PUBLISH = [sys.executable, "-m", "tools.publish"]
@@ -44,7 +44,7 @@ def run(trained, here):
 def metrics(folder):
     """The metrics in the log: published name → [(iteration, value)]."""
     found = {name: [] for name in (*STEP.values(), *EVAL.values())}
-    for record in checkpoint.read_log(folder / "log.jsonl"):
+    for record in read_log(folder / "log.jsonl"):
         for key, name in {"step": STEP, "eval": EVAL}.get(record["kind"], {}).items():
             found[name].append((record["iter"], record[key]))
     return found
@@ -53,7 +53,7 @@ def metrics(folder):
 def stories(folder):
     """The stories in samples.md, [(iteration, text)], split at the headings expected from the log's evaluations."""
     text, found = (folder / "samples.md").read_bytes().decode(), []
-    for record in reversed([r for r in checkpoint.read_log(folder / "log.jsonl") if r["kind"] == "eval"]):
+    for record in reversed([r for r in read_log(folder / "log.jsonl") if r["kind"] == "eval"]):
         text, story = text.split(f"## iteration {record['iter']}: validation loss {record['val_loss']:.4f}\n\n")
         found.insert(0, (record["iter"], story.removesuffix("\n\n")))
     assert not text and found
@@ -138,7 +138,8 @@ class LockingProcess:
 
     def __init__(self, folder):
         path = str((folder / ".lock").absolute())
-        code = f"from runtime import files; files.acquire_lock({path!r}, 'it'); print('locked', flush=True); input()"
+        code = ("from storygpt.system import files; "
+                f"files.acquire_lock({path!r}, 'it'); print('locked', flush=True); input()")
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == "locked\n"
@@ -174,7 +175,7 @@ def test_tensorboard_receives_metrics_stories_and_settings(run, capsys):
     publish.main(["out/x", "--to", "tensorboard"])
     assert_events_equal_the_log(run)
     found, times = events(run)
-    records = checkpoint.read_log(run / "log.jsonl")
+    records = read_log(run / "log.jsonl")
     table = dict(line.strip("| ").replace(" ", "").split("|") for line in found["settings"][0][1].splitlines()[2:])
     assert table == {key: str(value).replace(" ", "") for key, value in records[0]["config"].items()}
     ended = (run / "log.jsonl").stat().st_mtime
@@ -207,7 +208,7 @@ def test_wandb_receives_metrics_stories_and_settings(run, capfd):
     publish.main(["out/x", "--to", "wandb"])
     path = wandb_file(run)
     assert_wandb_equals_the_log(run, path)
-    wandb, records = wandb_run(path), checkpoint.read_log(run / "log.jsonl")
+    wandb, records = wandb_run(path), read_log(run / "log.jsonl")
     assert (wandb.name, wandb.project) == ("x", "tinystories")
     assert {key: wandb.config[key] for key in records[0]["config"]} == records[0]["config"]
     steps, times = zip(*wandb.found["_timestamp"])
@@ -235,7 +236,7 @@ def test_unusual_stories_are_published_unchanged(run):
     pytest.importorskip("wandb")
     texts = ["Tim & <b>Ann</b>\nsaid: \"## iteration 7\"\n\n- *hm*\r\n\n\n   ", "",
              "\n\nOnce upon a time, 小猫 🐈\x00\x85\u2028"]
-    evals = [record for record in checkpoint.read_log(run / "log.jsonl") if record["kind"] == "eval"]
+    evals = [record for record in read_log(run / "log.jsonl") if record["kind"] == "eval"]
     (run / "samples.md").write_bytes("".join(
         f"## iteration {record['iter']}: validation loss {record['val_loss']:.4f}\n\n{story}\n\n"
         for record, story in zip(evals, texts)).encode())
@@ -250,7 +251,7 @@ def test_unusual_stories_are_published_unchanged(run):
 def test_float16_overflows_and_a_learning_rate_of_zero(run):
     """An optimizer step without a gradient norm is published without it; `skipped` only if it is above 0."""
     pytest.importorskip("tensorboard")
-    records = checkpoint.read_log(run / "log.jsonl")
+    records = read_log(run / "log.jsonl")
     records[3] |= {"grad_norm": None, "skipped": 2}
     records[-2] |= {"skipped": 2, "lr": 0.0}
     del records[1]["skipped"]  # as in logs of older versions
@@ -266,7 +267,7 @@ def test_float16_overflows_and_a_learning_rate_of_zero(run):
 def test_settings_changed_on_resume(run):
     pytest.importorskip("tensorboard")
     pytest.importorskip("wandb")
-    records = checkpoint.read_log(run / "log.jsonl")
+    records = read_log(run / "log.jsonl")
     for number, iters in enumerate((24, 48)):  # the first one changes nothing
         records.append(json.loads(json.dumps(records[0])) | {"resumed_at": 24})
         records[-1]["config"]["max_iters"] = iters
@@ -361,21 +362,21 @@ def test_records_written_while_the_tool_reads_are_not_lost(run, scripted, monkey
     first_eval = next(i for i, line in enumerate(log) if b'"eval"' in line)
     (run / "log.jsonl").write_bytes(b"".join(log[:first_eval]))
     (run / "samples.md").unlink()
-    real, polls = checkpoint.read_log, iter(range(100))
+    polls = iter(range(100))
 
-    def read_log(path):
+    def read_slowly(path):
         poll = next(polls)
         if poll == 1:
             (run / "log.jsonl").write_bytes(b"".join(log[:first_eval + 2]))
             (run / "samples.md").write_bytes(samples[:samples.index(b"## iteration 16")])
-        records = real(path)
+        records = read_log(path)
         if poll == 2:
             (run / "log.jsonl").write_bytes(b"".join(log))
             (run / "samples.md").write_bytes(samples)
             scripted.end()
         return records
 
-    monkeypatch.setattr(checkpoint, "read_log", read_log)
+    monkeypatch.setattr(publish, "read_log", read_slowly)
     scripted(*[lambda: os.utime(run / "log.jsonl")] * 3)  # unchanged files would not be read again
     publish.main(["out/x", "--to=tensorboard"])
     assert_events_equal_the_log(run)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ import pytest
 optuna = pytest.importorskip("optuna", reason="pip install -r requirements-extra.txt")
 stats = pytest.importorskip("scipy.stats", reason="pip install -r requirements-extra.txt")
 
-from checkpoint import read_log
-from config import Config
+from storygpt.run import read_log
+from storygpt.settings import Config
 from conftest import ROOT, TINY
 from tools import compare, sweep
 
@@ -79,11 +80,11 @@ def test_values_and_ranges_are_parsed_in_the_order_of_the_settings():
     (["--vary=learning_rate="], "learning_rate = '' is not allowed"),
     (["--vary=learning_rate=1e-3,,2e-3"], "learning_rate = '' is not allowed"),
     (["--vary=dropout=0.1,2"], "dropout = 2.0 is not allowed: it takes a number from 0 to 0.99"),
-    (["--vary=learning_rate=1e-3..", "--trials=2"], "a range needs both ends"),
-    (["--vary=learning_rate=..1e-3", "--trials=2"], "a range needs both ends"),
+    (["--vary=learning_rate=1e-3..", "--trials=2"], "a range is LOW..HIGH or LOW..HIGH:log"),
+    (["--vary=learning_rate=..1e-3", "--trials=2"], "a range is LOW..HIGH or LOW..HIGH:log"),
     (["--vary=learning_rate=2e-3..1e-3", "--trials=2"], "the low end is not below the high end"),
     (["--vary=dropout=0..0.3:log", "--trials=2"], "must be above 0"),
-    (["--vary=learning_rate=1e-3..1e-2:lin", "--trials=2"], "only :log is possible"),
+    (["--vary=learning_rate=1e-3..1e-2:lin", "--trials=2"], "learning_rate = '1e-2:lin' is not allowed"),
     (["--vary=bias=False..True", "--trials=2"], "bias is no number"),
     (["--vary=learning_rate=1e-3..1e-2"], "a range needs --trials N"),
     (["--trials=2"], "nothing to compare"), ([], "nothing to compare"),
@@ -91,7 +92,7 @@ def test_values_and_ranges_are_parsed_in_the_order_of_the_settings():
     (["--vary=seed=1,2"], "use --seeds N"), (["--vary=out_dir=a,b"], "use --out_dir=FOLDER"),
     (["--vary=bias=True", "--vary=bias=False"], "--vary bias is given twice"),
     (["--vary=max_iters=10,20", "--vary=max_tokens=1000,2000"], "the length of the run in two units"),
-    (["--vary=bias=True", "--seeds=0"], "argument --seeds: 0 is not a whole number from 1"),
+    (["--vary=bias=True", "--seeds=0"], "argument --seeds: 0 is not 1 or more"),
     (["--vary=bias=True", "--sedes=3"], "did you mean --seeds?"),
 ])
 def test_a_wrong_command_line_is_one_line(with_data, fails, words, message):
@@ -199,7 +200,7 @@ def test_a_run_of_a_sweep_is_like_any_other(grid, monkeypatch, capsys):
     names = {f"grid/learning_rate={rate},seed={seed}" for rate in ("0.001", "0.01") for seed in (1337, 1338)}
     assert set(serve.run_names()) == names
     sample.main(["--out_dir", "out/grid/learning_rate=0.01,seed=1337", "--max_new_tokens=5"])
-    assert list(serve.generate(serve.pick_device("cpu"), sorted(names)[0], "", 1, 5, temperature=1.0))
+    assert list(serve.story_events(serve.pick_device("cpu"), sorted(names)[0], "", 1, 5, temperature=1.0))
     run = records("out/grid/learning_rate=0.001,seed=1338", "run")[0]
     assert (run["config"]["learning_rate"], run["seed"], run["threads"]) == (1e-3, 1338, 1)
 
@@ -273,7 +274,7 @@ def test_a_stopped_sweep_resumes_its_runs_bit_for_bit(with_data, capsys):
     out, error = process.communicate()
     assert process.returncode == 130 and error.endswith("stopped: the same command resumes the sweep\n")
     assert [row["verdict"] for row in table(out)] == ["baseline", "not finished"]
-    assert "stopped after step" in (log.parent / "output.log").read_text()
+    assert [record["reason"] for record in records(log.parent, "end")] == ["stopped"]
     sweep.main([*TINY, *words])
     assert [record["resumed_at"] for record in records(log.parent, "run")][1:] != []
     assert len(records(log.parent.with_name("learning_rate=0.01,seed=1337"), "run")) == 1
@@ -339,19 +340,20 @@ def test_if_all_runs_fail_it_is_one_line(with_data, fails):
     assert Path("out/a?b%41{c}/study.db").exists()
 
 
-def test_a_run_that_is_killed_again_and_again_fails():
-    stopping, trial = sweep.Sweep({}, Config(), {}, [1], 0, False, 1, ""), optuna.create_study().ask()
-    for _ in range(sweep.MAX_KILLS):
-        with pytest.raises(sweep.NoResult, match="^$"):  # queued again
-            sweep.check_finished(stopping, trial, -signal.SIGKILL, [])
-    with pytest.raises(sweep.NoResult, match="killed 4 times, the last time by signal 9"):
-        sweep.check_finished(stopping, trial, -signal.SIGKILL, [])
-    with pytest.raises(sweep.NoResult, match="^a reason$"):
-        sweep.check_finished(stopping, trial, 1, ["a line", "error: a reason"])
-    sweep.check_finished(stopping, trial, 0, ["best_val_loss: 1"])
-    stopping.stop.set()
-    with pytest.raises(sweep.NoResult, match="^$"):
-        sweep.check_finished(stopping, trial, 1, ["error: a reason"])
+@pytest.mark.parametrize("code, reason, error", [
+    (0, "finished", None), (0, "stopped early", None), (0, "stopped", "^$"), (130, None, "^$"),
+    (-signal.SIGTERM, None, "^$"), (-signal.SIGKILL, None, "was killed by signal 9"), (1, None, "^a reason$")])
+def test_how_a_run_ended(here, code, reason, error):
+    """Whether it was stopped is in the last record of its log, whatever train.py prints; "^$": it is queued again."""
+    end = [{"kind": "end", "iter": 8, "reason": reason}] if reason else []
+    Path("log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [{"kind": "run"}, *end]))
+    running, trial = sweep.Sweep({}, Config(), {}, [1], 0, False, 1, ""), optuna.create_study().ask()
+    with pytest.raises(sweep.NoResult, match=error) if error else nullcontext():
+        sweep.check_finished(running, trial, code, ["stopped after step 4", "error: a reason"], "log.jsonl")
+    assert ("error" in trial.user_attrs) == (error not in (None, "^$"))
+    running.stop.set()  # then also a run that fails is queued again, but not one that has just finished
+    with pytest.raises(sweep.NoResult, match="^$") if error else nullcontext():
+        sweep.check_finished(running, trial, code, ["error: a reason"], "log.jsonl")
 
 
 def test_a_trial_that_was_not_queued_is_skipped():

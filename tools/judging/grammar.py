@@ -9,7 +9,8 @@ import itertools
 import string
 from collections import defaultdict
 
-from data.nursery import (CAST, DEAR, FRIEND_OF, HABITS, HOMES, OPENINGS, PARSED_PLOTS, SETTING, TIMES, with_article)
+from storygpt.corpus.nursery import (CAST, DEAR, FRIEND_OF, HABITS, HOMES, OPENINGS, PARSED_PLOTS, SETTING, TIMES,
+                                     with_article)
 
 CASTS = [(group, he, friend_he) for group in CAST for he in ("he", "she") for friend_he in ("he", "she")]
 CAST_TABLES = range(3)  # the first of a story's tables: hero, kind with elder, friend

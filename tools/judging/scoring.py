@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from layers import IGNORED_TARGET
+from storygpt.loss import IGNORED_TARGET
 from tools.judging.text import per_story
 
-BATCH = 64  # sequences scored at once
+BATCH = 8  # sequences scored at once: their logits are in memory
 CONTEXT_WINDOWS = 300  # of held-out text, for the loss by position
 STORY_SPANS = ((0, 16), (16, 64), (64, 128), (128, 256))  # positions in a story, in tokens
 
@@ -25,8 +26,9 @@ def token_losses(model, sequences):
         padded = pad_sequence([torch.tensor(sequences[i]) for i in batch], batch_first=True,
                               padding_value=IGNORED_TARGET).to(next(model.parameters()).device)  # (B, T + 1)
         targets = padded[:, 1:].contiguous()  # (B, T)
-        rows = model(padded[:, :-1].clamp(min=0), targets, reduction="none").float().cpu().numpy()  # (B, T)
-        for i, row in zip(batch, rows):
+        logits = model(padded[:, :-1].clamp(min=0))  # (B, T, V)
+        rows = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
+        for i, row in zip(batch, rows.view(targets.shape).float().cpu().numpy()):
             losses[i] = row[:len(sequences[i]) - 1]
     return losses
 

@@ -1,0 +1,123 @@
+"""Saving and loading checkpoints: ckpt.pt and last.pt of a run folder."""
+
+import io
+import pickle
+import struct
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from model import GPTConfig
+from modern import make_model
+from storygpt.corpus.dataset import data_sha256, read_meta
+from storygpt.corpus.tokenizer import Tokenizer
+from storygpt.fast import SkipInit
+from storygpt.system import files
+from storygpt.system.errors import UserError
+
+REQUIRED_KEYS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int,
+                 "metrics": dict}
+LAST_REQUIRED_KEYS = REQUIRED_KEYS | {"iter": int, "step": int, "optimizers": list, "scaler": dict, "skipped": int,
+                                      "best_val_loss": float, "seconds": float, "world_size": int, "sizes": dict}
+# The names of older checkpoints and logs.
+RENAMED = {"update": "step", "figures": "metrics", "ranks": "world_size", "sequences_at_a_time": "micro_batch_size"}
+
+
+class DamagedCheckpoint(UserError):
+    """A file that was read, but is not a complete checkpoint."""
+
+
+def with_current_names(record):
+    """A checkpoint or a record of log.jsonl, as a dict with today's names."""
+    return {RENAMED.get(name, name): value for name, value in record.items()}
+
+
+def save(path, checkpoint):
+    """Write a checkpoint atomically; the previous last.pt is kept as last.prev.pt.
+
+    Raises UserError if it cannot be written, as on a full disk, or could not be loaded again.
+    """
+    path = Path(path)
+    check_loadable(path, checkpoint)
+    previous = path.with_name("last.prev.pt") if path.name == "last.pt" else None
+    files.atomic_write(path, lambda file: torch.save(checkpoint, file), previous)
+
+
+def check_loadable(path, checkpoint):
+    """Raise UserError for an entry that `load` would refuse because loading it could run code. Tensors are fine."""
+    for name, value in checkpoint.items():
+        buffer = io.BytesIO()
+        torch.save(tree_map_only(torch.Tensor, lambda tensor: torch.empty(0), value), buffer)
+        buffer.seek(0)
+        try:
+            torch.load(buffer, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{path} is not saved, because its {name!r} could not be loaded again: store only Python "
+                            "numbers, strings, lists, dicts and tensors in it") from error
+
+
+def load(path, required=REQUIRED_KEYS):
+    """Read a checkpoint into CPU memory: a dict with the required keys and types. Code in the file is not run.
+
+    Raises UserError if it is missing, DamagedCheckpoint if its content is wrong, and OSError if it cannot be read now.
+    """
+    path = Path(path)
+    hint = "use another run, or train again"
+    if path.name == "ckpt.pt" and path.with_name("last.pt").exists():
+        hint = "remove it to use the run's last.pt, or resume training"
+    try:
+        data = path.read_bytes()  # all at once: after this, errors are those of the content
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint {path}: train a model first, or name its folder with --out_dir") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load does not verify checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OverflowError,
+            ImportError, struct.error, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        if "DefaultCPUAllocator" in str(error):  # out of memory
+            raise
+        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint: {hint}") from error
+    checkpoint = with_current_names(checkpoint) if isinstance(checkpoint, dict) else {}
+    if not all(isinstance(checkpoint.get(key), kind) for key, kind in required.items()):
+        raise DamagedCheckpoint(f"{path} is not a checkpoint, or was saved by an incompatible version of the program: "
+                                f"{hint}")
+    weights = checkpoint["model"]
+    if "lm_head.weight" not in weights and "transformer.wte.weight" in weights:  # older ones leave out the tied head
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return checkpoint
+
+
+@contextmanager
+def reading_checkpoint(path, *errors):
+    """Turn these errors into a UserError that says that the checkpoint's content does not fit the program."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{path} does not fit this version of the program: use the version that saved it, or another "
+                        f"run ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def load_model(path):
+    """Load a checkpoint for inference: the model (eval mode, float32, CPU), its tokenizer and the checkpoint's dict.
+
+    Raises UserError if the checkpoint or the tokenizer next to it is missing, damaged or does not match.
+    """
+    path = Path(path)
+    checkpoint = load(path)
+    with reading_checkpoint(path, TypeError):
+        config = GPTConfig(**checkpoint["model_config"])
+    with SkipInit():
+        model = make_model(config)
+    with reading_checkpoint(path, RuntimeError):
+        model.load_state_dict(checkpoint["model"])
+    if data_sha256(read_meta(path.parent)) != checkpoint["data_sha256"]:
+        raise UserError(f"{path.parent / 'meta.json'} does not belong to the data that {path} was trained on: copy it "
+                        "and tokenizer.tiktoken from there")
+    return model.eval(), Tokenizer.load(path.parent), checkpoint

@@ -1,0 +1,199 @@
+"""Faster replacements for parts of torch, applied to a model from outside. docs/speed.md has the measured speedups.
+
+They replace torch's own layers and functions only, not those of model.py, and only where they compute the same: a
+subclass, a layer with hooks, with a parametrization or with another `forward` runs as written.
+
+B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary size.
+"""
+
+import math
+import warnings
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+torch_attention, torch_dropout = F.scaled_dot_product_attention, F.dropout
+
+
+def is_plain(module, kind):
+    """Whether a module is of exactly this class of torch's, without hooks and without a `forward` of its own."""
+    return type(module) is kind and "forward" not in vars(module) and not has_hooks(module)
+
+
+def has_hooks(module):
+    """Whether a module, or torch for all modules, has forward or backward hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks) or nn.modules.module._has_any_global_hook()
+
+
+# ---- training on a CPU ----
+
+
+@contextmanager
+def faster_functions(device):
+    """In this context, F.dropout and F.scaled_dot_product_attention are the functions below, on a CPU.
+
+    The backward pass belongs into it too: it repeats parts of the forward pass if a model uses checkpointing.
+    """
+    if device.type == "cpu":
+        F.dropout, F.scaled_dot_product_attention = dropout, causal_attention
+    try:
+        yield
+    finally:
+        F.dropout, F.scaled_dot_product_attention = torch_dropout, torch_attention
+
+
+def dropout(x, p=0.5, training=True, inplace=False):
+    """F.dropout with 16 random bits per element on a CPU, where torch draws an integer for each: (…) -> (…).
+
+    p is rounded to a multiple of 1/65,536, and kept elements are scaled by the exact inverse of their probability.
+    """
+    if not training or p == 0 or inplace or x.device.type != "cpu":
+        return torch_dropout(x, p, training, inplace)
+    draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2**63, None)  # uniform in all 64 bits
+    bits = draws.view(torch.int16)[:x.numel()].view(x.shape)  # uniform in [-32768, 32767]
+    dropped = round(p * 65536)
+    keep = (bits >= dropped - 32768).to(x.dtype)
+    return x * keep.mul_(65536 / (65536 - dropped))
+
+
+def causal_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """F.scaled_dot_product_attention without a fused kernel, for training: q, k, v (B, H, T, D) -> (B, H, T, D).
+
+    On a CPU, torch's fused kernel is several times slower in the backward pass at short blocks, and with dropout at
+    any. Everything but causal self-attention with gradients is torch's.
+    """
+    plain = is_causal and attn_mask is None and not options and q.dim() == 4 and q.shape == k.shape == v.shape
+    if not plain or q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+        return torch_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
+    B, H, T, D = q.shape
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    # One operation for the product, the scale and the mask: each is a pass over the largest tensors of the block.
+    scores = torch.baddbmm(mask, q.reshape(B * H, T, D), k.reshape(B * H, T, D).mT, alpha=D**-0.5)  # (B * H, T, T)
+    weights = scores.softmax(-1, dtype=q.dtype).view(B, H, T, T)
+    return dropout(weights, dropout_p) @ v
+
+
+# ---- generating ----
+
+
+def use_fast_linear(model, int8):
+    """Replace the layers of exactly nn.Linear by `FastLinear`, for generating; `int8`: with int8 weights."""
+    for module in model.modules():
+        if is_plain(module, nn.Linear):
+            module.__class__ = FastLinear
+            module.prepare(int8)
+
+
+class FastLinear(nn.Linear):
+    """nn.Linear for generating, which computes rows of the weight that are equal once, and in int8 if asked to.
+
+    Of a head trained with `loss.UsedTokens`, the rows of all tokens that did not occur are equal: three quarters of
+    GPT-2's vocabulary on TinyStories.
+    """
+
+    def prepare(self, int8):
+        """Convert the weight as it is now: later changes of it have no effect."""
+        shared = shared_rows(self.weight.detach())
+        self.own_rows = None if shared is None else (~shared).nonzero().flatten()
+        rows = slice(None) if shared is None else torch.cat([self.own_rows, shared.nonzero()[0]])
+        self.row_weight = self.weight.detach()[rows]  # (own rows, and one of the shared ones; C)
+        self.row_bias = None if self.bias is None else self.bias.detach()[rows]
+        self.packed = pack_int8(self.row_weight, self.row_bias) if int8 else None
+
+    def forward(self, x):
+        """(…, in) -> (…, out)"""
+        if self.packed is not None:
+            y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
+        else:
+            y = linear(x, self.row_weight, self.row_bias)
+        if self.own_rows is None:
+            return y
+        full = y[..., -1:].expand(*y.shape[:-1], self.out_features).contiguous()
+        return full.index_copy_(-1, self.own_rows, y[..., :-1])
+
+
+def shared_rows(weight):
+    """Which rows of a weight (out, in) equal its most common one, a bool tensor (out); None if fewer than half do."""
+    shared = (weight == weight[weight[:, 0].mode().indices]).all(1)
+    return shared if 2 * shared.sum() > len(weight) else None
+
+
+def linear(x, weight, bias=None):
+    """F.linear that computes a matrix-vector product for a single token: x (…, in), weight (out, in), bias (out).
+
+    There torch's matrix product reads bfloat16 weights at a third of the memory bandwidth, `addmv` at nearly all of it.
+    """
+    if x.numel() > x.size(-1) or x.dtype != weight.dtype:
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())  # (out)
+    return y.view(*x.shape[:-1], -1)
+
+
+# Each int8 product rounds its input to 8 bits, with one scale and offset for all of it (dynamic quantization). On an
+# x86 CPU without AVX-512 VNNI it uses 7 bits, because the kernel then adds pairs of products in 16 bits.
+REDUCE_RANGE = (torch.backends.quantized.engine in ("x86", "fbgemm")
+                and not torch.cpu.get_capabilities().get("avx512_vnni", False))
+
+
+def pack_int8(weight, bias):
+    """An int8 weight with one scale per row, in the layout of the CPU's kernel."""
+    weight = weight.float()
+    scale = torch.maximum(weight.amax(1), -weight.amin(1)).clamp_min(1e-30) / 127  # (out)
+    with warnings.catch_warnings():
+        # Quantized tensors are deprecated. If torch lacks them, `pick_inference_dtype` does not choose int8.
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        weight = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale).long(), 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(weight, None if bias is None else bias.float())
+
+
+@contextmanager
+def direct_calls(model):
+    """In this context, modules without hooks are called without nn.Module's search for hooks.
+
+    On a CPU the search takes a tenth of the time of a token.
+    """
+    called = [module for module in model.modules() if type(module).__call__ is nn.Module.__call__
+              and not has_hooks(module) and module._compiled_call_impl is None]
+    for module in called:
+        module.__class__ = _direct_class(type(module))
+    try:
+        yield
+    finally:
+        for module in called:
+            module.__class__ = type(module).__base__
+
+
+@cache
+def _direct_class(kind):
+    """A subclass of a module's class that calls `forward` at once."""
+    return type(kind.__name__, (kind,), {"__call__": lambda self, *args, **kwargs: self.forward(*args, **kwargs)})
+
+
+# ---- loading ----
+
+
+class SkipInit(TorchFunctionMode):
+    """A context that leaves out random initial values of parameters: for a model whose weights are loaded."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Return the parameter as it is instead of filling it."""
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init" and function.__name__ in RANDOM_INITS:
+            tensor = kwargs.get("tensor", args[0] if args else None)
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+        return function(*args, **kwargs)
+
+
+RANDOM_INITS = ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_")
+
+
+def count_parameters(make_model, config):
+    """Number of parameters of make_model(config), counted without allocating memory or drawing random numbers."""
+    with torch.device("meta"), SkipInit():
+        return make_model(config).num_parameters()

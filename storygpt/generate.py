@@ -1,0 +1,269 @@
+"""Generating stories: the KV cache, the choice of the next token, and the loop.
+
+Works with any model whose `forward` takes token ids and a `cache`, as model.py's; and with any other at the cost of
+computing the whole context window for each token.
+
+B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary size.
+"""
+
+import inspect
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from storygpt.fast import direct_calls, use_fast_linear
+
+
+class KVCache:
+    """Keys and values of the tokens processed so far, of every attention layer, with room for one block.
+
+    The forward pass calls `advance` once and then `append` in each attention layer, in the same order every time. On a
+    GPU the length is only known to the device, and every decoding step has the same tensor shapes, so that the step
+    can be captured as a CUDA graph. Gradients do not pass through the cache.
+    """
+
+    def __init__(self, block_size, device):
+        self.length = torch.zeros((), dtype=torch.long, device=device)  # number of tokens in the cache
+        self.slots = torch.arange(block_size, device=device)
+        self.kv = None  # (2 * layers, B, block_size, H, D): k, v, k, v, …; None until the first forward pass has ended
+        self.first = []  # the keys and values of the first forward pass, (B, H, T, D) each
+        self.calls = 0  # of `append` since `advance`
+        self.mask = None  # added to the attention scores of the new tokens: (T, kv_length); None: they attend to all
+        # Views of the keys and values of each layer, 2 * layers tensors each:
+        self.write_views = None  # the slots of the new tokens, (B, T, H, D); with fixed shapes, all slots
+        self.read_views = None  # the slots that attention reads, (B, H, kv_length, D)
+        self.fixed_shapes = torch.device(device).type == "cuda"
+
+    def advance(self, T):
+        """Prepare for the next T tokens; returns their positions in the context window, (T)."""
+        self._store_first()
+        self.positions, self.calls = self.length + self.slots[:T], 0
+        self.length += T
+        kv_length = len(self.slots) if self.kv is not None and self.fixed_shapes else int(self.length)
+        if self.kv is not None:
+            # Views for all layers at once, because on a CPU each of the small operations of a token counts.
+            self.read_views = self.kv[:, :, :kv_length].transpose(2, 3).unbind()
+            self.write_views = (self.kv if self.fixed_shapes else self.kv[:, :, kv_length - T:kv_length]).unbind()
+        self.future = None
+        if T > 1 or (self.kv is not None and self.fixed_shapes):
+            self.future = self.slots[:kv_length] > self.positions[:, None]  # (T, kv_length)
+        self.mask = None
+        return self.positions
+
+    def append(self, k, v):
+        """Store the keys and values (B, H, T, D) of new tokens; returns the layer's, (B, H, kv_length, D) each."""
+        if self.future is not None and self.mask is None:
+            self.mask = torch.zeros(self.future.shape, device=k.device, dtype=k.dtype).masked_fill_(
+                self.future, -math.inf)
+        if self.kv is None:
+            self.first += k, v
+            return k, v
+        keys, values = self.calls, self.calls + 1
+        self.calls += 2
+        if self.fixed_shapes:
+            self.write_views[keys].index_copy_(1, self.positions, k.transpose(1, 2))
+            self.write_views[values].index_copy_(1, self.positions, v.transpose(1, 2))
+        else:
+            self.write_views[keys].copy_(k.transpose(1, 2))
+            self.write_views[values].copy_(v.transpose(1, 2))
+        return self.read_views[keys], self.read_views[values]
+
+    def keep(self, rows):
+        """Drop all sequences of the batch but those where `rows`, a bool tensor (B), is true."""
+        self._store_first()
+        self.kv = self.kv[:, rows]
+
+    def _store_first(self):
+        """Make room for a block, now that the shapes are known, and store what the first forward pass appended."""
+        if self.first:
+            B, H, T, D = self.first[0].shape
+            self.kv = self.first[0].new_zeros(len(self.first), B, len(self.slots), H, D)
+            self.kv[:, :, :T] = torch.stack(self.first).transpose(2, 3)
+            self.first = []
+
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, end_of_text=None,
+             with_logits=False):
+    """Continue token ids (B, T), T >= 1; yields the next token of every sequence, (B), one step at a time.
+
+    `temperature` 0 selects the most likely token. `top_k` samples from the k most likely tokens (0: all), `top_p` from
+    the most likely tokens whose probabilities sum to p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    `generator` is on the model's device. After `end_of_text` a sequence yields only `end_of_text`, and generation stops
+    when all sequences have ended. `with_logits` yields pairs: the tokens (B) and the logits (B, V) they were sampled
+    from, valid until the next step.
+
+    The model reads the context window that begins at `window_start`. Sequences that have ended are dropped from the
+    batch, except on CUDA and with `with_logits`; the random numbers of the others depend on that.
+    Call eval() first: dropout is active in training mode.
+    """
+    next_logits = Decoder(model, idx.device)
+    rows = torch.arange(len(idx), device=idx.device)  # which of the B sequences are in the batch, (b)
+    tokens = torch.zeros_like(rows)  # the last tokens of all sequences, (B)
+    running = len(idx)  # number of sequences that have not ended
+    token = ended = None  # the last token of each sequence in the batch, and whether it has ended, (b)
+    with direct_calls(model):
+        for _ in range(max_new_tokens):
+            logits = next_logits(idx, rows, token)  # (b, V)
+            token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
+            if running < len(token):
+                token = token.masked_fill(ended, end_of_text)
+            # Not in place: the caller has the last ones.
+            tokens = token if len(token) == len(tokens) else tokens.index_copy(0, rows, token)  # (B)
+            idx = torch.cat([idx, tokens[:, None]], 1)
+            yield (tokens, logits) if with_logits else tokens
+            if end_of_text is None:
+                continue
+            ended = token == end_of_text
+            running = len(token) - int(ended.sum())
+            if not running:
+                return
+            # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
+            if running < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
+                next_logits.keep(~ended)
+                rows, token, ended = rows[~ended], token[~ended], ended[~ended]
+
+
+class Decoder:
+    """The logits of the next token, with a KVCache if the model can use one."""
+
+    def __init__(self, model, device):
+        self.model, self.start = model, None  # the first token of the context window in the cache
+        self.cache = KVCache(model.config.block_size, device) if uses_cache(model) else None
+        self.step = None  # on CUDA, the graph of a decoding step
+
+    def __call__(self, idx, rows, token):
+        """Token ids (B, n), of which `rows` (b) are in the batch, and the last of these (b) -> logits (b, V)."""
+        start = window_start(idx.size(1), self.model.config.block_size)
+        if self.cache is None:
+            return self.model(idx[rows, start:])[:, -1]
+        if start != self.start:  # the window has moved: compute it anew
+            self.start = start
+            self.cache.length.zero_()
+            return self.model(idx[rows, start:], cache=self.cache)[:, -1]
+        if self.step is None:
+            self.step = capture_graph(self.model, self.cache) if idx.is_cuda else self._eager_step
+        return self.step(token[:, None])[:, -1]
+
+    def _eager_step(self, token):
+        """Token (b, 1) -> logits (b, 1, V)."""
+        return self.model(token, cache=self.cache)
+
+    def keep(self, rows):
+        """Drop the sequences of the batch where `rows` (b) is false."""
+        if self.cache is not None:
+            self.cache.keep(rows)
+
+
+def uses_cache(model):
+    """Whether a model's forward takes a KVCache, and `check_cache` has not found that its logits differ with one."""
+    return "cache" in inspect.signature(model.forward).parameters and getattr(model, "cache_is_exact", True)
+
+
+def prepare_for_generation(model, device, dtype):
+    """Prepare a float32 model for fast generation: eval mode, on a device, in a torch.dtype. Returns the model.
+
+    torch.int8 works on a CPU only, for layers of exactly nn.Linear; all else stays in float32. Matrix products then
+    round their input with one scale for the whole batch, so that a story depends slightly on the others.
+    """
+    check_cache(model.eval())
+    model.to(device, None if dtype == torch.int8 else dtype)
+    use_fast_linear(model, int8=dtype == torch.int8)
+    return model
+
+
+@torch.no_grad()
+def check_cache(model):
+    """Compare the logits of a float32 model with and without a KVCache: if they differ, it generates without one.
+
+    An edit of the model may have reached only one of the two, such as another attention mask.
+    """
+    device, T = next(model.parameters()).device, model.config.block_size
+    model.cache_is_exact = True
+    if not uses_cache(model):
+        return
+    idx = torch.randint(model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0)).to(device)
+    cache, ends = KVCache(T, device), sorted({T // 2, T // 2 + 1, T})
+    cached = [model(idx[:, start:end], cache=cache)[:, -1] for start, end in zip([0, *ends], ends)]  # (1, V) each
+    plain = model(idx)[:, [end - 1 for end in ends]]  # (1, 2 or 3, V)
+    model.cache_is_exact = bool((torch.stack(cached, 1) - plain).abs().max() <= 1e-3 * plain.abs().max())
+    if not model.cache_is_exact:
+        print("note: with a cache, the model's forward gives other logits: generating without one, which is slower "
+              "(storygpt/generate.py: check_cache)", file=sys.stderr)
+
+
+def capture_graph(model, cache):
+    """Capture a decoding step as a CUDA graph: a function of tokens (B, 1) -> logits (B, 1, V).
+
+    A step launches about two hundred small kernels, and launching them one by one takes longer than running them.
+    The logits are valid until the next call.
+    """
+    length = cache.length.clone()
+    tokens = torch.zeros(cache.first[0].size(0) if cache.first else cache.kv.size(1), 1, dtype=torch.long,
+                         device=length.device)
+    with torch.cuda.device(tokens.device):  # every thread has its own current device
+        model(tokens, cache=cache)  # not captured: initializes CUDA's libraries
+        cache.length.copy_(length)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(tokens, cache=cache)
+
+    def step(token):
+        """Replay the graph: token (B, 1) -> logits (B, 1, V)."""
+        tokens.copy_(token)
+        graph.replay()
+        return logits
+    return step
+
+
+def window_start(n, block_size):
+    """Start of the context window of n tokens: 0 while they fit in a block, then advancing by half a block.
+
+    A full block is therefore recomputed from its second half, and the cache then serves for another half block.
+    """
+    half = block_size // 2
+    return 0 if n <= block_size else half * math.ceil((n - block_size) / half)
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """Sample a token from each row of logits: (B, V) -> (B). The settings are those of `generate`."""
+    if temperature < 1e-6:  # 0, or so small that dividing by it overflows
+        return logits.argmax(-1)
+    k = min(top_k, logits.size(-1)) if top_k else logits.size(-1)
+    if k < logits.size(-1) or top_p < 1:
+        logits, tokens = fast_topk(logits, k)  # (B, k) each
+    else:
+        tokens = None
+    probs = F.softmax(logits.float() / temperature, dim=-1)  # (B, k)
+    if top_p < 1:
+        # Keep each token whose predecessors sum to less than p, so always the first.
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    # Select the token at which the cumulative probability exceeds a random part of the whole.
+    cumulative = probs.cumsum(-1)  # (B, k)
+    threshold = cumulative[:, -1:] * torch.rand(len(probs), 1, generator=generator, device=probs.device)  # (B, 1)
+    choice = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
+    return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
+
+
+def fast_topk(logits, k):
+    """`logits.topk(k)`, several times faster for small k: (B, V) -> values (B, k) and tokens (B, k), largest first.
+
+    Tokens g, g + n_groups, g + 2 n_groups, … form group g. The k largest logits are all in the k groups with the
+    largest maxima, so only those groups are searched.
+    """
+    B, V = logits.shape
+    group_size = round(math.sqrt(V / k))  # as many groups as logits in k groups
+    if group_size < 4 or logits.numel() < 2**15:
+        return logits.topk(k)
+    n_groups = V // group_size
+    grouped = group_size * n_groups  # the last V % group_size tokens are in no group
+    maxima = logits[:, :grouped].unflatten(1, (group_size, n_groups)).amax(1)  # (B, n_groups)
+    groups = maxima.topk(k, sorted=False).indices  # (B, k)
+    members = torch.arange(0, grouped, n_groups, device=logits.device)[:, None]  # (group_size, 1)
+    candidates = (groups[:, None] + members).flatten(1)  # (B, group_size * k)
+    ungrouped = torch.arange(grouped, V, device=logits.device).expand(B, -1)  # (B, V - grouped)
+    candidates = torch.cat([candidates, ungrouped], 1)
+    values, indices = logits.gather(1, candidates).topk(k)  # (B, k) each
+    return values, candidates.gather(1, indices)

@@ -1,0 +1,273 @@
+"""The output head and the cross-entropy in one, without the logits of a whole batch in memory.
+
+The head is two thirds of the published model's arithmetic, and its logits are by far its largest tensor. `fuse_loss`
+makes the head of a model return `Logits`, which are computed when an operation needs them: F.cross_entropy computes
+them in chunks together with its gradient, and every other operation gets them as the plain model has them. So the
+model may do anything with its logits, and what it does is computed as written. torch's F.linear_cross_entropy does
+the same for exactly one call, and is slower on a CPU (docs/speed.md).
+
+B: batch size, T: sequence length, C: width, V: vocabulary size, N: B * T.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from storygpt.fast import is_plain
+# Rows of logits that are in memory at a time: 100 MB on a CPU with GPT-2's vocabulary, full-sized products on a GPU.
+CHUNK_ROWS = {"cpu": 1024, "cuda": 16384}
+# For float16, with its maximum of 65,504: the gradient of the head is summed over these rows, and does not overflow as
+# long as hidden states are at most 31. Loss scaling cannot prevent it: the sum is computed before the loss is scaled.
+CHUNK_ROWS_FLOAT16 = 2048
+IGNORED_TARGET = -1  # as in nanoGPT: a target without a loss or a gradient
+# The columns of the logits are padded to a multiple of this: tensor cores are slow on odd sizes such as 50,257.
+VOCAB_MULTIPLE = {"cpu": 1, "cuda": 64}
+
+
+# ---- logits that are computed when they are needed ----
+
+
+@torch.no_grad()
+def fuse_loss(model, used=None, equalize=False):
+    """Make the output heads of a model return `Logits`: its layers of exactly nn.Linear, without bias and hooks, whose
+    width is the vocabulary. `used`, a bool tensor (V): the tokens that occur in the training text, see `UsedTokens`.
+
+    `equalize` sets the rows of the others to zero: unequal, they would add up to a large gradient of the hidden states.
+    """
+    for module in model.modules():
+        if is_plain(module, nn.Linear) and module.bias is None and module.out_features == model.config.vocab_size:
+            module.__class__, module.used_tokens = Head, None
+            if used is not None and not used.all():
+                module.used_tokens = UsedTokens(used.to(module.weight.device))
+                if equalize:
+                    module.weight[module.used_tokens.unused] = 0
+
+
+class Head(nn.Linear):
+    """nn.Linear that returns `Logits`."""
+
+    def forward(self, x):
+        """(…, C) -> (…, V)"""
+        return _MakeLogits.apply(x, self.weight, self.used_tokens)
+
+
+class Logits(torch.Tensor):
+    """The product of hidden states (…, C) and the weight (V, C) of an output head, (…, V), not computed yet."""
+
+    @staticmethod
+    def __new__(cls, x, weight, used_tokens):
+        """A tensor without memory."""
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        logits = torch.Tensor._make_wrapper_subclass(cls, (*x.shape[:-1], len(weight)), dtype=dtype, device=x.device)
+        logits.x, logits.weight, logits.used_tokens = x, weight, used_tokens
+        return logits
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Every operation on logits: fuse F.cross_entropy, keep a change of the leading dimensions, or compute them."""
+        kwargs = kwargs or {}
+        if function is F.cross_entropy and (result := fused_cross_entropy(*args, **kwargs)) is not None:
+            return result
+        if function in (torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape) and not kwargs:
+            logits = args[0]
+            shape = function(torch.empty(logits.shape, device="meta"), *args[1:]).shape
+            if shape and shape[-1] == len(logits.weight):
+                return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens)
+        if function in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.compute, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        """Operations below autograd, as in the forward pass of another autograd.Function: compute the logits."""
+        args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.compute, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def compute(self):
+        """These logits as a plain tensor."""
+        return F.linear(self.x, self.weight)
+
+
+METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.shape.__get__,
+            torch.Tensor.ndim.__get__, torch.Tensor.dtype.__get__, torch.Tensor.device.__get__,
+            torch.Tensor.requires_grad.__get__, torch.Tensor.grad_fn.__get__, torch.Tensor.is_leaf.__get__}
+
+
+class _MakeLogits(torch.autograd.Function):
+    """Connects `Logits` with the graph, for operations that are no torch functions: another autograd.Function."""
+
+    @staticmethod
+    def forward(ctx, x, weight, used_tokens):
+        """x (…, C), weight (V, C) -> Logits (…, V)"""
+        ctx.save_for_backward(x, weight)
+        return Logits(x, weight, used_tokens)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """(…, V) -> (…, C), (V, C)"""
+        x, weight = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype), None
+
+
+def fused_cross_entropy(logits, targets, weight=None, size_average=None, ignore_index=-100, reduce=None,
+                        reduction="mean", label_smoothing=0.0):
+    """F.cross_entropy of `Logits` (N, V), or None if the arguments are such that it has to be computed plainly."""
+    fits = (isinstance(logits, Logits) and logits.dim() == 2 and not targets.is_floating_point()
+            and weight is size_average is reduce is None and label_smoothing == 0 and ignore_index == IGNORED_TARGET)
+    if not fits or reduction not in ("mean", "none") or (reduction == "none" and torch.is_grad_enabled()):
+        return None
+    weight, last_row_tokens = logits.weight, 1
+    if logits.used_tokens is not None and logits.used_tokens.unused_rows_are_equal(weight):
+        weight, targets = logits.used_tokens.head(weight, targets)
+        last_row_tokens = len(logits.used_tokens.unused)
+    mean, losses = fused_linear_cross_entropy(logits.x, weight, targets, last_row_tokens)
+    return mean if reduction == "mean" else losses
+
+
+# ---- tokens that do not occur ----
+
+
+class UsedTokens:
+    """Which tokens of a vocabulary occur in the training text, and a cheaper head for it: exact, with fewer logits.
+
+    Tokens that never occur have equal gradients if their rows of the head are equal, and so stay equal in training. One
+    of them then stands for all of them in the softmax, with its probability multiplied by their number. Of GPT-2's
+    50,257 tokens, 12,988 occur in 8 million tokens of TinyStories.
+    """
+
+    def __init__(self, used):
+        """`used`: whether each token of the vocabulary occurs, a bool tensor (V). At least one must not."""
+        self.used, self.unused = used.nonzero().flatten(), (~used).nonzero().flatten()
+        row_of_token = torch.where(used, used.cumsum(0) - 1, len(self.used))
+        self.row_of_token = F.pad(row_of_token, (0, 1), value=IGNORED_TARGET)  # the last: of target -1
+
+    def head(self, weight, targets):
+        """The head's weight (V, C) and targets (N) -> the weight's rows of the U used tokens and of one unused token,
+        (U + 1, C), and the targets as indices of these rows (N).
+        """
+        return _HeadRows.apply(weight, self.used, self.unused), self.row_of_token[targets]
+
+    def unused_rows_are_equal(self, weight):
+        """Whether the unused rows of a weight (V, C) are equal, judged by their first columns: one cache line a row."""
+        rows = weight.detach()[:, :16].index_select(0, self.unused)
+        return bool((rows == rows[0]).all())
+
+
+class _HeadRows(torch.autograd.Function):
+    """See `UsedTokens.head`."""
+
+    @staticmethod
+    def forward(ctx, weight, used, unused):
+        """weight (V, C) -> (U + 1, C)"""
+        ctx.save_for_backward(used, unused)
+        return torch.cat([weight[used], weight[unused[:1]]])
+
+    @staticmethod
+    def backward(ctx, grad):
+        """(U + 1, C) -> (V, C)"""
+        used, unused = ctx.saved_tensors
+        grad_weight = grad.new_empty(len(used) + len(unused), grad.size(1))
+        grad_weight[used] = grad[:-1]
+        grad_weight[unused] = grad[-1] / len(unused)
+        return grad_weight, None, None
+
+
+# ---- the fused loss ----
+
+
+def fused_linear_cross_entropy(x, weight, targets, last_row_tokens=1):
+    """Cross-entropy, in nats/token, of the output head: hidden states x (N, C), weight (V, C), targets (N).
+
+    Returns the mean, and the loss of each token (N) without a gradient. The head is two thirds of this model's
+    arithmetic, and its logits (N, V) are by far its largest tensor: only CHUNK_ROWS rows of them are in memory at a
+    time, in autocast's dtype. The forward pass also computes the gradients of the mean, which the backward pass only
+    scales (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
+
+    The last row of the weight stands for `last_row_tokens` tokens of equal logits (see `UsedTokens`). Targets of -1 are
+    ignored: their loss and gradient are 0, and the mean is that of the others (NaN without others).
+    Target probabilities are clamped: to 2^-24 in float16, so that no loss is above 16.6, else to the smallest normal
+    number.
+    """
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    with torch.autocast(device_type, enabled=False):
+        return _FusedLinearCrossEntropy.apply(x, weight, targets, last_row_tokens, dtype, torch.is_grad_enabled())
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """See `fused_linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, last_row_tokens, dtype, with_gradient):
+        """x (N, C), weight (V, C), targets (N) -> mean loss, losses (N). Keeps the gradients of the mean in ctx."""
+        N, V = x.size(0), weight.size(0)
+        ctx.x_dtype = x.dtype
+        ignored = targets == IGNORED_TARGET  # (N)
+        x = x.to(dtype).masked_fill(ignored[:, None], 0)  # a row of zeros adds nothing to the gradient of the weight
+        padding = -V % VOCAB_MULTIPLE.get(x.device.type, 1)
+        # (C, V + padding): the layout in which both products below are fastest on a CPU
+        weight = F.pad(weight.to(dtype), (0, 0, 0, padding)).T.contiguous()
+        rows = min(N, CHUNK_ROWS.get(x.device.type, 1024), CHUNK_ROWS_FLOAT16 if dtype == torch.float16 else N)
+        buffer = x.new_empty(rows, V + padding)  # logits, then probabilities, then gradients of a chunk
+        losses = torch.empty(N, device=x.device)
+        if with_gradient:
+            grad_x = torch.empty_like(x)
+            grad_weight = torch.zeros(V + padding, x.size(1), device=x.device)
+            product, product_float32 = x.new_empty(grad_weight.shape), torch.empty_like(grad_weight)
+        min_probability = 2**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+        for i in range(0, N, rows):
+            x_i, y = x[i:i + rows], targets[i:i + rows]  # (n, C), (n)
+            p = torch.mm(x_i, weight, out=buffer[:len(y)])  # (n, V + padding)
+            p[:, V - 1] += math.log(last_row_tokens)
+            p[:, V:] = -math.inf
+            torch.softmax(p, -1, out=p)
+            target = torch.arange(len(y), device=x.device), y  # an ignored target indexes the last column here
+            p_y = p[target].float()  # (n)
+            p[target] = 0
+            rest = p.sum(-1)  # (n), 1 - p_y without its rounding to zero when p_y is near 1
+            losses[i:i + rows] = torch.where(p_y > 0.5, -torch.log1p(-rest.float()),
+                                             -p_y.clamp_min(min_probability).log())
+            losses[i:i + rows] += math.log(last_row_tokens) * (y == V - 1)  # the probability of one of the tokens
+            if with_gradient:
+                p[target] = -rest  # p is now the gradient of the logits, times N
+                grad_x[i:i + rows] = torch.mm(weight, p.T).T
+                # Accumulated in float32: there can be many chunks.
+                grad_weight += product_float32.copy_(torch.mm(p.T, x_i, out=product))
+        losses.masked_fill_(ignored, 0)
+        count = (~ignored).sum()  # not a Python number: that would wait for the device
+        if with_gradient:
+            ctx.gradients = grad_x.masked_fill_(ignored[:, None], 0), grad_weight[:V], count
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() / count, losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        """Gradient of the mean loss () -> those of x (N, C) and weight (V, C)."""
+        (grad_x, grad_weight, count), ctx.gradients = ctx.gradients, None
+        factor = grad / count
+        return grad_x.to(ctx.x_dtype) * factor, grad_weight.mul_(factor), None, None, None, None
+
+
+def training_bytes(config, parameters, device_type, dtype):
+    """Estimated memory for training a model with matrix products in `dtype`, in bytes: (fixed, per sequence).
+
+    The fixed part is the buffers of the loss and, for each parameter, at most 24 bytes: the weight, the gradient, its
+    copy for the all-reduce, AdamW's two moments and autocast's copy of the weight. A sequence's part is the activations
+    kept for the backward pass. On a CPU they were measured in bfloat16 (docs/speed.md) and include the weights of
+    attention; on CUDA they are what autograd saves, and one layer more for all outside of the blocks.
+    """
+    logits = CHUNK_ROWS.get(device_type, 1024) * config.vocab_size * dtype.itemsize
+    # In addition the weight, a chunk's gradient (also in float32) and their sum.
+    loss = logits + config.n_embd * config.vocab_size * (2 * dtype.itemsize + 8)
+    fixed = 24 * parameters + loss
+    per_token = config.n_layer * (65 * config.n_embd + 8 * config.n_head * config.block_size)
+    if device_type == "cuda":
+        per_width = 10 + 14 * dtype.itemsize if config.architecture == "gpt2" else 3 + 19 * dtype.itemsize
+        per_token = (config.n_layer + 1) * per_width * config.n_embd
+    return fixed, per_token * config.block_size

@@ -1,0 +1,389 @@
+"""A run and its folder, out/<run>/: its state, opening it (new, resumed, or from other weights), and its logs.
+
+    ckpt.pt        the weights with the best validation loss so far, and what is needed to use them
+    last.pt        the latest weights, the optimizers and everything else needed to resume
+    last.prev.pt   the previous last.pt, used if last.pt is damaged (that one is then last.damaged.pt)
+    log.jsonl      one JSON object per line: the run, its training steps, its evaluations
+    samples.md     a story from each evaluation
+    tokenizer.tiktoken, meta.json   copied from the dataset, so that the folder is self-contained
+    .lock          locked by the process that trains
+"""
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from model import ModelSettings
+from storygpt.checkpoint import (LAST_REQUIRED_KEYS, DamagedCheckpoint, load, load_model, reading_checkpoint, save,
+                                 with_current_names)
+from storygpt.corpus.dataset import Dataset, data_sha256, read_meta
+from storygpt.corpus.tokenizer import Tokenizer
+from storygpt.settings import SETTINGS, Config, apply_overrides
+from storygpt.system import files
+from storygpt.system.distributed import check_equal_weights, sync_stop_and_time
+from storygpt.system.errors import QUICKSTART, UserError
+from storygpt.system.hardware import largest_divisor, pick_fused
+
+# What a run writes, in the order in which a new run removes it: what resuming needs goes first.
+RUN_FILES = ("last.prev.pt", "last.pt", "last.damaged.pt", "ckpt.pt", "log.jsonl", "samples.md")
+CHANGEABLE_ON_RESUME = {name for name, f in SETTINGS.items() if f.metadata.get("resume")}
+
+
+# ---- the state of a run ----
+
+
+@dataclass
+class TrainState:
+    """A run in training: what the functions of the training loop share, and what a checkpoint stores of it."""
+
+    cfg: Config
+    data: Dataset
+    model: nn.Module
+    optimizers: list
+    scaler: torch.amp.GradScaler  # for float16; otherwise disabled
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    micro_batch_size: int  # sequences that go through the model at once
+    rank: int = 0
+    world_size: int = 1
+
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # steps skipped because float16 gradients overflowed
+    best_val_loss: float = math.inf
+    metrics: dict = field(default_factory=lambda: {"iter": 0})  # of the latest evaluation
+    seconds: float = 0.0  # spent on the run, by rank 0's clock at the latest `sync_ranks`
+    stop: bool = False  # whether any rank was asked to stop, at the latest `sync_ranks`
+
+    started: float = 0.0  # `time.perf_counter()` at which `elapsed()` is 0
+    logged_step: int = 0  # `step` at the latest log line
+    logged_at: float = 0.0  # `time.perf_counter()` at the latest log line
+    excluded_seconds: float = 0.0  # spent on evaluations and saves since: the logged speed is that of training alone
+    saved_step: int = 0  # `step` at the latest save of last.pt
+    saved_seconds: float = 0.0  # `seconds` at the latest save of last.pt
+
+    @property
+    def out_dir(self):
+        """The run folder."""
+        return Path(self.cfg.out_dir)
+
+    @property
+    def iteration(self):
+        """Iterations done."""
+        return self.step * self.cfg.gradient_accumulation_steps
+
+    @property
+    def tokens(self):
+        """Tokens trained on."""
+        return self.step * self.cfg.tokens_per_step
+
+    def start_clock(self):
+        """Start counting time. The seconds of earlier sessions of a resumed run are included."""
+        self.logged_at = time.perf_counter()
+        self.started = self.logged_at - self.seconds
+        self.logged_step, self.saved_step, self.saved_seconds = self.step, self.step, self.seconds
+
+    def elapsed(self):
+        """Seconds spent on the run up to now, by this rank's clock, evaluations included."""
+        return time.perf_counter() - self.started
+
+    def sync_ranks(self, stop):
+        """Give all ranks the same `seconds` and `stop`, so that they take the same decisions."""
+        self.stop, self.seconds = sync_stop_and_time(stop, self.elapsed())
+
+    def model_dict(self):
+        """The content of ckpt.pt. Metrics may be of numpy or torch, and are stored as numbers of Python."""
+        metrics = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in self.metrics.items()}
+        return {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
+                "config": asdict(self.cfg), "data_sha256": self.data.sha256, "iter": self.iteration,
+                "step": self.step, "tokens": self.tokens, "metrics": metrics}
+
+    def resume_dict(self):
+        """The content of last.pt."""
+        return self.model_dict() | {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(), "skipped": self.skipped, "best_val_loss": self.best_val_loss,
+            "seconds": self.elapsed(), "world_size": self.world_size, "sizes": flush_logs(self.out_dir)}
+
+    def restore(self, checkpoint):
+        """Load the content of a last.pt. Raises UserError if it does not fit the model or the optimizers."""
+        path = self.out_dir / "last.pt"
+        with reading_checkpoint(path, RuntimeError):
+            self.model.load_state_dict(checkpoint["model"])
+        with reading_checkpoint(path, ValueError, KeyError):
+            for optimizer, stored in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                for group in stored["param_groups"]:
+                    if "fused" in group:  # stored for the device that the run was on before
+                        group["fused"] = pick_fused(self.device)
+                optimizer.load_state_dict(stored)
+        if checkpoint["scaler"]:  # empty if the run was not in float16 before
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.skipped, self.seconds = checkpoint["step"], checkpoint["skipped"], checkpoint["seconds"]
+        self.metrics, self.best_val_loss = checkpoint["metrics"], checkpoint["best_val_loss"]
+
+
+# ---- opening a run ----
+
+
+def open_run(settings, flags, args, world_size):
+    """Resolve a command line to (Config, checkpoint to resume from, checkpoint to initialize from).
+
+    Each checkpoint is a dict or None: a run is resumed (--resume), starts from the weights of another run (init_from)
+    or is new. `settings`: those of the config file. Locks a run to resume and replaces its last.pt if that is damaged;
+    changes nothing else. Raises UserError if the run cannot be opened.
+    """
+    wanted = apply_overrides(settings, flags)
+    out_dir = wanted.get("out_dir") or (newest_run() if args.resume else Config.out_dir)
+    resume_checkpoint = init_checkpoint = None
+    if args.resume or (vars(args)["resume=auto"] and is_resumable(out_dir)):
+        cfg, resume_checkpoint = _resume(out_dir, settings, flags, world_size)
+    elif wanted.get("init_from", "scratch") != "scratch":
+        cfg, init_checkpoint = _init_from(wanted)
+    else:
+        cfg = Config(**wanted)
+    if not resume_checkpoint and not args.overwrite:
+        check_no_run(cfg.out_dir)
+    if cfg.sequences_per_step % world_size:
+        divisors = [n for n in range(1, cfg.sequences_per_step + 1) if cfg.sequences_per_step % n == 0]
+        raise UserError(f"{world_size} processes cannot divide a step's {cfg.sequences_per_step} sequences evenly: use "
+                        f"{', '.join(map(str, divisors))}")
+    sequences = cfg.sequences_per_step // world_size
+    if cfg.device_batch_size != "auto" and sequences % min(cfg.device_batch_size, sequences):
+        raise UserError(f"device_batch_size = {cfg.device_batch_size} does not divide the {sequences} sequences of a "
+                        f"step in each process: use {largest_divisor(sequences, cfg.device_batch_size)}")
+    return cfg, resume_checkpoint, init_checkpoint
+
+
+def _resume(out_dir, settings, flags, world_size):
+    """The Config of a run to resume, its stored settings overridden by the flags, and its checkpoint."""
+    checkpoint = load_resume_checkpoint(out_dir)
+    with reading_checkpoint(Path(out_dir, "last.pt"), TypeError):
+        stored = asdict(Config(**checkpoint["config"]))
+    cfg = Config(**apply_overrides(stored, flags) | {"out_dir": str(out_dir)})
+    check_resume_settings(stored, asdict(cfg), apply_overrides(settings, flags))
+    if checkpoint["world_size"] != world_size:
+        print(f"changed: the world size is now {world_size}, was {checkpoint['world_size']}")
+    data_dir = Path("data", cfg.dataset)
+    if data_sha256(read_meta(data_dir)) != checkpoint["data_sha256"]:
+        raise UserError(f"{data_dir} is not the data that {out_dir} was trained on: prepare that data again, or start "
+                        "a new run with another --out_dir")
+    return cfg, checkpoint
+
+
+def check_resume_settings(stored, current, settings):
+    """Print which settings differ from the stored ones of a resumed run; raise UserError for those that may not."""
+    if bool(stored["max_minutes"]) != bool(current["max_minutes"]):
+        raise UserError("the length of a run with max_minutes can be changed by --max_minutes only, that of any other "
+                        "run by --max_iters or --max_tokens: use that flag, or start a new run with another --out_dir")
+    # A longer run, whose schedule has already ended at a learning rate of 0.
+    if current["min_lr"] == 0 and max(stored["max_iters"], current["lr_decay_iters"]) < current["max_iters"]:
+        raise UserError(f"the learning rate is 0 from iteration {current['lr_decay_iters']} on, so more iterations "
+                        "would not train the model: start a new run of that length with another --out_dir")
+    for name in current:
+        if current[name] != stored[name] and name not in CHANGEABLE_ON_RESUME:
+            raise UserError(f"{name} = {current[name]!r} cannot change when a run is resumed (it is {stored[name]!r}): "
+                            "leave it out, or start a new run with another --out_dir")
+        if current[name] != stored[name]:
+            print(f"changed: {name} is now {current[name]!r}, was {stored[name]!r}")
+        elif settings.get(name, stored[name]) != stored[name]:
+            print(f"note: the run keeps {name} = {stored[name]!r}; the config file has {settings[name]!r}")
+
+
+def _init_from(settings):
+    """The Config of a new run with the architecture of the run that init_from names, and that run's checkpoint.
+
+    block_size may be smaller than that run's, and dropout may differ. Raises UserError for any other difference.
+    """
+    source = Path(settings["init_from"])
+    model, tokenizer, checkpoint = load_model(best_checkpoint(source))
+    architecture = {f.name: getattr(model.config, f.name) for f in fields(ModelSettings) if f.name != "dropout"}
+    cfg = Config(**architecture | settings)
+    for name, value in architecture.items():
+        wanted = getattr(cfg, name)
+        if wanted != value and not (name == "block_size" and wanted < value):
+            raise UserError(f"{name} = {wanted!r} differs from that of init_from = {cfg.init_from!r}, {value!r}: leave "
+                            f"it out, or set --{name}={value}" + " or less" * (name == "block_size"))
+    if source.resolve() == Path(cfg.out_dir).resolve():
+        raise UserError(f"init_from = {cfg.init_from!r} is also the folder of the new run: choose another --out_dir")
+    if Tokenizer.load(Path("data", cfg.dataset)) != tokenizer:
+        raise UserError(f"data/{cfg.dataset} has a different tokenizer from init_from = {cfg.init_from!r}: prepare it "
+                        "with that one, or start from scratch")
+    return cfg, checkpoint
+
+
+def check_no_run(out_dir):
+    """Raise UserError if a folder already contains a run."""
+    if run_exists(out_dir):
+        resume = "resume it (--resume), " if is_resumable(out_dir) else ""
+        raise UserError(f"{out_dir} already contains a run: {resume}replace it (--overwrite), or choose another folder "
+                        "(--out_dir)")
+
+
+def claim_run_folder(out_dir, overwrite):
+    """Create and lock the folder of a new run; an earlier run in it stays until `start_run_folder`."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files.acquire_lock(out_dir / ".lock", out_dir)
+    if not overwrite:
+        check_no_run(out_dir)  # again: another process may have created one in the meantime
+
+
+def start_run_folder(out_dir, data_dir):
+    """Remove what an earlier run left in a run folder, and copy the tokenizer and meta.json of a dataset into it."""
+    for name in RUN_FILES:
+        (out_dir / name).unlink(missing_ok=True)
+    for name in ("tokenizer.tiktoken", "meta.json"):
+        files.atomic_write(out_dir / name, lambda file: file.write((data_dir / name).read_bytes()))
+
+
+def reopen_run_folder(state, sizes):
+    """Make the files of a resumed run match its last.pt: truncate the logs to `sizes`, and check ckpt.pt.
+
+    If ckpt.pt cannot be used, the best loss is forgotten, so that the next evaluation writes a new one. Raises
+    UserError if it belongs to another run.
+    """
+    path, cfg = state.out_dir / "ckpt.pt", asdict(state.cfg)
+    if math.isfinite(state.best_val_loss):
+        try:
+            stored = load(path)["config"]
+        except UserError as error:  # missing or damaged
+            print(f"note: {error}\nnote: if the run is trained further, its next evaluation writes a new {path}")
+            state.best_val_loss, stored = math.inf, {}
+        differing = [name for name in cfg.keys() - CHANGEABLE_ON_RESUME if stored.get(name, cfg[name]) != cfg[name]]
+        if differing:
+            raise UserError(f"{path} and the last.pt next to it belong to different runs (their {min(differing)} "
+                            "differs): move the wrong file away")
+    truncate_logs(state.out_dir, sizes)
+
+
+# ---- checkpoints of a run ----
+
+
+def save_last(state):
+    """Save last.pt, so that the run can be resumed from here. Raises UserError if the ranks' weights differ."""
+    started = time.perf_counter()
+    check_equal_weights(state.model.parameters())
+    state.saved_step, state.saved_seconds = state.step, state.seconds
+    if state.rank == 0:
+        save(state.out_dir / "last.pt", state.resume_dict())
+    state.excluded_seconds += time.perf_counter() - started
+
+
+def load_resume_checkpoint(out_dir):
+    """Load last.pt or, if it is missing or damaged, last.prev.pt, which is then renamed to last.pt. Locks the folder.
+
+    A damaged last.pt is kept as last.damaged.pt. Raises UserError if neither can be used, OSError if reading fails.
+    """
+    last, previous = Path(out_dir, "last.pt"), Path(out_dir, "last.prev.pt")
+    if is_resumable(out_dir):
+        files.acquire_lock(Path(out_dir, ".lock"), out_dir)
+    try:
+        if last.exists() or not previous.exists():
+            return load(last, LAST_REQUIRED_KEYS)
+    except DamagedCheckpoint:
+        if not previous.exists():
+            raise
+    loaded = load(previous, LAST_REQUIRED_KEYS)
+    print(f"note: {last} is missing or damaged: resuming from {previous}, the one before it", file=sys.stderr)
+    if last.exists():
+        files.rename(last, last.with_name("last.damaged.pt"))
+    files.rename(previous, last)  # or the next save would replace it
+    return loaded
+
+
+# ---- finding runs ----
+
+
+def run_exists(out_dir):
+    """Whether a folder contains a run, even one that ended before its first checkpoint."""
+    return any(Path(out_dir, name).exists() for name in ("log.jsonl", "last.pt", "last.prev.pt", "ckpt.pt"))
+
+
+def is_resumable(out_dir):
+    """Whether a folder contains a run that can be resumed."""
+    return any(Path(out_dir, name).exists() for name in ("last.pt", "last.prev.pt"))
+
+
+def list_runs(root="out"):
+    """The run folders under `root` and in the folders of sweeps there that have a checkpoint, the newest first."""
+    written = {}
+    for folder, name in itertools.product(("*", "*/*"), ("ckpt.pt", "last.pt", "last.prev.pt")):
+        for path in Path(root).glob(f"{folder}/{name}"):
+            with suppress(FileNotFoundError):  # renamed by a run that is saving
+                written[path.parent] = max(written.get(path.parent, 0), path.stat().st_mtime)
+    return sorted(written, key=written.get, reverse=True)
+
+
+def newest_run(root="out"):
+    """The run folder under `root` with the most recently written checkpoint. Raises UserError if there is none."""
+    if not (found := list_runs(root)):
+        raise UserError(f"no trained model under {root}/: train one first, for example  {QUICKSTART}")
+    return found[0]
+
+
+def best_checkpoint(out_dir):
+    """The path of a run's best checkpoint: ckpt.pt or, before the first evaluation, last.pt or last.prev.pt.
+
+    Raises UserError if there is none.
+    """
+    for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
+        if Path(out_dir, name).exists():
+            return Path(out_dir, name)
+    if Path(out_dir, "config.json").exists():
+        raise UserError(f"{out_dir} is a model for transformers: convert it to a run with  "
+                        f"python -m tools.hf import {out_dir} out/NAME")
+    raise UserError(f"no checkpoint in {out_dir}: train a model first, or name the folder of another run")
+
+
+# ---- logs ----
+
+
+def read_log(path, size=None):
+    """The records of a log.jsonl, or of its first `size` bytes, oldest first.
+
+    An incomplete last line, which a killed run can leave, is ignored. Raises UserError for any other invalid line.
+    """
+    records = []
+    lines = Path(path).read_bytes()[:size].split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # after the last line feed: nothing, or an incomplete line
+        try:
+            records.append(with_current_names(json.loads(line)))
+            records[-1]["kind"]
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is damaged: repair it, or move the file away") from error
+    return records
+
+
+def flush_logs(out_dir):
+    """Flush log.jsonl and samples.md to the disk; returns their sizes in bytes, name → size."""
+    sizes = {"log.jsonl": 0, "samples.md": 0}
+    for name in sizes:
+        if Path(out_dir, name).exists():
+            with open(Path(out_dir, name), "ab") as file:
+                files.sync(file.fileno())  # or a power cut could leave less than the checkpoint says
+                sizes[name] = file.tell()
+    return sizes
+
+
+def truncate_logs(out_dir, sizes):
+    """Truncate log.jsonl and samples.md to their sizes at a checkpoint, so that resuming repeats no entry.
+
+    Raises UserError if one has become shorter since, or the log is damaged.
+    """
+    for name, size in sizes.items():
+        path = Path(out_dir, name)
+        if not path.exists():
+            continue
+        if path.stat().st_size < size:
+            raise UserError(f"{path} is shorter than at the last checkpoint: restore it, or move it away to resume "
+                            "without it")
+        if name == "log.jsonl":
+            read_log(path, size)  # raises UserError if the log is damaged
+        os.truncate(path, size)

@@ -1,0 +1,115 @@
+"""How the scripts report errors: one line on stderr and an exit code."""
+
+import argparse
+import difflib
+import functools
+import os
+import platform
+import signal
+import sys
+import traceback
+
+import storygpt
+
+# What errors suggest to someone who has no data or no model yet: it takes a minute or two and no download.
+QUICKSTART = "python prepare.py nursery --tokenizer bpe:2048 && python train.py config/quickstart.py"
+
+
+class UserError(Exception):
+    """An error that the user can fix. The message is one line: what is wrong, where, and what to do."""
+
+
+def exit_with_one_line(main):
+    """Decorate a script's `main(argv=None)`: errors that the user can fix print one line and set the exit code.
+
+    Exit codes: 1 for `UserError`, for errors of the operating system (a full disk, no permission) and when memory runs
+    out; 130 for Ctrl-C; 141 when the reader of stdout has gone (`| head`). argparse exits with 2 for wrong flags. Any
+    other exception is a bug and keeps its traceback. The environment variable TRACEBACK=1 prints the traceback of
+    every error, above its line.
+    """
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        if signal.getsignal(signal.SIGINT) is storygpt.exit_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        result, code = None, 0
+        try:
+            result = main(argv)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
+            code = 141
+        except (Exception, KeyboardInterrupt) as error:
+            line = one_line(error)
+            if not line:
+                raise
+            if os.environ.get("TRACEBACK") == "1":
+                traceback.print_exc()
+            print(line, file=sys.stderr)
+            code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+            # Python's own shutdown can abort while a thread of gloo frees a tensor (pytorch issue 190489).
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return sys.exit(code) if code else result
+    return wrapped
+
+
+def one_line(error):
+    """What to print for an exception that the user can fix; None for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        line = "stopped"
+    elif isinstance(error, UserError):
+        line = f"error: {error}"
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        line = f"error: {where}{error.strerror or error}"
+    elif place := out_of_memory(error):
+        place, advice = (" on the GPU", ", or --device=cpu") if place == "GPU" else ("", "")
+        line = f"error: out of memory{place}: use smaller sizes{advice} ({str(error) or 'MemoryError'})"
+    else:
+        return None
+    if os.environ.get("RANK", "0") != "0":  # started by torchrun, perhaps on another machine
+        line += f" (rank {os.environ['RANK']} on {platform.node()})"
+    return " ".join(line.split())
+
+
+def out_of_memory(error):
+    """What has run out of memory, "CPU" or "GPU" (CUDA, MPS); None for another error."""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "CPU"
+    # torch's class by its name, because not every script imports torch.
+    if type(error).__name__ == "OutOfMemoryError" or "MPS backend out of memory" in str(error):
+        return "GPU"
+    return None
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line (exit code 2) and suggest the closest flag.
+
+    With `common`, the names of some arguments, --help lists only these, each up to the first semicolon of its help;
+    --help-all lists everything.
+    """
+
+    def __init__(self, common=(), **options):
+        super().__init__(allow_abbrev=False, **options,
+                         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26))
+        self.common = common
+        if common:
+            self.add_argument("--help-all", action="help", help="show the help of all flags")
+
+    def parse_args(self, argv=None):
+        """The command line as a namespace; exits with code 2 for an unknown argument and names the closest flag."""
+        if self.common and "--help-all" not in (sys.argv if argv is None else argv):
+            for action in self._actions:
+                shown = action.dest in ("help", "help_all", *self.common)
+                action.help = action.help.split(";")[0] if shown else argparse.SUPPRESS
+        args, unknown = self.parse_known_args(argv)
+        for word in unknown:
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else f"--help{'-all' if self.common else ''} lists all flags"
+            self.error(f"unknown argument {word}: {hint}")
+        return args
+
+    def error(self, message):
+        """Print the message as one line and exit with code 2."""
+        self.exit(2, f"error: {' '.join(message.split())}\n")

@@ -1,0 +1,156 @@
+"""Atomic writes, appends with clear errors, and locks that one process holds at a time."""
+
+import json
+import os
+import platform
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from storygpt.system.errors import UserError
+
+RENAME_SECONDS = 5  # for another process to close the file, on Windows
+_locked = {}  # path → the open file whose lock this process has: it must stay open
+
+
+def atomic_write(path, write, previous=None):
+    """Replace the file at `path` atomically: readers see the old file or the complete new one.
+
+    `write(file)` writes the content to a binary file. With `previous`, the old file is kept under that name; between
+    the two renames only that one exists. Raises UserError if the file cannot be written, as on a full disk: the old
+    file is then still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            sync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
+        if previous and path.exists():
+            rename(path, previous)
+        rename(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        if "inline_container.cc" in str(error):  # torch's zip writer hides what file.write raised, which may be Ctrl-C
+            error = error.__context__ or error
+        if isinstance(error, OSError):
+            error = write_error(path, error)
+        raise error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rename(source, target):
+    """Rename a file or folder, replacing a file that has the new name.
+
+    Windows refuses that while another process has one of the two open (sample.py, a virus scanner): the call then tries
+    again for RENAME_SECONDS. Raises OSError if it fails.
+    """
+    deadline = time.monotonic() + RENAME_SECONDS
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if platform.system() != "Windows" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def sync(descriptor):
+    """Flush an open file to the disk. On macOS, fsync alone leaves the data in the drive's cache."""
+    if platform.system() == "Darwin":
+        import fcntl
+
+        with suppress(OSError):  # network file systems do not support it
+            return fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    os.fsync(descriptor)
+
+
+def sync_folder(folder):
+    """Flush a folder's entries to the disk, where the system can do that."""
+    with suppress(OSError):  # Windows cannot, nor can some network file systems; the file itself has been flushed
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append(path, text):
+    """Append to a text file. Raises UserError if that fails; part of the text may have been written then."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def append_line(path, record):
+    """Append one JSON object as a line to a log."""
+    append(path, json.dumps(record, default=lambda value: value.tolist()) + "\n")  # of numpy or torch
+
+
+def write_error(path, error):
+    """The UserError for a file that could not be written."""
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError) and platform.system() == "Windows":
+        reason += ": another program may have it open"
+    return UserError(f"cannot write {path} ({reason}): what was saved before is intact; free some space or fix the "
+                     "permissions, then run the command again (train.py with --resume)")
+
+
+def acquire_lock(path, name):
+    """Lock a file, which is created if needed, until this process ends, however it ends.
+
+    `name` says in messages what the lock protects. Raises UserError if another process has the lock.
+    """
+    path = Path(path).absolute()
+    if path in _locked:
+        return
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        for _ in range(10):  # `is_locked` takes the lock for a moment
+            if try_lock(file):
+                break
+            time.sleep(0.02)
+        else:
+            file.close()
+            raise UserError(f"another process is using {name}: wait until it ends, or stop it (its lock {path.name} is "
+                            "released when it ends)")
+    except OSError as error:  # a file system without locks
+        print(f"note: {name} cannot be locked ({error.strerror}): make sure that no other process uses it",
+              file=sys.stderr)
+    _locked[path] = file
+
+
+def is_locked(path):
+    """Whether another process has the lock; None if that is unknown (no locks on this file system, or read-only)."""
+    if Path(path).absolute() in _locked:
+        return False
+    try:
+        with open(path, "r+", encoding="utf-8") as file:
+            return not try_lock(file)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+
+
+def try_lock(file):
+    """Lock an open file until it is closed, without waiting: whether it worked. OSError on a file system without locks.
+    """
+    try:
+        if platform.system() == "Windows":
+            import msvcrt
+
+            file.seek(0)  # the lock covers bytes from here on; they need not exist
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # raised when another process has the lock, depending on the system
+        return False
+    return True

@@ -1,0 +1,134 @@
+"""Encoding and decoding, with a published and with a trained vocabulary."""
+
+import json
+import random
+import socket
+
+import numpy as np
+import pytest
+import tiktoken
+
+from storygpt.corpus import nursery
+from storygpt.corpus.dataset import with_checksum
+from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.system.errors import UserError
+
+TEXTS = ["Once upon a time, there was a fox.", "", " \n\n\t ", "naïve café – “quotes” 🦊🦊", "a" * 5000, " " * 5000,
+         "don't WE'LL x's 123,456", f"the end{END_OF_TEXT}not the end", "\x00\x01\ufeff\u2028"]
+
+
+def saved(tokenizer, folder):
+    """Save a tokenizer to a folder the way prepare.py does; return the folder."""
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
+    (folder / "meta.json").write_text(json.dumps(with_checksum(
+        {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text,
+         "dtype": "uint16",
+         "splits": dict.fromkeys(("train", "validation"), {"tokens": 1, "bytes": 1, "sha256": ""})})))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gpt2", "trained"])
+def tokenizer(request):
+    return Tokenizer.named("gpt2") if request.param == "gpt2" else Tokenizer.train(nursery.stories(200), 600)
+
+
+def test_decode_inverts_encode(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_story_ends_with_one_end_of_text_and_cannot_inject_another(tokenizer):
+    expected = [token for text in TEXTS for token in [*tokenizer.encode(text), tokenizer.end_of_text]]
+    tokens = tokenizer.encode_stories(TEXTS)
+    assert tokens.dtype == np.uint32 and tokens.tolist() == expected
+    assert (tokens == tokenizer.end_of_text).sum() == len(TEXTS)
+    assert tokenizer.encode_stories([END_OF_TEXT]).tolist().count(tokenizer.end_of_text) == 1
+
+
+def test_saved_tokenizer_loads_without_the_network(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "nothing"))
+    loaded = Tokenizer.load(saved(tokenizer, tmp_path / "x"))
+    assert loaded == tokenizer and loaded.name == tokenizer.name
+    assert (loaded.vocab_size, loaded.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
+    assert loaded.encode_stories(TEXTS).tolist() == tokenizer.encode_stories(TEXTS).tolist()
+
+
+def test_stream_yields_whole_characters(tokenizer):
+    text = "🦊 naïve 狐狸"
+    pieces = list(tokenizer.stream(tokenizer.encode(text)))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    fox = tokenizer.encode("🦊")
+    assert len(fox) > 1 and "".join(tokenizer.stream(fox[:-1])) == "\ufffd"  # an incomplete character
+
+
+def test_gpt2_encoding():
+    gpt2 = Tokenizer.named("gpt2")
+    assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
+    assert gpt2.encode("Once upon a time") == [7454, 2402, 257, 640]
+
+
+def test_training_is_deterministic_and_gives_the_requested_size():
+    one, two = (Tokenizer.train(nursery.stories(200), 600) for _ in range(2))
+    assert one.vocab_size == 600 and one.end_of_text == 599 and one == two
+    assert len(one.encode("Once upon a time")) <= 6
+    assert one != Tokenizer.train(nursery.stories(200), 601)
+
+
+def test_too_little_text_for_a_vocabulary_names_the_largest_size():
+    with pytest.raises(UserError, match="bpe:258 or less"):
+        Tokenizer.train(["abab"], 4096)
+    assert Tokenizer.train(["abab"], 258).vocab_size == 258
+
+
+def test_unknown_name_and_no_network_raise_user_errors(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt5': use one of .*gpt2"):
+        Tokenizer.named("gpt5")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="cannot load tokenizer 'r50k_base'.*TIKTOKEN_CACHE_DIR"):
+        Tokenizer.named("r50k_base")
+
+
+def test_a_network_that_does_not_answer_raises_a_user_error(monkeypatch, tmp_path):
+    """A proxy that accepts the connection and is silent."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("storygpt.corpus.tokenizer.DOWNLOAD_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(UserError, match="cannot load tokenizer 'p50k_base'.*python prepare.py nursery"):
+            Tokenizer.named("p50k_base")
+
+
+def test_only_extreme_runs_of_white_space_are_rejected(tokenizer):
+    for text in ("The end." + " " * 400_000, "\n" * 400_000):
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_stories(["One.", text])):
+            with pytest.raises(UserError, match="more than 300,000 consecutive white-space characters"):
+                encode(text)
+    assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "twice", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n",
+                                    b"YQ==\n"])
+def test_damaged_file_is_rejected_by_name(tokenizer, tmp_path, damage):
+    folder = saved(tokenizer, tmp_path / "x")
+    if damage == "missing":
+        (folder / "tokenizer.tiktoken").unlink()
+    else:
+        path = folder / "tokenizer.tiktoken"
+        short = b"".join(path.read_bytes().splitlines(keepends=True)[:-10])  # truncated at the end of a line
+        twice = path.read_bytes().replace(b" 4\n", b" 3\n", 1)  # two tokens with the same rank
+        path.write_bytes({"short": short, "twice": twice}.get(damage, damage))
+    with pytest.raises(UserError, match="tokenizer.tiktoken"):
+        Tokenizer.load(folder)
+
+
+def test_faster_gpt2_pattern_gives_the_same_tokens():
+    published, ours = tiktoken.get_encoding("gpt2"), Tokenizer.named("gpt2")
+    assert ours.encoding._pat_str != published._pat_str
+    rng = random.Random(0)
+    parts = [" ", "  ", "\n", "\n\n\n", "\t", "\r\n", "\xa0", "\u2028", "'s", "'ll", "'", "’t", "a", "Word", "é",
+             "中文", "12", "٣", "!", "...", "\0", "🙂", "_", "-"]
+    for _ in range(3000):
+        text = "".join(rng.choices(parts, k=rng.randrange(1, 12)))
+        assert ours.encode(text) == published.encode_ordinary(text), repr(text)

@@ -1,0 +1,118 @@
+"""How scripts report errors: one line on stderr, and the exit code."""
+
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import prepare
+import sample
+import train
+from conftest import ROOT
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
+
+
+def script_that_raises(error):
+    """A script's main(argv) that fails with this exception."""
+    @exit_with_one_line
+    def main(argv=None):
+        """Raise the exception."""
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (UserError("no data:\ncreate it"), 1, "error: no data: create it"),
+    (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "error: x.txt: No such file or directory"),
+    (OSError(28, "No space left on device"), 1, "error: No space left on device"),
+    (OSError("unknown"), 1, "error: unknown"),
+    (KeyboardInterrupt(), 130, "stopped"),
+    (MemoryError("10 GiB"), 1, "error: out of memory: use smaller sizes (10 GiB)"),
+    (MemoryError(), 1, "error: out of memory: use smaller sizes (MemoryError)"),
+    (torch.OutOfMemoryError("10 GiB"), 1,
+     "error: out of memory on the GPU: use smaller sizes, or --device=cpu (10 GiB)"),
+    (RuntimeError("MPS backend out of memory (8 GiB)"), 1,
+     "error: out of memory on the GPU: use smaller sizes, or --device=cpu (MPS backend out of memory (8 GiB))"),
+])
+@pytest.mark.parametrize("with_traceback", [False, True])
+def test_errors_that_a_user_can_fix_print_one_line(capsys, monkeypatch, error, code, line, with_traceback):
+    monkeypatch.setenv("TRACEBACK", str(int(with_traceback)))
+    with pytest.raises(SystemExit) as exit:
+        script_that_raises(error)()
+    out, err = capsys.readouterr()
+    assert exit.value.code == code and out == "" and err.splitlines()[-1] == line
+    assert ("Traceback" in err) == with_traceback and (with_traceback or err == f"{line}\n")
+
+
+def test_a_cpu_out_of_memory_is_one_line(fails):
+    assert "out of memory: use smaller sizes" in fails(exit_with_one_line(lambda argv: torch.empty(2**50)), [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), SystemExit(2),
+                                   torch.AcceleratorError("CUDA error: device-side assert triggered")])
+def test_other_exceptions_are_not_caught(error):
+    with pytest.raises(type(error)) as raised:
+        script_that_raises(error)()
+    assert raised.value is error
+
+
+def test_the_decorated_function_passes_argv_and_the_result_on():
+    @exit_with_one_line
+    def main(argv=None):
+        """The script's docstring."""
+        return argv
+    assert main(["--x"]) == ["--x"] and main() is None and main.__doc__ == "The script's docstring."
+
+
+@pytest.mark.parametrize("rank, suffix", [("0", ""), ("1", f" (rank 1 on {platform.node()})")])
+def test_ranks_other_than_0_are_named_in_the_error(capsys, monkeypatch, rank, suffix):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        script_that_raises(UserError("no data"))()
+    assert capsys.readouterr().err == f"error: no data{suffix}\n"
+
+
+def test_a_closed_stdout_exits_silently():
+    code = ("from storygpt.system.errors import exit_with_one_line\n@exit_with_one_line\ndef main(argv=None):\n"
+            "    print('x' * 10**6)\nmain()")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--sede=1"], "unknown argument --sede=1: did you mean --seed?"),
+    (["--out-dir=x"], "unknown argument --out-dir=x: did you mean --out_dir?"),
+    (["--qqq"], "unknown argument --qqq: --help lists all flags"),
+    (["--out=x"], "unknown argument --out=x: did you mean --out_dir?"),  # abbreviations are not accepted
+    (["--seed=x"], "argument --seed: invalid int value: 'x'"),
+    (["extra\nword"], "unknown argument extra word: --help lists all flags"),
+])
+def test_wrong_flags_print_one_line_with_the_closest_flag(capsys, argv, complaint):
+    parser = Parser(prog="script.py")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--out_dir")
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_args(argv)
+    assert exit.value.code == 2 and capsys.readouterr() == ("", f"error: {complaint}\n")
+    assert vars(parser.parse_args(["--seed=1"])) == {"seed": 1, "out_dir": None}
+
+
+@pytest.mark.parametrize("main, hidden", [(prepare.main, "--text_column"), (train.main, "--muon_lr"),
+                                          (sample.main, "--top_p")])
+def test_help_fits_one_screen_and_help_all_has_the_rest(capsys, monkeypatch, main, hidden):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as exit:
+            main([flag])
+        assert exit.value.code == 0
+        texts[flag] = capsys.readouterr().out
+    assert len(texts["--help"].splitlines()) <= 24
+    assert hidden not in texts["--help"] and hidden in texts["--help-all"] and "--help-all" in texts["--help"]
+    short, long = (set(re.findall(r"^  (--\S+)", text, re.M)) for text in texts.values())
+    assert len(short) >= 4 and short < long

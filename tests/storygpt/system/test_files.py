@@ -1,0 +1,188 @@
+"""Atomic writes, appends and locks."""
+
+import errno
+import io
+import os
+import platform
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from conftest import ROOT
+from storygpt.system import files
+from storygpt.system.errors import UserError
+
+
+def test_atomic_write_replaces_a_file_and_keeps_the_previous_one(tmp_path):
+    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    for text in (b"one", b"two", b"three"):
+        files.atomic_write(path, lambda file: file.write(text), previous)
+    assert (path.read_bytes(), previous.read_bytes()) == (b"three", b"two")
+    assert sorted(os.listdir(tmp_path)) == ["last.prev.pt", "last.pt"]
+
+
+class FailingFile(io.BytesIO):
+    """A file whose write fails after some bytes: torch.save then raises an error of its own."""
+
+    def __init__(self, error, size=500):
+        super().__init__()
+        self.error, self.left = error, size
+
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            raise self.error
+        return super().write(data)
+
+
+class FailsToPickle:
+    """What torch.save cannot save."""
+
+    def __reduce__(self):
+        raise DEVICE_ERROR
+
+
+def fail(error):
+    raise error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+DEVICE_ERROR = torch.AcceleratorError("CUDA error: device-side assert triggered")
+BUG = RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize("write, expected", [
+    (lambda file: fail(FULL), None),
+    (lambda file: torch.save({"weight": torch.zeros(10**4)}, FailingFile(FULL)), None),
+    (lambda file: torch.save({"weight": torch.zeros(10**4)}, FailingFile(KeyboardInterrupt())), KeyboardInterrupt),
+    (lambda file: torch.save({"weight": FailsToPickle()}, file), DEVICE_ERROR),
+    (lambda file: fail(BUG), BUG),
+], ids=["disk full", "disk full, hidden by torch", "Ctrl-C, hidden by torch", "device", "bug"])
+def test_a_failed_atomic_write_leaves_both_files_and_reports_only_errors_of_the_system(tmp_path, write, expected):
+    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    for text in (b"one", b"two"):
+        files.atomic_write(path, lambda file: file.write(text), previous)
+    with pytest.raises(BaseException) as raised:
+        files.atomic_write(path, lambda file: (file.write(b"thr"), write(file)), previous)
+    if expected is None:
+        assert raised.type is UserError
+        assert f"cannot write {path} (No space left on device): what was saved before is intact" in str(raised.value)
+    else:
+        assert raised.value is expected or raised.type is expected
+    assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one") and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("system, refusals, replaced", [
+    ("Windows", 3, True), ("Windows", 10**9, False), ("Linux", 0, True), ("Linux", 1, False)])
+def test_renaming_waits_on_windows_while_another_process_has_the_file_open(
+        monkeypatch, tmp_path, system, refusals, replaced):
+    path, replace, calls = tmp_path / "ckpt.pt", os.replace, []
+
+    def refuse_at_first(source, target):
+        calls.append(source)
+        if len(calls) <= refusals:
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    path.write_bytes(b"one")
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(os, "replace", refuse_at_first)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files, "RENAME_SECONDS", 0.01 if refusals > 3 else 60)
+    if replaced:
+        files.atomic_write(path, lambda file: file.write(b"two"))
+        assert len(calls) == refusals + 1
+    else:
+        hint = ": another program may have it open" if system == "Windows" else ""
+        with pytest.raises(UserError, match=rf"cannot write .*ckpt.pt \(Access is denied{hint}\): what was saved"):
+            files.atomic_write(path, lambda file: file.write(b"two"))
+        assert (len(calls) > 1) == (system == "Windows")
+    assert path.read_bytes() == (b"two" if replaced else b"one") and os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("system, supported, expected", [
+    ("Linux", True, ["fsync"]), ("Windows", True, ["fsync"]), ("Darwin", True, ["F_FULLFSYNC"]),
+    ("Darwin", False, ["F_FULLFSYNC", "fsync"])])
+def test_macos_flushes_the_cache_of_the_drive(monkeypatch, tmp_path, system, supported, expected):
+    calls = []
+
+    def control(descriptor, command):
+        calls.append(command)
+        if not supported:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(files, "sync_folder", lambda folder: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    monkeypatch.setitem(sys.modules, "fcntl", types.SimpleNamespace(fcntl=control, F_FULLFSYNC="F_FULLFSYNC"))
+    files.atomic_write(tmp_path / "ckpt.pt", lambda file: file.write(b"one"))
+    assert calls == expected
+
+
+def test_a_failed_append_names_the_file(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*log.jsonl \(No space left on device\).*--resume"):
+        files.append_line(tmp_path / "log.jsonl", {"kind": "step"})
+
+
+def test_is_locked_does_not_keep_others_from_locking(tmp_path):
+    path = tmp_path / ".lock"
+    path.touch()
+    code = (f"from storygpt.system import files\nprint('started', flush=True)\n"
+            f"while True: files.is_locked({str(path)!r})")
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "started\n"
+    try:
+        for _ in range(30):
+            files.acquire_lock(path, "out/x")
+            files._locked.pop(path).close()
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_lock_excludes_other_processes_until_its_owner_ends(tmp_path):
+    path = tmp_path / ".lock"
+    code = (f"import time; from storygpt.system import files; files.acquire_lock({str(path)!r}, 'out/x'); "
+            "print('locked', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    assert files.is_locked(path)
+    with pytest.raises(UserError, match="another process is using out/x"):
+        files.acquire_lock(path, "out/x")
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    assert files.is_locked(path) is False and files.is_locked(tmp_path / "none") is False
+    assert not (tmp_path / "none").exists()
+    files.acquire_lock(path, "out/x")
+    files.acquire_lock(path, "out/x")  # a process may lock a file again
+    assert files.is_locked(path) is False  # by another process
+    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "another process is using out/x" in again.stderr  # is_locked has not released the lock
+
+
+def test_locking_uses_the_function_of_the_operating_system(monkeypatch, tmp_path):
+    calls = []
+
+    def windows_locking(descriptor, mode, size):
+        calls.append((mode, size, os.lseek(descriptor, 0, os.SEEK_CUR)))
+        if len(calls) > 1:
+            raise PermissionError(13, "Permission denied")
+
+    with open(tmp_path / "lock", "a+") as file:
+        file.write("something")
+        file.flush()
+        assert files.try_lock(file)
+        monkeypatch.setattr(platform, "system", lambda: "Windows")
+        monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=windows_locking, LK_NBLCK=2))
+        assert files.try_lock(file) and not files.try_lock(file)
+        assert calls[0] == (2, 1, 0)
+
+
+def test_prepare_does_not_import_torch():
+    done = subprocess.run([sys.executable, "-c", "import prepare, sys; sys.exit('torch' in sys.modules)"], cwd=ROOT)
+    assert done.returncode == 0

@@ -1,0 +1,245 @@
+"""Decisions that depend on the machine, out of memory, stop signals."""
+
+import platform
+import re
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from storygpt.system import hardware
+from storygpt.system.errors import UserError
+from storygpt.system.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit,
+                                      max_concurrent_samples, out_of_memory_errors, pick_compile, pick_device,
+                                      pick_dtype, pick_fused, pick_inference_dtype, pick_micro_batch_size,
+                                      stop_signals, to_device)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MIB, GIB = 2**20, 2**30
+
+
+@pytest.mark.parametrize("sequences, equal_sizes, size", [  # 33 sequences of 23 MiB fit into 768 MiB
+    (1024, False, 32), (32, False, 32), (4, False, 4),
+    (42, False, 21),
+    (37, False, 19), (37, True, 1),  # a prime: 19 and 18
+    (96, True, 32), (48, True, 24),
+])
+def test_micro_batches_fill_the_memory_and_divide_the_step(sequences, equal_sizes, size):
+    assert pick_micro_batch_size("auto", sequences, (10**12, 23 * MIB), CPU, equal_sizes) == size
+    assert pick_micro_batch_size("auto", sequences, (0, GIB), CPU, equal_sizes) == 1
+    assert pick_micro_batch_size(7, sequences, (0, GIB), CPU, equal_sizes) == min(7, sequences)
+
+
+@pytest.mark.parametrize("free, fixed, per_sequence, size", [
+    (80 * GIB, GIB, 20 * MIB, 1024),
+    (16 * GIB, GIB, 20 * MIB, 512),  # 604 fit
+    (16 * GIB, 3 * GIB, 20 * MIB, 256),  # 501 fit
+    (GIB, 2 * GIB, 20 * MIB, 1),  # less than the model alone needs
+])
+def test_micro_batches_fill_the_free_memory_of_a_gpu(monkeypatch, free, fixed, per_sequence, size):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
+    assert pick_micro_batch_size("auto", 1024, (fixed, per_sequence), CUDA, True) == size
+
+
+def test_int8_is_picked_for_generating_on_an_x86_cpu(monkeypatch):
+    for processor, picked in (("x86_64", True), ("aarch64", False)):
+        monkeypatch.setattr(platform, "machine", lambda: processor)
+        assert (pick_inference_dtype("auto", CPU) == torch.int8) == picked
+        assert pick_inference_dtype("int8", CPU) == torch.int8
+    assert pick_inference_dtype("auto", torch.device("mps")) == torch.float32
+    assert pick_inference_dtype("float32", CPU) == torch.float32
+    with pytest.raises(UserError, match="on cuda use auto"):
+        pick_inference_dtype("int8", CUDA)
+
+
+def test_int8_is_not_picked_without_its_kernels(monkeypatch):
+    monkeypatch.delattr(torch, "quantize_per_channel")
+    assert pick_inference_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    with pytest.raises(UserError, match="does not work with this build of PyTorch: use auto"):
+        pick_inference_dtype("int8", CPU)
+
+
+@pytest.mark.parametrize("setting, device, expected", [
+    ("auto", CPU, (False, "auto: only on CUDA")),
+    (True, CPU, (True, "compile = True")),
+    (False, CUDA, (False, "compile = False")),
+    ("auto", CUDA, (False, "auto: torch.compile fails here with OSError")),
+])
+def test_compiling_is_automatic_only_on_cuda_and_where_it_works(monkeypatch, setting, device, expected):
+    def compile(function):
+        raise OSError("no Python.h")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert pick_compile(setting, device) == expected
+
+
+@pytest.mark.parametrize("name, on_mac, device", [("auto", False, "cpu"), ("cpu", True, "cpu"), ("auto", True, "cpu")])
+def test_several_processes_do_not_share_a_single_device(monkeypatch, name, on_mac, device):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: on_mac)
+    assert pick_device(name) == torch.device(device)
+    for single in ("mps", "cuda:1"):
+        with pytest.raises(UserError, match=f"device = '{single}' is a single device, and the run has 2 processes"):
+            pick_device(single)
+
+
+def test_models_and_steps_larger_than_the_memory_are_refused():
+    check_memory(29_995_392, 1024 * 128, CPU)
+    with pytest.raises(UserError, match="10,000,000,000,000 parameters .* lower n_layer, n_embd, block_size, batch_s"):
+        check_memory(10**13, 1024 * 128, CPU)
+    with pytest.raises(UserError, match="12,800,000,000,000 tokens per step and process"):
+        check_memory(29_995_392, 12_800_000_000_000, CPU)
+
+
+STOP = ["SIGINT", "SIGTERM"]
+STOP_WINDOWS = [*STOP, "SIGBREAK"]
+MACHINES = {
+    # What torch and Python report: system, processor, CUDA and its bfloat16, MPS, bfloat16 of the CPU. Then what is
+    # picked: device, dtype, compile, fused AdamW, dtype of the weights for generating, stop signals.
+    "Linux, new GPU": ("Linux", "x86_64", True, True, False, True, "cuda", "bfloat16", True, True, "bfloat16", STOP),
+    "Linux, old GPU": ("Linux", "x86_64", True, False, False, False, "cuda", "float16", True, True, "float16", STOP),
+    "Linux, new CPU": ("Linux", "x86_64", False, False, False, True, "cpu", "bfloat16", False, True, "int8", STOP),
+    "Linux, old CPU": ("Linux", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8", STOP),
+    "Linux, ARM": ("Linux", "aarch64", False, False, False, False, "cpu", "float32", False, True, "float32", STOP),
+    "Mac, Apple": ("Darwin", "arm64", False, False, True, False, "mps", "float32", False, False, "float32", STOP),
+    "Mac, Intel": ("Darwin", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8", STOP),
+    "Windows, GPU": ("Windows", "AMD64", True, True, False, False, "cuda", "bfloat16", False, True, "bfloat16",
+                     STOP_WINDOWS),
+    "Windows, CPU": ("Windows", "AMD64", False, False, False, False, "cpu", "float32", False, True, "int8",
+                     STOP_WINDOWS),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
+    system, processor, cuda, cuda_bf16, mps, cpu_bf16, device, dtype, compiled, fused, weights, signals = MACHINES[name]
+
+    def compile(function):
+        if system == "Windows":
+            raise RuntimeError("Cannot find a working triton installation")
+        return function
+
+    monkeypatch.setattr(platform, "machine", lambda: processor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda_bf16)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": cpu_bf16})
+    monkeypatch.setattr(torch, "compile", compile)
+    for factory in ("empty", "ones"):
+        monkeypatch.setattr(torch, factory, lambda n, device: n)
+    if system == "Windows":
+        monkeypatch.setattr(signal, "SIGBREAK", 21, raising=False)
+
+    picked = pick_device("auto")
+    assert picked.type == device
+    assert pick_dtype("auto", picked) == getattr(torch, dtype)
+    assert pick_compile("auto", picked)[0] == compiled
+    assert pick_fused(picked) == fused
+    assert max_concurrent_samples(picked) == (2 if device == "cpu" else 1)
+    assert pick_inference_dtype("auto", picked) == getattr(torch, weights)
+    assert stop_signals() == [getattr(signal, name) for name in signals]
+
+
+def test_float16_is_refused_on_mps():
+    with pytest.raises(UserError, match="'float16' is not supported on mps"):
+        pick_dtype("float16", torch.device("mps"))
+
+
+def test_autocast_computes_matrix_products_in_the_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with autocast(CPU, dtype):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+            assert torch.is_autocast_enabled("cpu") == (dtype != torch.float32)
+
+
+def test_to_device_keeps_values_and_dtype():
+    view = np.arange(12).reshape(3, 4)[:, 1:]  # not contiguous, as the inputs and targets of windows are
+    tensor = to_device(view, CPU)
+    assert tensor.is_contiguous() and tensor.dtype == torch.int64 and tensor.tolist() == view.tolist()
+
+
+@pytest.mark.parametrize("size, sequences, advice", [
+    (32, 1024, r"try --device_batch_size=16 \(now 32\)"),
+    (27, 27, r"try --device_batch_size=9 \(now 27\)"),
+    (19, 37, r"try --device_batch_size=1 \(now 19\)"),
+    (1, 1024, "the micro-batch size is 1 already, so start a new run with a lower block_size, n_embd or n_layer"),
+])
+def test_out_of_memory_advises_a_smaller_divisor_of_the_sequences(size, sequences, advice):
+    with pytest.raises(UserError, match=f"^out of memory on cpu: {advice}$"):
+        with out_of_memory_errors(CPU, size, sequences):
+            torch.empty(2**50)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8 GiB, max allowed: 9 GiB)."),
+])
+def test_out_of_memory_is_recognized_on_a_gpu(error):
+    with pytest.raises(UserError, match="out of memory on cuda: try") as raised, out_of_memory_errors(CUDA, 2, 2):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"),
+                                   torch.AcceleratorError("CUDA error: device-side assert triggered")])
+def test_other_errors_get_no_advice(error):
+    with pytest.raises(type(error)) as raised, out_of_memory_errors(CPU, 32, 1024):
+        raise error
+    assert raised.value is error
+
+
+def test_a_device_is_described_by_the_gpu_or_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert [describe_device(device) for device in (CPU, CUDA)] == ["cpu x86_64", "NVIDIA H100"]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_git_commit_is_that_of_the_program(monkeypatch, tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@localhost", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    program = tmp_path / "hardware.py"
+    program.write_text("one\n")
+    monkeypatch.setattr(hardware, "__file__", str(program))
+    assert git_commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "--no-gpg-sign", "-m", "one")
+    git("tag", "v1")
+    commit = git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    program.write_text("two\n")
+    assert git_commit() == commit + "+"
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
+
+
+@pytest.mark.parametrize("number, other", [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other):
+    number, other = getattr(signal, number), getattr(signal, other)
+    before = [signal.getsignal(s) for s in stop_signals()]
+    with pytest.raises(ZeroDivisionError), StopSignals(rank=0) as signals:
+        assert signals.received is False
+        signal.raise_signal(number)
+        assert signals.received is True
+        assert capfd.readouterr().err == "\nstopping after this step or evaluation; press Ctrl-C again to abort\n"
+        signal.raise_signal(other)  # torchrun sends SIGTERM after the terminal's Ctrl-C
+        for repeated in (number, other):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(repeated)
+        raise ZeroDivisionError
+    assert [signal.getsignal(s) for s in stop_signals()] == before  # restored after an error, too
+
+
+def test_only_rank_0_prints_that_a_signal_was_received(capfd):
+    with StopSignals(rank=1) as signals:
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.received and capfd.readouterr() == ("", "")

@@ -1,0 +1,99 @@
+"""checkpoint.py: atomic saves of what can be loaded, damage that is found when reading, older files."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from storygpt import checkpoint
+from storygpt.system.errors import UserError
+
+
+def test_a_saved_checkpoint_is_loaded_unchanged(tmp_path):
+    state = {"model": {"w": torch.arange(6.0)}, "config": {"n_layer": 2, "compile": "auto", "bias": True}, "iter": 3}
+    checkpoint.save(tmp_path / "last.pt", state)
+    loaded = checkpoint.load(tmp_path / "last.pt", dict.fromkeys(state, object))
+    assert torch.equal(loaded["model"].pop("w"), state["model"].pop("w")) and loaded == state
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+class OfAReader:
+    """An object of a class that `load` does not know."""
+
+
+@pytest.mark.parametrize("value", [OfAReader(), Path("x"), np.float64(2), np.zeros(3), lambda: 2],
+                         ids=["object", "path", "numpy_scalar", "array", "function"])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, value):
+    checkpoint.save(tmp_path / "last.pt", {"iter": 1})
+    with pytest.raises(UserError, match="last.pt is not saved, because its 'metrics' could not be loaded again"):
+        checkpoint.save(tmp_path / "last.pt", {"iter": 2, "metrics": {"losses": [value]}})
+    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", {"iter": 1})
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*last.pt .No space left on device.: what was saved before is"):
+        checkpoint.save(tmp_path / "last.pt", {"iter": 2, "model": torch.zeros(100_000)})
+    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "short", "text"])
+def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, {"model": torch.zeros(1000)})
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "short": content[:len(content) // 2], "text": b"hello\n"}[damage])
+    with pytest.raises(UserError, match="ckpt.pt") as raised:
+        checkpoint.load(path)
+    assert isinstance(raised.value, checkpoint.DamagedCheckpoint) == (damage != "missing")
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_detected_or_has_no_effect(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    state = {"model": {"w": torch.arange(300.0)}, "config": {"n_layer": 2}}
+    checkpoint.save(path, state)
+    content, detected = path.read_bytes(), 0
+    for bit in range(0, 8 * len(content), 7):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            loaded = checkpoint.load(path, {"model": dict})
+            assert torch.equal(loaded["model"]["w"], state["model"]["w"]) and loaded["config"] == state["config"]
+        except checkpoint.DamagedCheckpoint as error:
+            assert "ckpt.pt is damaged" in str(error)
+            detected += 1
+    assert detected > 1200 * 8 / 7  # at least every flipped bit in the 1,200 bytes of weights
+
+
+def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path):
+    """A folder stands for a disk that fails: reading either raises OSError."""
+    with pytest.raises(OSError, match="Is a directory"):
+        checkpoint.load(tmp_path)
+
+
+class Malicious:
+    """An object that, when unpickled carelessly, runs code: it creates the folder `evil`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(here):
+    torch.save({"model": Malicious()}, "ckpt.pt")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="ckpt.pt"):
+        checkpoint.load("ckpt.pt")
+    assert os.listdir() == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("state", [{"weights": torch.zeros(3)}, torch.zeros(3), dict.fromkeys(
+    checkpoint.REQUIRED_KEYS, {}) | {"tokens": 0}])
+def test_a_checkpoint_of_another_program_is_refused(here, state):
+    torch.save(state, "ckpt.pt")
+    with pytest.raises(UserError, match="ckpt.pt (is not a checkpoint|does not fit this version)"):
+        checkpoint.load_model("ckpt.pt")

@@ -1,0 +1,366 @@
+"""Generation: the KV cache, models that were edited, fast layers, and the choice of the next token."""
+
+import copy
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from storygpt.fast import FastLinear
+from storygpt.generate import (KVCache, capture_graph, check_cache, fast_topk, generate, prepare_for_generation,
+                               sample_token, uses_cache, window_start)
+from test_model import each_architecture, small
+
+
+def greedy(model, idx, max_new_tokens, **options):
+    """The most likely tokens after each prompt, idx (B, T) -> (B, max_new_tokens) or fewer."""
+    return torch.stack(list(generate(model, idx, max_new_tokens, temperature=0, **options)), 1)
+
+
+@torch.no_grad()
+def assert_generates_as_the_plain_forward(model, idx, max_new_tokens=20):
+    """Each token's logits are those of the model's forward on the context window."""
+    for token, logits in generate(model, idx, max_new_tokens, temperature=0, with_logits=True):
+        start = window_start(idx.size(1), model.config.block_size)
+        torch.testing.assert_close(logits, model(idx[:, start:])[:, -1], rtol=1e-4, atol=1e-4)
+        assert torch.equal(token, logits.argmax(-1))
+        idx = torch.cat([idx, token[:, None]], 1)
+
+
+# ---- the cache ----
+
+
+@pytest.mark.parametrize("block_size", [2, 7, 8])
+@pytest.mark.parametrize("prompt", [1, 8, 21])
+@each_architecture
+def test_cached_logits_equal_uncached_logits_also_past_the_block(block_size, prompt, architecture):
+    model, calls = small(block_size=block_size, architecture=architecture), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: calls.append(args[0].size(1)))
+    for _ in generate(model, torch.randint(50, (2, prompt)), 5):
+        assert calls.pop() == 1 and not calls  # with the cache, the head has one token
+    assert_generates_as_the_plain_forward(model, torch.randint(50, (2, prompt)), 3 * block_size + 2)
+
+
+def test_window_start_advances_by_half_a_block():
+    T, h = 8, 4
+    assert [window_start(n, T) for n in range(1, 20)] == [
+        0 if n <= T else h * math.ceil((n - T) / h) for n in range(1, 20)]
+    assert all(1 <= n - window_start(n, T) <= T for T in (2, 3, 8, 9) for n in range(1, 50))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fixed_shapes", [False, True])  # as on a CPU, as on a GPU
+@each_architecture
+def test_cache_filled_by_several_tokens_and_by_single_ones(fixed_shapes, architecture):
+    model, idx = small(architecture=architecture).double(), torch.randint(50, (2, 8))
+    plain, cache = model(idx), KVCache(8, "cpu")
+    cache.fixed_shapes = fixed_shapes
+    for _ in range(2):
+        for start, end in ((0, 4), (4, 6), (6, 7), (7, 8)):
+            logits = model(idx[:, start:end], cache=cache)
+            assert cache.length == end and logits.shape == (2, 1, 50)
+            torch.testing.assert_close(logits[:, 0], plain[:, end - 1])
+        cache.length.zero_()  # the window has moved
+    cache.keep(torch.tensor([False, True]))
+    torch.testing.assert_close(model(idx[1:], cache=cache)[:, 0], plain[1:, -1])
+
+
+@torch.inference_mode()
+def test_a_captured_graph_has_the_shapes_of_the_batch(monkeypatch):
+    """The rest of the graph is tested on a GPU."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    model, cache = small(), KVCache(8, "cpu")
+    cache.fixed_shapes = True
+    model(torch.zeros(3, 2, dtype=torch.long), cache=cache)
+    for _ in range(2):  # right after the prompt, and when the cache has its tensors
+        assert capture_graph(model, cache)(torch.zeros(3, 1, dtype=torch.long)).shape == (3, 1, 50)
+
+
+# ---- edited models ----
+
+
+def shared_block(model):
+    """One block three times."""
+    model.transformer.h = nn.ModuleList([model.transformer.h[0]] * 3)
+
+
+def different_heads(model):
+    """Blocks with 2 and 4 heads, and one with 2 heads of half the size."""
+    model.transformer.h[1].attn.n_head = 4
+
+
+class SmallHeads(CausalSelfAttention):
+    """Attention with heads of size 3 instead of 8."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_attn, self.c_proj = nn.Linear(config.n_embd, 18), nn.Linear(6, config.n_embd)
+
+    def forward(self, x, cache=None):
+        q, k, v = self.c_attn(x).view(*x.shape[:2], 3, 2, 3).transpose(1, 3).unbind(2)
+        return self.c_proj(self.attend(q, k, v, cache).transpose(1, 2).flatten(2))
+
+
+def different_head_sizes(model):
+    model.transformer.h[1].attn = SmallHeads(model.config)
+
+
+class Experts(nn.Module):
+    """A mixture of two experts: each token goes to one of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = nn.Linear(config.n_embd, 2)
+        self.experts = nn.ModuleList([MLP(config), MLP(config)])
+
+    def forward(self, x):
+        y, choice = torch.zeros_like(x), self.router(x).argmax(-1)  # (B, T)
+        for i, expert in enumerate(self.experts):
+            y[choice == i] = expert(x[choice == i])  # of no token, for one of them
+        return y
+
+
+def mixture_of_experts(model):
+    for block in model.transformer.h:
+        block.mlp = Experts(model.config)
+
+
+def sequential_mlp(model):
+    for block in model.transformer.h:
+        block.mlp = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 16, bias=False))
+
+
+def weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model.transformer.h[0].mlp.c_fc)
+
+
+EDITS = [shared_block, different_heads, different_head_sizes, mixture_of_experts, sequential_mlp, weight_norm]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_an_edited_model_generates_as_its_plain_forward(edit, dtype, capsys):
+    """A model prepared for generation has all its modules, and its hooks are called."""
+    model = small(vocab_size=60)
+    torch.manual_seed(1)
+    edit(model)
+    plain, calls = copy.deepcopy(model), []
+    names = [name for name, _ in model.named_modules()]
+    model.transformer.h[0].mlp.register_forward_hook(lambda *_: calls.append("mlp"))
+    model.transformer.h[1].attn.c_proj.register_forward_hook(lambda *_: calls.append("linear"))
+    assert prepare_for_generation(model, "cpu", dtype) is model and not calls.clear()
+    assert [name for name, _ in model.named_modules()] == names and type(model.lm_head) is FastLinear
+    assert uses_cache(model) and not capsys.readouterr().err
+    idx = torch.randint(60, (2, 3))
+    if dtype == torch.float32:
+        assert_generates_as_the_plain_forward(model, idx)
+    list(generate(model, idx, 10))
+    assert {"mlp", "linear"} == set(calls)
+    error = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.int8: 0.2}[dtype]
+    assert (model(idx).float() - plain(idx)).norm() <= error * plain(idx).norm()
+
+
+class WithoutCache(nn.Module):
+    """Any other model: its forward has no parameter `cache`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.gpt = config, small(**vars(config))
+
+    def forward(self, idx):
+        return self.gpt(idx)
+
+
+def test_a_model_without_a_cache_generates_the_same():
+    plain = small().double()
+    model = prepare_for_generation(WithoutCache(plain.config).double(), "cpu", torch.float64)
+    prompts = torch.randint(50, (6, 3))
+    expected = greedy(plain, prompts, 20)
+    assert not uses_cache(model) and torch.equal(greedy(model, prompts, 20), expected)
+    end_of_text = int(expected[0, 5])
+    assert torch.equal(greedy(model, prompts, 20, end_of_text=end_of_text),
+                       greedy(plain, prompts, 20, end_of_text=end_of_text))
+
+
+class SlidingWindow(CausalSelfAttention):
+    """Attends to the last three tokens, but with a cache to all."""
+
+    def attend(self, q, k, v, cache):
+        if cache is not None:
+            return super().attend(q, k, v, cache)
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril().triu(-2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def test_a_cached_branch_that_differs_is_found_and_not_used(capsys):
+    model = small()
+    for block in model.transformer.h:
+        block.attn.__class__ = SlidingWindow
+    check_cache(model)
+    assert not uses_cache(model)
+    error = capsys.readouterr().err
+    assert error.startswith("note: with a cache, the model's forward gives other logits") and error.count("\n") == 1
+    assert_generates_as_the_plain_forward(prepare_for_generation(model, "cpu", torch.float32), torch.randint(50, (2, 5)))
+    for block in model.transformer.h:
+        block.attn.__class__ = CausalSelfAttention  # corrected
+    check_cache(model)
+    assert uses_cache(model)
+
+
+@each_architecture
+def test_check_cache_changes_no_random_number_and_no_mode(architecture):
+    model, state = small(architecture=architecture), torch.get_rng_state()
+    check_cache(model)
+    assert uses_cache(model) and torch.equal(torch.get_rng_state(), state) and not model.training
+
+
+# ---- fast layers ----
+
+
+@pytest.mark.parametrize("B", [1, 2])
+@each_architecture
+def test_bfloat16_and_int8_logits_are_close_to_float32(B, architecture):
+    torch.manual_seed(0)
+    idx = torch.randint(300, (B, 16))
+    exact = small(vocab_size=300, block_size=16, n_embd=64, architecture=architecture)
+    with torch.no_grad():
+        for p in exact.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p))  # biases are initialized to zero
+        exact.transformer.wte.weight[100:] = 0  # as of tokens that never occurred
+        logits = exact(idx)
+        for dtype, error in ((torch.bfloat16, 0.03), (torch.int8, 0.1)):
+            model, cache = prepare_for_generation(copy.deepcopy(exact), "cpu", dtype), KVCache(16, "cpu")
+            difference = (model(idx).float() - logits).abs()
+            assert difference.mean() < error * logits.std() and difference.max() > 0
+            stepwise = torch.cat([model(idx[:, t:t + 1], cache=cache) for t in range(16)], 1)
+            assert (stepwise.float() - logits).abs().mean() < error * logits.std()
+            assert len(model.lm_head.row_weight) == 101
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+@each_architecture
+def test_tokens_that_never_occurred_in_training_have_their_true_logit(dtype, architecture):
+    model, prompt = small(vocab_size=300, n_embd=64, architecture=architecture).double(), torch.tensor([[3, 30, 7]])
+    with torch.no_grad():
+        model.transformer.wte.weight[40:] = model.transformer.wte.weight[40].clone()
+        expected = model(prompt)
+        logits = prepare_for_generation(model.float() if dtype == torch.int8 else model, "cpu", dtype)(prompt).double()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.2 * expected.std().item() if dtype == torch.int8 else 1e-9)
+    assert torch.equal(logits[..., 40:], logits[..., 40:41].expand(1, 3, 260))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_a_prepared_model_past_the_block_with_dropped_sequences(dtype):
+    model = small(vocab_size=300, n_embd=64)
+    with torch.no_grad():
+        model.transformer.wte.weight[40:] = 0
+    prepare_for_generation(model, "cpu", dtype)
+    prompts = torch.randint(40, (6, 21))
+    endless = greedy(model, prompts, 40)
+    end_of_text = int(endless[0, 5])
+    steps = greedy(model, prompts, 40, end_of_text=end_of_text)
+    ended = (endless == end_of_text).int().cumsum(1).gt(0)
+    equal = steps == endless.masked_fill(ended, end_of_text)[:, :steps.size(1)]
+    assert equal.all() if dtype == torch.float64 else equal[:, 0].all()  # int8 rounds a smaller batch differently
+
+
+# ---- the loop ----
+
+
+def test_generation_stops_when_all_sequences_have_ended():
+    steps = torch.stack(list(generate(small(), torch.zeros(4, 1, dtype=torch.long), 4000, end_of_text=7,
+                                      generator=torch.Generator().manual_seed(0))), 1)  # (4, steps)
+    assert steps.size(1) < 4000
+    ends = [row.tolist().index(7) for row in steps]
+    assert len(set(ends)) > 1 and max(ends) == steps.size(1) - 1
+    assert all((row[end:] == 7).all() for row, end in zip(steps, ends))
+
+
+def test_ended_sequences_are_dropped_from_the_batch():
+    model, prompts = small().double(), torch.randint(50, (12, 3))
+    endless = greedy(model, prompts, 30)  # (12, 30)
+    first = [(row[:, None] == torch.arange(50)).int().argmax(0) for row in endless]  # step of each token, 0 if none
+    end_of_text = int(torch.stack(first).gt(0).sum(0).argmax())  # the one in most sequences, at a later step
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    steps = greedy(model, prompts, 30, end_of_text=end_of_text)
+    ended = (endless == end_of_text).int().cumsum(1).gt(0)
+    assert torch.equal(steps, endless.masked_fill(ended, end_of_text)[:, :steps.size(1)])
+    assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
+
+
+def test_seed_determines_the_story():
+    def story(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [t.item() for t in generate(small(), torch.zeros(1, 1, dtype=torch.long), 20, generator=generator)]
+    assert story(1) == story(1) != story(2)
+
+
+# ---- the next token ----
+
+
+def frequencies(logits, n=10_000, **settings):
+    """The relative frequency of each token (V) in n samples from the same logits (V)."""
+    options = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
+    tokens = sample_token(logits.expand(n, -1), **options, generator=torch.Generator().manual_seed(0))
+    return torch.bincount(tokens, minlength=logits.numel()) / n
+
+
+def test_sampling_follows_the_softmax_at_its_temperature():
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
+    for temperature in (0.5, 1.0, 2.0):
+        expected = F.softmax(logits / temperature, 0)
+        torch.testing.assert_close(frequencies(logits, temperature=temperature), expected, atol=0.02, rtol=0)
+        torch.testing.assert_close(frequencies(logits, temperature=temperature, top_k=4, top_p=0.99999), expected,
+                                   atol=0.02, rtol=0)
+
+
+def test_top_k_and_top_p_exclude_all_other_tokens():
+    logits = torch.tensor([0.1, 0.5, 0.1, 0.3]).log()
+    assert frequencies(logits, top_k=2).nonzero().flatten().tolist() == [1, 3]
+    assert frequencies(logits, top_k=1)[1] == 1
+    assert frequencies(logits, top_k=99).nonzero().numel() == 4
+    assert frequencies(logits, top_p=0.45)[1] == 1
+    assert frequencies(logits, top_p=0.6).nonzero().flatten().tolist() == [1, 3]
+    assert frequencies(logits, top_p=1e-9)[1] == 1
+    torch.testing.assert_close(frequencies(logits, top_k=2)[1], torch.tensor(0.5 / 0.8), atol=0.02, rtol=0)
+
+
+def test_temperature_zero_and_near_zero_select_the_most_likely_token():
+    logits = torch.tensor([0.0, 80.0, 79.9, -5.0])
+    assert frequencies(logits, temperature=0)[1] == 1
+    assert frequencies(logits, temperature=1e-30)[1] == frequencies(logits, temperature=1e-5)[1] == 1
+
+
+def test_fast_topk_equals_topk():
+    logits = torch.randn(10, 5000, generator=torch.Generator().manual_seed(0))
+    for k in (1, 7, 60, 200, 407, 409, 5000):  # from 409 on it calls topk: groups would have fewer than 4 tokens
+        group_size = round(math.sqrt(5000 / k))
+        logits[torch.arange(10), -1 - torch.arange(10) % max(1, 5000 % group_size)] = 9 + torch.rand(10)  # in no group
+        for actual, expected in zip(fast_topk(logits, k), logits.topk(k), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_float32_samples_equal_those_of_plain_code():
+    """The KV cache, matrix-vector products and fast_topk change no sampled token."""
+    model = small(vocab_size=1000, block_size=16)
+    for B in (1, 3):
+        idx = torch.zeros(B, 1, dtype=torch.long)
+        tokens = torch.stack(list(generate(model, idx, 40, 0.9, 10, generator=torch.Generator().manual_seed(5))), 1)
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(40):
+            logits = model(idx[:, window_start(idx.size(1), 16):])[:, -1] / 0.9  # (B, V)
+            top = logits.topk(10).indices  # (B, 10), largest first
+            cumulative = logits.gather(1, top).softmax(-1).cumsum(-1)  # (B, 10)
+            choice = (cumulative < torch.rand(B, 1, generator=generator)).sum(-1, keepdim=True)  # (B, 1)
+            idx = torch.cat([idx, top.gather(1, choice)], 1)
+        assert torch.equal(tokens, idx[:, 1:])

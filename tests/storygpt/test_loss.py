@@ -1,0 +1,398 @@
+"""The fused loss equals F.cross_entropy of the plain logits, and every other use of the logits computes them."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model import GPT, GPTConfig
+from modern import make_model
+from storygpt import loss as module
+from storygpt.loss import Head, Logits, UsedTokens, fuse_loss, fused_linear_cross_entropy, training_bytes
+from storygpt.system.hardware import autocast
+
+CPU = torch.device("cpu")
+
+
+def cross_entropy(x, weight, y, **options):
+    """The plain loss."""
+    return F.cross_entropy(F.linear(x, weight), y, ignore_index=-1, **options)
+
+
+def leaves(*shapes):
+    """Random tensors that require gradients."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+# ---- the function ----
+
+
+@pytest.fixture(params=[(1, 1), (5, 1), (7, 64), (1000, 64), (1000, 1)])
+def chunks(request, monkeypatch):
+    """Values of CHUNK_ROWS, for 14 rows, and of VOCAB_MULTIPLE, for 50 columns."""
+    for setting, value in zip((module.CHUNK_ROWS, module.VOCAB_MULTIPLE), request.param):
+        monkeypatch.setitem(setting, "cpu", value)
+
+
+def test_loss_and_gradients_equal_plain_cross_entropy(chunks):
+    """With ignored targets, and with none but them."""
+    x, weight = leaves((14, 16), (50, 16))
+    y = torch.arange(14) + 36  # with the last token of the vocabulary, which an index of -1 would select
+    for ignored in ([], [0, 5, 6, 12]):
+        y[ignored] = -1
+        plain = cross_entropy(x, weight, y)
+        expected = plain, *torch.autograd.grad(3 * plain, (x, weight))
+        mean, losses = fused_linear_cross_entropy(x, weight, y)
+        for a, b in zip((mean, *torch.autograd.grad(3 * mean, (x, weight))), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(losses, cross_entropy(x, weight, y, reduction="none").detach())
+        with torch.no_grad():
+            assert torch.equal(fused_linear_cross_entropy(x, weight, y)[1], losses)
+    mean, losses = fused_linear_cross_entropy(x, weight, torch.full((14,), -1))
+    assert mean.isnan() and losses.tolist() == [0] * 14  # the mean of nothing, as in torch
+
+
+def test_loss_in_bfloat16_equals_plain_autocast_to_rounding(chunks):
+    y = torch.randint(50, (14,))
+    x, weight = leaves((14, 16), (50, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, mean = cross_entropy(x, weight, y), fused_linear_cross_entropy(x, weight, y)[0]
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, plain, rtol=2e-3, atol=0)
+    for actual, expected in zip(torch.autograd.grad(mean, (x, weight)), torch.autograd.grad(plain, (x, weight))):
+        assert actual.dtype == torch.float32
+        assert (actual - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_head_of_the_used_tokens_gives_the_losses_and_gradients_of_the_whole_head(chunks):
+    used = torch.rand(50, generator=torch.Generator().manual_seed(1)) < 0.5
+    x, weight = leaves((14, 16), (50, 16))
+    with torch.no_grad():
+        weight[~used] = weight[~used][0]
+    head = UsedTokens(used)
+    assert 15 < len(head.used) < 35 and len(head.unused) == 50 - len(head.used)
+    y = head.used[torch.randint(len(head.used), (14,))]
+    y[3] = -1
+    mean = cross_entropy(x, weight, y)
+    rows, targets = head.head(weight, y)
+    assert len(rows) == len(head.used) + 1
+    mean_of_rows, _ = fused_linear_cross_entropy(x, rows, targets, len(head.unused))
+    for a, b in zip(torch.autograd.grad(3 * mean_of_rows, (x, weight)), torch.autograd.grad(3 * mean, (x, weight))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    y[5] = head.unused[-1]  # in validation text an unused token can be a target
+    with torch.no_grad():
+        losses = fused_linear_cross_entropy(x, *head.head(weight, y), len(head.unused))[1]
+        torch.testing.assert_close(losses, cross_entropy(x, weight, y, reduction="none"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("target_logit", [0.0, 4.0, 8.0, 12.0])
+def test_loss_in_bfloat16_is_as_exact_as_autocast_for_likely_tokens(target_logit):
+    """A probability near 1 has few digits in bfloat16; the loss and the gradient need those of 1 - p."""
+    x, weight = leaves((200, 16), (50, 16))
+    y = torch.randint(50, (200,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x += target_logit * weight[y] / weight[y].square().sum(1, keepdim=True)
+    exact_loss, errors = cross_entropy(x, weight, y), []
+    exact = [exact_loss, *torch.autograd.grad(exact_loss, (x, weight))]
+    for loss_function in (cross_entropy, lambda *args: fused_linear_cross_entropy(*args)[0]):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_function(x, weight, y)
+        results = [loss, *torch.autograd.grad(loss, (x, weight))]
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(results, exact, strict=True)])
+    plain_errors, fused_errors = errors
+    for plain, fused in list(zip(plain_errors, fused_errors))[1:]:
+        assert fused < 1.5 * plain + 1e-3
+    assert fused_errors[0] < plain_errors[0] + 2e-3
+
+
+@pytest.mark.parametrize("dtype, maximum", [(torch.float32, 87.4), (torch.bfloat16, 87.4), (torch.float16, 16.7)])
+def test_loss_is_finite_where_a_probability_underflows(dtype, maximum):
+    x, weight = torch.tensor([[200.0]], dtype=dtype), torch.tensor([[1.0], [-1.0]], dtype=dtype)
+    loss = fused_linear_cross_entropy(x, weight, torch.tensor([1]))[1]
+    assert maximum - 0.2 < loss.item() < maximum  # exactly 400; the gradient is exact
+    assert fused_linear_cross_entropy(x, weight, torch.tensor([0]))[1].item() == 0
+
+
+def test_gradient_of_a_frequent_token_does_not_overflow_in_float16(monkeypatch):
+    """Half of 16,384 rows times 19.6 is above float16's maximum, and is summed before the loss is scaled."""
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 16384)
+    x, weight = torch.full((16384, 1), 19.6), torch.zeros(2, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        mean, _ = fused_linear_cross_entropy(x, weight, torch.zeros(16384, dtype=torch.long))
+    torch.testing.assert_close(torch.autograd.grad(mean, weight)[0], torch.tensor([[-9.8], [9.8]]), rtol=1e-2, atol=0)
+
+
+def test_loss_of_nan_is_nan():
+    x, weight, y = torch.full((3, 2), math.nan), torch.ones(5, 2), torch.zeros(3, dtype=torch.long)
+    assert fused_linear_cross_entropy(x, weight, y)[0].isnan()
+
+
+def test_the_backward_pass_can_be_repeated_but_has_no_second_derivative():
+    x, weight = leaves((14, 16), (50, 16))
+    mean, _ = fused_linear_cross_entropy(x, weight, torch.arange(14))
+    first, second = (torch.autograd.grad(mean, (x, weight), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    (grad,) = torch.autograd.grad(mean, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.square().sum().backward()
+
+
+# ---- the head of a model ----
+
+
+class Square(torch.autograd.Function):
+    """An operation on logits that is no torch function."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return logits.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def mean_loss(logits, y, **options):
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), y.flatten(), ignore_index=-1, **options)
+
+
+def set_item(logits, y):
+    logits[..., 7] = -30.0
+    return mean_loss(logits, y)
+
+
+def change_of_a_view(logits, y):
+    logits.view(-1, 50)[:, 3:9].mul_(0.5)
+    return mean_loss(logits, y)
+
+
+def after_a_metric(logits, y):
+    with torch.no_grad():
+        assert 0 <= (logits.argmax(-1) == y).float().mean() <= 1
+    return mean_loss(logits, y)
+
+
+def with_hook(logits, y):
+    logits.register_hook(lambda grad: 3 * grad)
+    return mean_loss(logits, y)
+
+
+FUSED = {
+    "flatten": lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1),
+    "view": mean_loss,
+    "reshape": lambda logits, y: F.cross_entropy(logits.reshape(24, 50), y.reshape(-1), None, ignore_index=-1),
+    "module": lambda logits, y: nn.CrossEntropyLoss(ignore_index=-1)(logits.view(24, -1), y.view(-1)),
+}
+PLAIN = {
+    "torch's ignored target": lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten().clamp_min(0)),
+    "sum": lambda logits, y: mean_loss(logits, y, reduction="sum"),
+    "losses": lambda logits, y: mean_loss(logits, y, reduction="none").square().sum(),
+    "class weights": lambda logits, y: mean_loss(logits, y, weight=torch.arange(50.0)),
+    "label smoothing": lambda logits, y: mean_loss(logits, y, label_smoothing=0.1),
+    "probabilities": lambda logits, y: F.cross_entropy(logits.flatten(0, 1), torch.full((24, 50), 0.02)),
+    "classes in dimension 1": lambda logits, y: F.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1),
+    "softcap": lambda logits, y: mean_loss(5 * torch.tanh(logits / 5), y),
+    "float": lambda logits, y: mean_loss(logits.float(), y),
+    "z-loss": lambda logits, y: mean_loss(logits, y) + 0.01 * logits.logsumexp(-1).square().mean(),
+    "index": lambda logits, y: F.cross_entropy(logits[:, 2], y[:, 2], ignore_index=-1) + logits[0, 1, 2],
+    "log_softmax": lambda logits, y: -logits.log_softmax(-1).gather(-1, y.clamp_min(0)[..., None]).mean(),
+    "operators": lambda logits, y: (2 - logits @ torch.ones(50, 3, dtype=logits.dtype)).square().mean(),
+    "list": lambda logits, y: torch.cat([logits, logits], 1).square().mean(),
+    "iteration": lambda logits, y: sum(row.square().mean() for row in logits),
+    "set item": set_item,
+    "change of a view": change_of_a_view,
+    "hook": with_hook,
+    "after a metric": after_a_metric,
+    "Function": lambda logits, y: Square.apply(logits).mean(),
+}
+USES = FUSED | PLAIN
+
+
+class Model(GPT):
+    """A GPT whose loss is an arbitrary function of its logits."""
+
+    def forward(self, idx, targets, use):
+        x = self.hidden_states(idx, torch.arange(idx.size(1)), None)
+        return use(self.lm_head(self.transformer.ln_f(x)), targets)
+
+
+@pytest.fixture
+def model():
+    """A small model, whose last 18 tokens do not occur."""
+    torch.manual_seed(0)
+    model = Model(GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(20)
+        model.transformer.wte.weight[32:] = 0
+    return model
+
+
+def batch():
+    """Inputs and targets, (3, 8) each; some targets are ignored."""
+    idx = torch.randint(32, (3, 9), generator=torch.Generator().manual_seed(0))
+    return idx[:, :-1], idx[:, 1:].masked_fill(torch.arange(8) == 5, -1)
+
+
+def loss_and_gradients(model, use, dtype=torch.float32):
+    """The loss of a `use` of the logits, and the gradients of the parameters that it depends on."""
+    with autocast(CPU, dtype):
+        loss = model(*batch(), use)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+
+
+def fused(model, **options):
+    """A copy of a model with the fused loss."""
+    model = copy.deepcopy(model)
+    fuse_loss(model, **options)
+    return model
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("used", [None, torch.arange(50) < 32])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("use", USES)
+def test_every_use_of_the_logits_gives_the_loss_and_gradients_of_the_plain_model(model, use, dtype, tolerance, used):
+    results = (loss_and_gradients(m, USES[use], dtype) for m in (fused(model, used=used), model))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype and (actual - expected).norm() <= tolerance * expected.norm() + 1e-7
+
+
+@pytest.mark.parametrize("use", USES)
+def test_only_cross_entropy_is_fused(model, use):
+    """Otherwise the test above would compare the plain loss with itself."""
+    model, names, seen = fused(model), [], set()
+    nodes = [model(*batch(), USES[use]).grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            names.append(node.name())
+            nodes += [parent for parent, _ in node.next_functions if parent]
+        seen.add(node)
+    assert ("_FusedLinearCrossEntropyBackward" in names) == (use in FUSED or use == "z-loss")
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_logits_that_are_used_outside_of_autocast(dtype, tolerance, architecture):
+    torch.manual_seed(0)
+    model, (x, y) = make_model(GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=2, n_embd=16,
+                                         architecture=architecture)), batch()
+    for use in (mean_loss, lambda logits, y: logits.float().logsumexp(-1).mean()):
+        losses = []
+        for m in (fused(model), model):
+            with autocast(CPU, dtype):
+                logits = m.eval()(x)
+            assert logits.dtype == dtype and logits.requires_grad and logits.shape == (3, 8, 50) and len(logits) == 3
+            losses.append(use(logits, y).item())
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
+def test_losses_of_each_token_without_gradients(model):
+    used, (x, y) = torch.arange(50) < 32, batch()
+    x, y = x.clone(), y.clone()
+    x[0, 0] = y[0, 0] = 40  # in validation text an unused token can occur
+    with torch.no_grad():
+        for use in (mean_loss, lambda logits, y: mean_loss(logits, y, reduction="none")):
+            for m in (fused(model), fused(model, used=used)):
+                torch.testing.assert_close(m(x, y, use), model(x, y, use), rtol=1e-4, atol=1e-5)
+
+
+def test_unused_tokens_have_equal_rows_only_if_asked_and_are_not_merged_otherwise(model):
+    used = torch.arange(50) < 32
+    with torch.no_grad():
+        model.transformer.wte.weight.normal_()
+    unequal, equal = fused(model, used=used), fused(model, used=used, equalize=True)
+    assert torch.equal(unequal.lm_head.weight, model.lm_head.weight)
+    assert not equal.lm_head.weight[32:].any() and equal.lm_head.weight is equal.transformer.wte.weight
+    for actual, expected in zip(loss_and_gradients(unequal, mean_loss), loss_and_gradients(model, mean_loss)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_is_as_wide_as_the_vocabulary_keeps_its_weights():
+    """c_fc has 64 outputs, as many as there are tokens; only the head has rows of tokens."""
+    model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=False))
+    (x, y), used = batch(), torch.arange(64) < 40
+    assert fused(model.eval(), used=used)(x, y).item() == pytest.approx(model(x, y).item(), rel=1e-5)
+    equal = fused(model, used=used, equalize=True)
+    assert torch.equal(equal.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_fc.weight)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("edit", [
+    lambda head: head.register_forward_hook(lambda *_: None), torch.nn.utils.weight_norm,
+    torch.nn.utils.parametrizations.weight_norm, lambda head: setattr(head, "bias", nn.Parameter(torch.ones(50))),
+    lambda head: setattr(head, "forward", lambda x: 2 * x @ head.weight.T),
+    lambda head: setattr(head, "__class__", type("Edited", (nn.Linear,), {}))])
+def test_an_edited_head_is_not_replaced(model, edit):
+    model.lm_head = nn.Linear(16, 50, bias=False)
+    edit(model.lm_head)
+    kind = type(model.lm_head)
+    fuse_loss(model)
+    assert type(model.lm_head) is kind
+    assert type(model(*batch(), lambda logits, y: logits)) is torch.Tensor
+
+
+def test_hooks_on_the_replaced_head_and_printing_see_the_logits(model):
+    (x, y), seen = batch(), []
+    model, plain = fused(model), model
+    model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits))
+    model.lm_head.register_full_backward_hook(lambda module, grads, outputs: seen.append(outputs[0]))
+    model(x, y, mean_loss).backward()
+    expected = plain(x, y, lambda logits, y: logits)
+    assert type(model.lm_head) is Head and type(model(x, y, lambda logits, y: logits)) in (Logits, torch.Tensor)
+    torch.testing.assert_close(seen[0] + 0, expected)
+    torch.testing.assert_close(seen[1], torch.autograd.grad(mean_loss(expected, y), expected)[0])
+    with torch.no_grad():
+        logits = fused(plain)(x, y, lambda logits, y: logits)
+        assert type(logits) is Logits and repr(logits) == repr(logits + 0) and "e" in f"{logits}"
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_head(model, use_reentrant):
+    """torch.utils.checkpoint around the head, and around the head with the loss."""
+    for recomputed in (lambda head, logits, y: mean_loss(checkpoint(head, logits, use_reentrant=use_reentrant), y),
+                       lambda head, logits, y: checkpoint(lambda x: mean_loss(head(x), y), logits,
+                                                          use_reentrant=use_reentrant)):
+        results = []
+        for m in (fused(model), model):
+            x, y = batch()
+            loss = recomputed(m.lm_head, m.hidden_states(x, torch.arange(8), None), y)
+            loss.backward()
+            results.append([loss.detach(), m.lm_head.weight.grad])
+            m.zero_grad()
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_the_estimate_for_a_gpu_is_what_autograd_saves(dtype, architecture):
+    """Counted on the CPU in eval mode, with the functions that CUDA uses; a dropout mask has a byte per element."""
+    def config(n_layer):
+        return GPTConfig(vocab_size=50, n_layer=n_layer, block_size=64, n_head=2, n_embd=64, architecture=architecture)
+
+    def saved_bytes(n_layer):
+        model = make_model(config(n_layer)).eval()
+        weights, saved = {p.data_ptr() for p in model.parameters()}, {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, dtype):
+            model.hidden_states(torch.zeros(8, 64, dtype=torch.long), torch.arange(64), None)
+        return sum(t.untyped_storage().nbytes() for address, t in saved.items()
+                   if address not in weights and t.size(0) in (8, 8 * 64))  # others: weights in autocast's dtype
+
+    estimate = 8 * (training_bytes(config(4), 0, "cuda", dtype)[1] - training_bytes(config(2), 0, "cuda", dtype)[1])
+    masks = 2 * 2 * 8 * 64 * 64  # in two layers
+    assert estimate == pytest.approx(saved_bytes(4) - saved_bytes(2) + masks, rel=0.02)

@@ -1,0 +1,124 @@
+"""muon.py: singular values, the rows of updates, several matrices in one parameter, older checkpoints."""
+
+import copy
+
+import pytest
+import torch
+
+from storygpt.muon import COEFFICIENTS, Muon, normalize_rows, orthogonalize
+
+SHAPES = [(8, 8), (24, 8), (8, 24), (8, 8), (24, 8)]
+
+
+def parameters(shapes=SHAPES):
+    """Random matrices, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_gradients(params, seed):
+    """Random gradients, of sizes that differ between parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(params):
+        p.grad = torch.randn(p.shape, generator=generator) * 10**i
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 40), (2, 40, 16)])
+def test_singular_values_become_about_one_and_vectors_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True) / 1.02
+    for a, b, c in COEFFICIENTS:
+        s = a * s + b * s**3 + c * s**5
+    assert s.min() > 0.15 and s.max() < 2 and 0.7 < s.mean() < 1.2
+    orthogonal = orthogonalize(matrices).float()
+    expected = u @ torch.diag_embed(s) @ v
+    assert orthogonal.shape == shape and (orthogonal - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_matrix_of_rank_one_does_not_diverge(scale):
+    """Its singular value is as large as the norm, by which it is divided."""
+    matrix = scale * torch.outer(torch.linspace(-1, 1, 50), torch.linspace(1, 2, 30))[None]
+    assert torch.linalg.svdvals(orthogonalize(matrix).float()).max() < 2
+
+
+def test_zeros_stay_zeros():
+    assert torch.equal(orthogonalize(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4, dtype=torch.bfloat16))
+
+
+def test_rows_of_updates_have_equal_mean_squares_on_average():
+    sizes = torch.tensor([1.0, 2.0, 3.0, 0.0])[:, None]
+    mean_squares = [torch.zeros(4, 1), torch.zeros(4, 1)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        updates = torch.randn(2, 4, 50, generator=generator) * sizes
+        normalized = normalize_rows(updates, mean_squares, beta2=0.95)
+    torch.testing.assert_close(mean_squares[0], sizes.square(), rtol=0.2, atol=0)
+    torch.testing.assert_close(normalized.norm(dim=(1, 2)), updates.norm(dim=(1, 2)))
+    rows = normalized.square().mean(2)
+    assert (rows[:, 3] == 0).all() and rows[:, :3].max() < 2.5 * rows[:, :3].min()
+
+
+def test_steps_equal_a_plain_computation():
+    """Nesterov momentum, weight decay, and a rate that is higher for matrices with more rows than columns."""
+    params, plain = parameters(), [p.detach() for p in parameters()]
+    optimizer = Muon(params, lr=0.1, weight_decay=0.2, parts=[1] * len(SHAPES))
+    momentum, mean_squares = [torch.zeros_like(p) for p in plain], [torch.zeros(len(p), 1) for p in plain]
+    for seed in (1, 2, 3):
+        set_gradients(params, seed)
+        optimizer.step()
+        for p, w, m, squares in zip(params, plain, momentum, mean_squares):
+            m.mul_(0.9).add_(p.grad, alpha=0.1)
+            update = orthogonalize((0.1 * p.grad + 0.9 * m)[None]).float()
+            update = normalize_rows(update, [squares], beta2=0.95)[0]
+            w.mul_(1 - 0.1 * 0.2).sub_(0.1 * max(1, w.size(0) / w.size(1)) ** 0.5 * update)
+            assert (p - w).norm() < 0.01 * w.norm()  # rounding of bfloat16 differs in batched products
+
+
+def test_parts_are_treated_as_matrices_of_their_own():
+    whole, parts = parameters([(24, 8)])[0], parameters([(24, 8)])[0].detach().chunk(3)
+    parts = [torch.nn.Parameter(part.clone()) for part in parts]
+    gradient = torch.randn(24, 8)
+    whole.grad = gradient
+    for part, part_gradient in zip(parts, gradient.chunk(3)):
+        part.grad = part_gradient.clone()
+    for params, counts in (([whole], [3]), (parts, [1, 1, 1])):
+        Muon(params, lr=0.1, weight_decay=0.2, parts=counts).step()
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_matrix_without_a_gradient_stays_and_the_others_are_as_without_it():
+    """A frozen parameter, or one that the step did not use; also after its optimizer was saved and loaded."""
+    params, others = parameters(), parameters()
+    for frozen in (1, 3):
+        params[frozen].requires_grad_(False)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.2, parts=[1, 3, 1, 2, 3])
+    plain = Muon([others[i] for i in (0, 2, 4)], lr=0.1, weight_decay=0.2, parts=[1, 1, 3])
+    for seed in (1, 2):
+        set_gradients(others, seed)
+        for i in (0, 2, 4):
+            params[i].grad = others[i].grad
+        optimizer.step()
+        plain.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for i, (p, other, start) in enumerate(zip(params, others, parameters())):
+        torch.testing.assert_close(p, other)
+        assert torch.equal(p, start) == (i in (1, 3)) and (p in optimizer.state) == (i not in (1, 3))
+
+
+def test_a_checkpoint_without_mean_squares_can_be_resumed():
+    """Runs of earlier versions of this program have one, the oldest of torch.optim.Muon."""
+    ours, torchs = parameters(), parameters()
+    theirs = torch.optim.Muon(torchs, lr=0.1, weight_decay=0.2)
+    set_gradients(torchs, seed=1)
+    theirs.step()
+    optimizer = Muon(ours, lr=0.3, weight_decay=0.0, parts=[1] * len(SHAPES))
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    set_gradients(ours, seed=2)
+    optimizer.step()
+    group, = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.2, 0.95)  # the run keeps its own
+    for p, q in zip(ours, torchs):
+        momentum = 0.95 * theirs.state[q]["momentum_buffer"] + 0.05 * p.grad
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], momentum)

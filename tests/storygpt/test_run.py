@@ -1,0 +1,340 @@
+"""run.py: finding, opening, resuming and replacing runs, their logs, older runs, init_from."""
+
+import hashlib
+import json
+import os
+import types
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import TINY
+from model import GPT, GPTConfig
+from storygpt import checkpoint, run
+from storygpt.corpus.dataset import with_checksum
+from storygpt.settings import Config, apply_overrides
+from storygpt.system import files
+from storygpt.system.errors import UserError
+
+NEW_RUN = types.SimpleNamespace(**{"resume": False, "resume=auto": False, "overwrite": False})  # no actions
+
+
+@pytest.fixture
+def in_trained(trained, monkeypatch):
+    """The folder with the run out/tiny, which is the current folder during the test. Read-only."""
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def load_last(out_dir):
+    """The content of a run's last.pt."""
+    return checkpoint.load(Path(out_dir, "last.pt"), checkpoint.LAST_REQUIRED_KEYS)
+
+
+# ---- the files of a run ----
+
+
+def test_runs_are_listed_by_their_newest_checkpoint(here):
+    with pytest.raises(UserError, match="no trained model under out/"):
+        run.newest_run()
+    for name, file, when in [("a", "last.prev.pt", 1), ("a", "ckpt.pt", 4), ("b", "last.pt", 3), ("b", "ckpt.pt", 2),
+                             ("c", "last.prev.pt", 5), ("no", "log.jsonl", 6), ("sweep/d", "ckpt.pt", 0)]:
+        path = Path("out", name, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (when, when))
+    assert run.list_runs() == [Path("out/c"), Path("out/a"), Path("out/b"), Path("out/sweep/d")]
+    assert run.newest_run() == Path("out/c")
+    assert [run.best_checkpoint(f"out/{name}").name for name in "abc"] == ["ckpt.pt", "ckpt.pt", "last.prev.pt"]
+
+
+def test_a_damaged_last_pt_is_kept_beside_and_never_replaces_the_good_one_before_it(tmp_path, capsys):
+    state = {key: kind() for key, kind in checkpoint.LAST_REQUIRED_KEYS.items()}
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "last.pt", state | {"step": step})
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    assert run.load_resume_checkpoint(tmp_path)["step"] == 1
+    assert "last.pt is missing or damaged: resuming from" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 1 and not (tmp_path / "last.prev.pt").exists()
+    assert (tmp_path / "last.damaged.pt").read_bytes() == b"damaged"
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        run.load_resume_checkpoint(tmp_path)
+
+
+def test_a_last_pt_that_cannot_be_read_now_is_not_replaced(tmp_path):
+    """A folder stands for a disk that fails: reading either raises OSError."""
+    state = {key: kind() for key, kind in checkpoint.LAST_REQUIRED_KEYS.items()}
+    checkpoint.save(tmp_path / "last.prev.pt", state)
+    (tmp_path / "last.pt").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        run.load_resume_checkpoint(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "last.prev.pt", "last.pt"]
+
+
+def test_an_incomplete_last_log_line_is_ignored_and_a_damaged_line_is_named(tmp_path):
+    records = [{"kind": "run"}, *({"kind": "step", "iter": i} for i in (1, 2, 3))]
+    for record in records:
+        files.append_line(tmp_path / "log.jsonl", record)
+    files.append(tmp_path / "log.jsonl", '{"kind": "st')
+    assert run.read_log(tmp_path / "log.jsonl") == records
+    (tmp_path / "bad.jsonl").write_text('{"kind": "run"}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(UserError, match="bad.jsonl, line 2 is damaged"):
+        run.read_log(tmp_path / "bad.jsonl")
+
+
+def test_logs_are_truncated_to_their_sizes_at_the_checkpoint(tmp_path):
+    log, samples = tmp_path / "log.jsonl", tmp_path / "samples.md"
+    log.write_text('{"kind": "run"}\n')
+    sizes = run.flush_logs(tmp_path)
+    for text in ('{"kind": "step"}\n', '{"kind": "st'):
+        files.append(log, text)
+        files.append(samples, "## iteration 3: x\n\nThr")  # did not exist at the checkpoint
+        run.truncate_logs(tmp_path, sizes)
+        assert log.read_text() == '{"kind": "run"}\n' and samples.read_text() == ""
+    log.write_text("short")
+    with pytest.raises(UserError, match="log.jsonl is shorter than at the last checkpoint: restore it, or move it"):
+        run.truncate_logs(tmp_path, sizes)
+    log.write_text("another\nfile, longer than the log\n")
+    with pytest.raises(UserError, match="log.jsonl, line 1 is damaged"):
+        run.truncate_logs(tmp_path, sizes)
+    assert log.read_text() == "another\nfile, longer than the log\n"  # a file of unknown content is not truncated
+    log.unlink()
+    run.truncate_logs(tmp_path, sizes)  # resuming without it is allowed
+    assert not log.exists()
+
+
+# ---- resuming ----
+
+
+def test_nothing_to_resume(here, fails):
+    assert "no trained model under out/" in fails(train.main, ["--resume"])
+    assert "no checkpoint out/x/last.pt" in fails(train.main, ["--resume", "--out_dir=out/x"])
+
+
+@pytest.mark.parametrize("saved_on, resumed_on", [(True, False), (False, True)])
+def test_the_optimizer_is_fused_as_this_machine_does_it(in_trained, monkeypatch, saved_on, resumed_on):
+    """As when a run on a CPU is resumed on MPS, and the reverse."""
+    last = load_last("out/tiny")
+    for optimizer in last["optimizers"]:
+        for group in optimizer["param_groups"]:
+            group["fused"] = saved_on
+    for module in (train, run):
+        monkeypatch.setattr(module, "pick_fused", lambda device: resumed_on)
+    cfg, device = Config(**last["config"]), torch.device("cpu")
+    model = GPT(GPTConfig(**last["model_config"]))
+    state = run.TrainState(cfg, None, model, train.make_optimizers(model, cfg), torch.amp.GradScaler("cpu"), device,
+                           torch.float32, 4)
+    state.restore(last)
+    assert {group["fused"] for optimizer in state.optimizers for group in optimizer.param_groups} == {resumed_on}
+
+
+CHANGEABLE_ON_RESUME = {"out_dir", "max_iters", "max_tokens", "max_minutes", "eval_interval", "log_interval",
+                        "checkpoint_minutes", "patience", "device", "dtype", "compile", "device_batch_size"}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Config)])
+def test_exactly_these_settings_may_change_when_a_run_is_resumed(name, capsys):
+    stored = asdict(Config(max_minutes=5.0))
+    changed = stored | {name: "another value"}
+    if name in CHANGEABLE_ON_RESUME:
+        run.check_resume_settings(stored, changed, {})
+        assert capsys.readouterr().out == f"changed: {name} is now 'another value', was {stored[name]!r}\n"
+    else:
+        with pytest.raises(UserError, match=f"^{name} = 'another value' cannot change when a run is resumed"):
+            run.check_resume_settings(stored, changed, {})
+
+
+@pytest.mark.parametrize("change", ["n_layer=3", "dropout=0.3"])
+def test_resuming_with_a_flag_that_may_not_change_is_refused(in_trained, fails, change):
+    line = fails(train.main, ["--resume", "--out_dir=out/tiny", f"--{change}"])
+    assert f"error: {change.split('=')[0]} = " in line and "cannot change" in line
+
+
+def test_resuming_refuses_another_unit_of_length_and_a_longer_run_at_learning_rate_0():
+    minutes, iterations = asdict(Config(max_minutes=5.0)), asdict(Config(max_iters=4000, min_lr=0.0))
+    for stored, flags in [(minutes, {"max_iters": 9000}), (minutes, {"max_tokens": 10**9}),
+                          (iterations, {"max_minutes": 1.0})]:
+        now = asdict(Config(**apply_overrides(stored, flags)))
+        with pytest.raises(UserError, match="length of a run with max_minutes can be changed by --max_minutes only"):
+            run.check_resume_settings(stored, now, {})
+    for flags in ({"max_iters": 6000}, {"max_tokens": 10**9}):
+        now = asdict(Config(**apply_overrides(iterations, flags)))
+        with pytest.raises(UserError, match="the learning rate is 0 from iteration 4000 on"):
+            run.check_resume_settings(iterations, now, {})
+    shorter = asdict(Config(**apply_overrides(iterations, {"max_iters": 2000})))
+    run.check_resume_settings(iterations, shorter, {})
+    run.check_resume_settings(shorter, iterations, {})  # back to the length of its schedule
+
+
+def test_resuming_refuses_other_data_under_the_same_name(with_data, fails):
+    train.main([*TINY, "--max_iters=2", "--out_dir=out/x"])
+    data = with_data / "data/nursery-bpe300"
+    folder = data.resolve()
+    data.unlink()
+    data.mkdir()
+    for path in folder.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((data / "meta.json").read_text())
+    tokens = np.fromfile(data / "train.bin", np.uint16)[::-1]
+    tokens.tofile(data / "train.bin")
+    meta["splits"]["train"]["sha256"] = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+    (data / "meta.json").write_text(json.dumps(with_checksum(meta)))
+    assert "is not the data that out/x was trained on" in fails(
+        train.main, ["--resume", "--out_dir=out/x", "--max_iters=4"])
+
+
+def test_resuming_refuses_a_checkpoint_that_does_not_fit_the_run(with_data, fails):
+    train.main([*TINY, "--max_iters=2", "--out_dir=out/x"])
+    state = load_last("out/x")
+    for part in ({"optimizers": []}, {"model": {}}, {"config": state["config"] | {"n_heads": 2}}):
+        checkpoint.save("out/x/last.pt", state | part)
+        line = fails(train.main, ["--resume", "--out_dir=out/x", "--max_iters=4"])
+        assert "out/x/last.pt does not fit this version of the program: use the version that saved it" in line
+
+
+OLD_NAMES = {"step": "update", "metrics": "figures", "world_size": "ranks", "micro_batch_size": "sequences_at_a_time"}
+
+
+def make_old(out_dir):
+    """Give the files of a run the names of earlier versions, whose checkpoints had no tied head."""
+    def old_names(record):
+        return {OLD_NAMES.get(name, name): value for name, value in record.items()}
+
+    log = [json.dumps(old_names(record)) for record in run.read_log(Path(out_dir, "log.jsonl"))]
+    Path(out_dir, "log.jsonl").write_text("".join(f"{line}\n" for line in log[:-1]))  # without the "end" record
+    for name, required in (("ckpt.pt", checkpoint.REQUIRED_KEYS), ("last.pt", checkpoint.LAST_REQUIRED_KEYS)):
+        state = checkpoint.load(Path(out_dir, name), required)
+        del state["model"]["lm_head.weight"]
+        if "sizes" in state:
+            state["sizes"]["log.jsonl"] = Path(out_dir, "log.jsonl").stat().st_size
+        torch.save(old_names(state), Path(out_dir, name))
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_and_resumed_as_a_new_one(with_data, capsys):
+    words = [*TINY, "--lr_decay_iters=24"]
+    train.main([*words, "--out_dir=out/whole"])
+    train.main([*words, "--out_dir=out/x", "--max_iters=8"])
+
+    def eval_only():
+        capsys.readouterr()
+        train.main(["--eval_only", "--out_dir=out/x"])
+        return capsys.readouterr().out
+
+    expected, log = eval_only(), run.read_log("out/x/log.jsonl")
+    make_old("out/x")
+    assert b'"update"' in Path("out/x/log.jsonl").read_bytes() and run.read_log("out/x/log.jsonl") == log[:-1]
+    assert eval_only() == expected
+    train.main(["--out_dir=out/x", "--resume", "--max_iters=24"])
+    whole, resumed = load_last("out/whole"), load_last("out/x")
+    assert whole["model"].keys() == resumed["model"].keys() and whole["metrics"] == resumed["metrics"]
+    assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
+
+
+# ---- starting a run ----
+
+
+@pytest.mark.parametrize("world_size, size, advice", [(2, 32, 24), (3, 31, 16), (1, 95, 48)])
+def test_a_micro_batch_size_that_does_not_divide_a_process_part_is_refused(here, world_size, size, advice):
+    def open_run(size):
+        return run.open_run(settings, {"device_batch_size": size}, NEW_RUN, world_size)[0]
+
+    settings = {"batch_size": 96, "gradient_accumulation_steps": 1}
+    with pytest.raises(UserError, match=f"^device_batch_size = {size} does not divide the {96 // world_size} sequences "
+                                        f"of a step in each process: use {advice}$"):
+        open_run(size)
+    assert open_run(advice).device_batch_size == advice
+    assert open_run(96).device_batch_size == 96  # all of its sequences
+
+
+def test_init_from_starts_a_new_run_from_the_weights_of_another(with_data, fails, capsys):
+    import prepare
+    train.main([*TINY, "--out_dir=out/old", "--max_iters=8", "--n_layer=1", "--n_head=4", "--n_embd=32",
+                "--bias=False"])
+    words = [word for word in TINY if not word.startswith(("--n_", "--block_size"))]
+    train.main([*words, "--init_from=out/old", "--out_dir=out/new", "--max_iters=2", "--learning_rate=1e-9",
+                "--min_lr=0", "--block_size=8", "--dropout=0.3"])  # a shorter block and another dropout are allowed
+    assert "starting from the weights of out/old, trained on 512 tokens" in capsys.readouterr().out
+    old, new = checkpoint.load("out/old/ckpt.pt"), checkpoint.load("out/new/last.pt")
+    assert new["model_config"] == old["model_config"] | {"block_size": 8, "dropout": 0.3}
+    assert new["config"]["n_embd"] == 32 and new["config"]["bias"] is False and new["tokens"] == 64
+    assert new["model"].keys() == old["model"].keys()
+    for name, w in old["model"].items():
+        torch.testing.assert_close(new["model"][name], w[:8] if name == "transformer.wpe.weight" else w)
+
+    other_run = [*TINY, "--out_dir=out/y"]
+    same_architecture = ["--init_from=out/old", "--n_layer=1", "--n_head=4", "--n_embd=32", "--bias=False"]
+    for words, message in [
+        ([*same_architecture, "--n_embd=16"], "n_embd = 16 differs from that of init_from = 'out/old', 32"),
+        ([*same_architecture, "--block_size=32"], "block_size = 32 differs from that of"),
+        (["--init_from=out/none"], "no checkpoint in out/none"),
+        ([*same_architecture, "--out_dir=out/old", "--overwrite"], "is also the folder of the new run"),
+    ]:
+        assert message in fails(train.main, [*other_run, *words])
+    prepare.main(["nursery", "--tokenizer", "bpe:310", "--max_stories", "60"])
+    assert "different tokenizer from init_from = 'out/old'" in fails(
+        train.main, [*other_run, *same_architecture, "--dataset=nursery-bpe310"])
+    assert not Path("out/y").exists()
+
+
+def test_init_from_takes_every_field_of_the_architecture(in_trained):
+    settings = {"dataset": "nursery-bpe300", "out_dir": "out/new", "init_from": "out/tiny"}
+    cfg, resumed, source = run.open_run(settings, {"warmup_iters": 1}, NEW_RUN, world_size=1)
+    assert resumed is None and source["model"].keys() == checkpoint.load("out/tiny/ckpt.pt")["model"].keys()
+    architecture = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout"}
+    assert architecture < asdict(cfg).keys()
+    for name in architecture:
+        value = source["model_config"][name]
+        assert getattr(cfg, name) == value
+        other = {"bias": not value, "gelu": "exact", "architecture": "modern"}.get(name, 2 * value)
+        with pytest.raises(
+                UserError, match=f"^{name} = {other!r} differs from that of init_from = 'out/tiny', {value!r}"):
+            run.open_run(settings | {name: other}, {"warmup_iters": 1}, NEW_RUN, world_size=1)
+
+
+def contents(folder):
+    """The content of each file in a folder except the lock, name → bytes."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+def test_an_existing_run_is_replaced_only_with_overwrite(with_data, fails):
+    words = [*TINY, "--max_iters=2", "--out_dir=out/x"]
+    train.main(words)
+    Path("out/x/last.damaged.pt").touch()
+    before = contents("out/x")
+    assert "out/x already contains a run: resume it (--resume), replace it" in fails(train.main, words)
+    assert contents("out/x") == before
+    Path("out/x/notes.txt").write_text("mine")
+    train.main([*words, "--overwrite", "--seed=3"])
+    (first,) = (record for record in run.read_log("out/x/log.jsonl") if record["kind"] == "run")
+    assert first["seed"] == 3 and Path("out/x/notes.txt").read_text() == "mine"
+    assert contents("out/x").keys() == before.keys() - {"last.damaged.pt", "last.prev.pt"} | {"notes.txt"}
+
+
+@pytest.mark.parametrize("failure", ["before the first step", "an exception in it", "a loss that is not finite"])
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_done_a_step(with_data, monkeypatch, fails, failure):
+    words = [*TINY, "--max_iters=2", "--out_dir=out/x"]
+    train.main(words)
+    before = contents("out/x")
+    words += ["--overwrite", "--seed=3"]
+    if failure == "before the first step":
+        assert "parameters and 128 tokens" in fails(train.main, [*words, "--n_layer=50", "--n_embd=1000000"])
+    else:
+        forward_backward = train.forward_backward
+
+        def fail(*args):
+            if failure == "an exception in it":
+                raise RuntimeError("shapes cannot be multiplied")
+            return forward_backward(*args) * float("nan")
+
+        monkeypatch.setattr(train, "forward_backward", fail)
+        if failure == "an exception in it":
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                train.main(words)
+        else:
+            assert "the loss is nan at iteration 2" in fails(train.main, words)
+    assert contents("out/x") == before

@@ -1,0 +1,188 @@
+"""Settings: defaults, config files, flags, and the errors for wrong ones."""
+
+import math
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, launch
+from model import GPTConfig, ModelSettings
+from storygpt.corpus.dataset import prepare_command
+from storygpt.settings import Config, allowed_values, apply_overrides, parse_value, read_command_line, read_config_file
+from storygpt.system.errors import UserError
+
+
+def config_of(*argv):
+    """The Config of a command line."""
+    settings, flags, _ = read_command_line(list(argv), {"resume": "resume the run"})
+    return Config(**apply_overrides(settings, flags))
+
+
+def error_of(capsys, *argv):
+    """The one line that is printed for a wrong command line, which exits with code 2."""
+    with pytest.raises(SystemExit) as exit:
+        config_of(*argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error
+
+
+def test_defaults_are_the_published_recipe():
+    published = dict(
+        n_layer=6, n_head=6, n_embd=384, block_size=128, dropout=0.1, bias=True, max_iters=20_000, batch_size=32,
+        gradient_accumulation_steps=32, learning_rate=1e-4, min_lr=5e-4, warmup_iters=1_000, eval_interval=500,
+        beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=0.5, dataset="tinystories", lr_decay_iters=20_000)
+    assert published.items() <= asdict(Config()).items()
+    assert read_config_file(ROOT / "config/tinystories.py").items() <= published.items()
+    assert config_of(str(ROOT / "config/tinystories.py")) == Config()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_shows_its_commands(path):
+    cfg = config_of(str(path))
+    assert f"\n{prepare_command(cfg.dataset)} && python train.py config/{path.name}\n" in path.read_text()
+    assert cfg.out_dir == f"out/{path.stem}"
+    assert cfg.min_lr < cfg.learning_rate or path.stem == "tinystories"
+
+
+def test_a_value_is_parsed_as_its_setting_needs():
+    values = {"learning_rate": ("1e-3", 1e-3), "n_layer": ("2", 2), "bias": ("false", False), "dtype": ("auto", "auto"),
+              "device_batch_size": ("8", 8), "compile": ("True", True), "dropout": ("0", 0.0)}
+    for name, (text, value) in values.items():
+        assert parse_value(name, text) == value and type(parse_value(name, text)) is type(value)
+    for name, text, message in [("n_lair", "2", "unknown setting n_lair: did you mean n_layer[?]"),
+                                ("n_layer", "2.5", "n_layer = '2.5' is not allowed"), ("dropout", "1", "from 0 to")]:
+        with pytest.raises(UserError, match=message):
+            parse_value(name, text)
+
+
+def test_flags_override_the_config_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import math\n_tokens = 4096\ndef helper(): pass\nbatch_size = _tokens // 128\ndropout = 0\n"
+                    "learning_rate = math.sqrt(1e-6)\nimport numpy\nweight_decay = numpy.float64(0.5)\n")
+    cfg = config_of(str(path), "--n_layer=2", "--min_lr", "1e-5", "--compile=False", "--dtype", "bfloat16")
+    assert (cfg.batch_size, cfg.n_layer, cfg.min_lr, cfg.compile, cfg.dtype) == (32, 2, 1e-5, False, "bfloat16")
+    assert cfg.learning_rate == pytest.approx(1e-3) and cfg.dropout == 0 and cfg.out_dir == "out/mine"
+    assert cfg.weight_decay == 0.5 and type(cfg.weight_decay) is float
+    assert config_of("--batch_size=7", str(path)).batch_size == 7
+    assert config_of(str(path), "--out_dir=elsewhere").out_dir == "elsewhere"
+    assert config_of("--compile=true").compile is True and config_of("--compile=auto").compile == "auto"
+    assert config_of("--device_batch_size=16").device_batch_size == 16
+
+
+def test_wrong_flags_print_one_line_and_exit_with_code_2(capsys):
+    assert "did you mean --learning_rate?" in error_of(capsys, "--learning_rat=1e-3")
+    assert "did you mean --learning_rate?" in error_of(capsys, "--learning-rate", "1e-3")
+    assert "did you mean --resume?" in error_of(capsys, "--resum")
+    assert "--help" in error_of(capsys, "--zzz=1")
+    assert "n_layer = 'six' is not allowed: it takes a whole number from 1 to 1000" in error_of(capsys, "--n_layer=six")
+    assert "n_layer = 0 is not allowed" in error_of(capsys, "--n_layer=0")
+    assert "n_layer = 1001 is not allowed" in error_of(capsys, "--n_layer=1001")
+    assert "dropout = 1.0 is not allowed: it takes a number from 0 to 0.99" in error_of(capsys, "--dropout=1.0")
+    assert "bias = 'maybe' is not allowed: it takes True or False" in error_of(capsys, "--bias=maybe")
+    assert "auto or bfloat16 or float16 or float32" in error_of(capsys, "--dtype=fp8")
+    assert "learning_rate = nan" in error_of(capsys, "--learning_rate=nan")
+    assert "learning_rate = inf" in error_of(capsys, "--learning_rate=inf")
+    assert "--n_layer" in error_of(capsys, "--n_layer")
+    assert "out_dir = '' is not allowed" in error_of(capsys, "--out_dir=")
+    assert "seed = " in error_of(capsys, f"--seed={2**70}")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("learning_rat = 1", "unknown setting learning_rat: did you mean learning_rate?"),
+    ("n_layer = 2.0", "n_layer = 2.0 is not allowed: it takes a whole number from 1"),
+    ("n_layer = True", "n_layer = True is not allowed"),
+    ("bias = 1", "bias = 1 is not allowed"),
+    ("max_iters = 10**400", "max_iters = 1000"),
+    ("raise SystemExit(0)", "line 1: SystemExit"),
+    ("batch_size = '8'", "batch_size = '8' is not allowed"),
+    ("n_layer = 1\nbatch_size = = 2", "line 2: invalid syntax"),
+    ("n_layer = 1\nbatch_size = n_laye", "line 2: NameError: name 'n_laye' is not defined"),
+])
+def test_errors_in_a_config_file_name_the_file(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_config_file(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_missing_config_file_suggests_one(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="did you mean config/quickstart.py?"):
+        read_config_file("quickstart")
+    with pytest.raises(UserError, match="did you mean config/tinystories.py?"):
+        read_config_file("config/tinystory.py")
+    with pytest.raises(UserError, match="no config file config/nothing.py"):
+        read_config_file(Path("config/nothing.py"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(n_embd=100, n_head=6), "n_embd = 100 is not a multiple of n_head = 6"),
+    (dict(max_iters=1000), "warmup_iters = 1000 is not below lr_decay_iters = 1000"),
+    (dict(eval_iters=0), "eval_iters = 0"),
+    (dict(max_tokens=131_071), "max_tokens = 131071 is less than one step of 131072 tokens"),
+    (dict(max_tokens=1_000_000), "warmup_iters = 1000 is not below lr_decay_iters = 224"),
+])
+def test_contradictory_settings_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Config(**changes)
+
+
+def test_the_schedule_ends_with_the_run_unless_lr_decay_iters_is_set():
+    assert Config(max_iters=5000).lr_decay_iters == 5000
+    assert Config(max_iters=5000, lr_decay_iters=2000).lr_decay_iters == 2000
+    assert Config(max_minutes=5.0).lr_decay_iters == 0  # then the schedule follows the time
+
+
+def test_the_length_of_a_run_has_one_unit_and_a_flag_replaces_that_of_the_config_file(tmp_path, capsys):
+    path = tmp_path / "x.py"
+    path.write_text("max_tokens = 10_000_000")
+    settings, flags, _ = read_command_line([str(path), "--max_iters=3200"], {})
+    assert Config(**apply_overrides(settings, flags)).max_iters == 3200
+    assert apply_overrides(settings, {"seed": 1})["max_tokens"] == 10_000_000
+    assert Config(**apply_overrides(settings, {"max_minutes": 5.0})).max_tokens == 0
+    cfg = Config(**settings)
+    assert cfg.max_iters == cfg.lr_decay_iters == 10_000_000 // 131_072 * 32
+    # Extending a run keeps its schedule.
+    longer = Config(**apply_overrides(asdict(cfg), {"max_iters": 6400}))
+    assert longer.max_iters == 6400 and longer.lr_decay_iters == cfg.max_iters
+    assert "max_iters and max_minutes are both set" in error_of(capsys, "--max_minutes=1", "--max_iters=5")
+    path.write_text("max_tokens = 10_000_000\nmax_minutes = 5")
+    with pytest.raises(UserError, match="x.py: max_tokens and max_minutes are both set"):
+        read_config_file(path)
+
+
+def test_the_model_of_a_config_has_its_settings():
+    cfg = Config(n_layer=3, dropout=0.25, bias=False, architecture="modern")
+    model_config = cfg.model_config(300)
+    assert type(model_config) is GPTConfig and model_config.vocab_size == 300
+    assert {f.name: getattr(cfg, f.name) for f in fields(ModelSettings)} | {"vocab_size": 300} == asdict(model_config)
+
+
+def test_a_plain_field_of_the_model_settings_is_a_setting(tmp_path):
+    """As a reader adds it to model.py: without a meaning, and without anything elsewhere."""
+    source = (ROOT / "model.py").read_text(encoding="utf-8")
+    (tmp_path / "model.py").write_text(source.replace("    bias: bool = ", "    window: int = 7\n    bias: bool = ", 1))
+    (tmp_path / "edited.py").write_text(f"""import sys
+sys.path.append({str(ROOT)!r})
+from storygpt.settings import Config, read_command_line
+settings, flags, _ = read_command_line(sys.argv[1:], {{}})
+print(Config().model_config(300).window, Config(**flags).model_config(300).window)
+""")
+    done = launch(tmp_path / "edited.py", "--window=9", cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("7 9\n", "")
+    assert "window = 'x' is not allowed: it takes a whole number" in launch(
+        tmp_path / "edited.py", "--window=x", cwd=tmp_path).stderr
+    assert "--window VALUE" in launch(tmp_path / "edited.py", "--help-all", cwd=tmp_path).stdout
+
+
+def test_help_all_lists_every_setting_with_its_default_and_bounds(capsys):
+    with pytest.raises(SystemExit) as exit:
+        config_of("--help-all")
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for f in fields(Config):
+        assert f"--{f.name} VALUE {f.metadata['meaning']}; {allowed_values(f)}; default: {f.default}" in text
+    assert "a whole number from 1 to 1000; default: 6" in text and math.inf not in vars(Config()).values()
