@@ -16,7 +16,7 @@ OPENMP_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # eac
 
 
 def before_importing_torch():
-    """Make Ctrl-C end the process in one line, and OpenMP's threads sleep sooner unless the user has chosen.
+    """Make Ctrl-C end the process in one line, and set what torch reads from the environment, unless the user has.
 
     `exit_with_one_line` ends the former when the script's main starts.
     """
@@ -24,6 +24,8 @@ def before_importing_torch():
         signal.signal(signal.SIGINT, exit_at_once)
     if not any(name in os.environ for name in OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    if "RANK" in os.environ:  # DistributedDataParallel warns if a model has no unused parameters
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def exit_at_once(number, frame):

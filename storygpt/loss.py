@@ -146,6 +146,7 @@ class UsedTokens:
         self.used, self.unused = used.nonzero().flatten(), (~used).nonzero().flatten()
         row_of_token = torch.where(used, used.cumsum(0) - 1, len(self.used))
         self.row_of_token = F.pad(row_of_token, (0, 1), value=IGNORED_TARGET)  # the last: of target -1
+        self.latest = None  # see `unused_rows_are_equal`
 
     def head(self, weight, targets):
         """The head's weight (V, C) and targets (N) -> the weight's rows of the U used tokens and of one unused token,
@@ -154,9 +155,13 @@ class UsedTokens:
         return _HeadRows.apply(weight, self.used, self.unused), self.row_of_token[targets]
 
     def unused_rows_are_equal(self, weight):
-        """Whether the unused rows of a weight (V, C) are equal, judged by their first columns: one cache line a row."""
+        """Whether the unused rows of a weight (V, C) are equal, judged by their first columns: one cache line a row.
+
+        On CUDA the answer is that of the call before, as waiting for this one would stop the GPU.
+        """
         rows = weight.detach()[:, :16].index_select(0, self.unused)
-        return bool((rows == rows[0]).all())
+        previous, self.latest = self.latest, (rows == rows[0]).all()
+        return bool(previous if weight.is_cuda and previous is not None else self.latest)
 
 
 class _HeadRows(torch.autograd.Function):

@@ -137,12 +137,13 @@ def test_early_stopping_ends_the_run_and_is_resumable(with_data, capsys):
     evals = records("out/x", "eval")
     best = min(range(len(evals)), key=lambda i: evals[i]["val_loss"])
     assert len(evals) == best + 4 < 12 and [r["evals_since_best"] for r in evals[best:]] == [0, 1, 2, 3]
-    assert "early stopping: after 3 evaluations in a row without a lower validation loss" in out
     assert f"stopped early, after step {len(evals)} of 12: no lower validation loss in the last 3 evaluations" in out
     assert "resume with" not in out
 
+    end = [{"kind": "end", "iter": 2 * len(evals), "reason": "stopped early"}]
+    assert records("out/x", "end") == end
     train.main(["--resume", "--out_dir=out/x"])
-    assert "is finished already: no lower validation loss" in capsys.readouterr().out
+    assert "is finished already: no lower validation loss" in capsys.readouterr().out and records("out/x", "end") == end
     train.main(["--resume", "--out_dir=out/x", "--patience=4"])  # one evaluation more
     assert len(records("out/x", "eval")) == best + 5
     train.main(["--resume", "--out_dir=out/x", "--patience=0"])
@@ -483,15 +484,17 @@ def test_unused_tokens_keep_equal_embeddings_and_the_loss_is_that_of_the_whole_v
 
 def test_a_run_whose_unused_embeddings_differ_computes_the_whole_vocabulary(with_data):
     """Runs of earlier versions, and fine-tuning on other text."""
-    model = GPT(GPTConfig(300, 16, 2, 2, 16, 0.0))
-    used = torch.arange(300) < 200
-    model.skip_unused_tokens(used, equalize=False)
-    assert model.used_tokens is None
-    model.skip_unused_tokens(used, equalize=True)
-    assert len(model.used_tokens.used) == 200
-    model.used_tokens = None
-    model.skip_unused_tokens(used | True, equalize=True)  # all occur
-    assert model.used_tokens is None
+    flags = ["--dropout=0", "--lr_decay_iters=24", "--out_dir=out/x"]
+    train.main([*TINY, *flags, "--max_iters=2"])
+    last = load_last("out/x")
+    last["model"]["transformer.wte.weight"].normal_(generator=torch.Generator().manual_seed(0))
+    checkpoint.save("out/x/last.pt", last)
+    train.main([*TINY, *flags, "--max_iters=4", "--resume"])
+    model = GPT(replace(TINY_MODEL, dropout=0.0))
+    model.load_state_dict(last["model"])
+    x, y = TrainingOrder(Split("data/nursery-bpe300", "train", 16), 1337).sequences(8, 8)
+    assert records("out/x", "step")[-1]["loss"] == pytest.approx(
+        model(torch.from_numpy(x), torch.from_numpy(y)).item(), rel=1e-5)
 
 
 def test_embeddings_start_from_the_text_of_the_run(with_data):
@@ -508,14 +511,21 @@ def test_embeddings_start_from_the_text_of_the_run(with_data):
 @pytest.mark.parametrize("architecture, dtype, tolerance", [("gpt2", "float32", 1e-3), ("modern", "bfloat16", 1e-2)])
 def test_compiled_training_gives_the_same_losses(with_data, large_eps, monkeypatch, architecture, dtype, tolerance):
     """With tracing only (aot_eager): generating C++ code would take half as long as all other tests."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled, torch_compile = [], torch.compile
+
+    def compile(function):
+        compiled.append(function)
+        return torch_compile(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
     for setting in ("False", "True"):
         train.main([*TINY, "--max_iters=8", "--dropout=0", f"--compile={setting}", f"--out_dir=out/{setting}",
                     f"--architecture={architecture}", f"--dtype={dtype}"])
     losses = {setting: [r["loss"] for r in records(f"out/{setting}", "step")] for setting in ("False", "True")}
     assert losses["True"] == pytest.approx(losses["False"], rel=tolerance)
     assert not any("orig_mod" in name for name in weights("out/True"))
-    assert records("out/True", "run")[0]["compiled"]
+    layers = {"gpt2": 2, "modern": 4}[architecture]  # the blocks; the value embeddings
+    assert len(compiled) == layers
 
 
 def test_an_overflow_in_float16_makes_all_optimizers_skip_the_step():
@@ -571,7 +581,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(with_data, stop, 
         assert all(bit_equal(a["state"][i], b["state"][i]) for i in a["state"])
     assert parts["seconds"] > 0 and bit_equal(weights("out/whole", "ckpt.pt"), weights("out/parts", "ckpt.pt"))
     losses = {r["iter"]: r["loss"] for r in records("out/whole", "step")}
-    assert len(records("out/parts", "run")) == 2
+    assert len(records("out/parts", "run")) == 2 and records("out/parts", "end") == records("out/whole", "end")
     assert all(r["loss"] == losses.get(r["iter"], r["loss"]) for r in records("out/parts", "step"))
     val_losses = {r["iter"]: r["val_loss"] for r in records("out/parts", "eval")}
     assert {r["iter"]: r["val_loss"] for r in records("out/whole", "eval")}.items() <= val_losses.items()
@@ -591,6 +601,7 @@ def test_a_signal_stops_after_the_current_step_and_the_run_can_be_resumed(with_d
     assert "python train.py --out_dir=out/x --resume" in out and not (with_data / "out/x/ckpt.pt").exists()
     stopped = checkpoint.load("out/x/last.pt")["step"]
     assert f"stopped after step {stopped:,} of 50,000" in out
+    assert records("out/x", "end") == [{"kind": "end", "iter": 2 * stopped, "reason": "stopped"}]
     length = f"--max_iters={2 * stopped + 6}"
     train.main(["--resume", "--out_dir=out/x", length])
     train.main([*words, "--out_dir=out/whole", length])
@@ -651,12 +662,12 @@ def test_resuming_truncates_the_logs_to_the_checkpoint(with_data):
     assert Path("out/x/samples.md").read_text().count("## iteration 16") == 1
 
 
-def test_a_run_killed_before_its_first_step_can_be_resumed(with_data):
+def test_a_run_killed_after_its_first_step_can_be_resumed(with_data):
     words = [*TINY, "--out_dir=out/x", "--max_iters=4", "--dropout=0.2"]
     train.main(words)
     uninterrupted = weights("out/x")
     Path("out/x/last.prev.pt").replace("out/x/last.pt")
-    assert checkpoint.load("out/x/last.pt")["step"] == 0
+    assert checkpoint.load("out/x/last.pt")["step"] == 1
     train.main(["--out_dir=out/x", "--resume"])
     assert bit_equal(weights("out/x"), uninterrupted) and [r["iter"] for r in records("out/x", "step")] == [2, 4]
 
@@ -680,15 +691,15 @@ def saved(monkeypatch):
         saved.append((path.name, state["step"]))
         save(path, state)
 
-    for module in (checkpoint, train):
+    for module in (run, train):
         monkeypatch.setattr(module, "save", recording_save)
     return saved
 
 
-@pytest.mark.parametrize("minutes, between", [(5, []), (0, [("last.pt", 1), ("last.pt", 2), ("last.pt", 3)])])
-def test_last_pt_is_saved_at_the_start_at_evaluations_and_every_checkpoint_minutes(with_data, saved, minutes, between):
+@pytest.mark.parametrize("minutes, between", [(5, []), (0, [("last.pt", 2), ("last.pt", 3)])])
+def test_last_pt_is_saved_after_the_first_step_at_evaluations_and_every_checkpoint_minutes(with_data, saved, minutes, between):
     train.main([*TINY, "--out_dir=out/x", "--max_iters=6", f"--checkpoint_minutes={minutes}"])
-    assert saved == [("last.pt", 0), *between, ("ckpt.pt", 3), ("last.pt", 3)]
+    assert saved == [("last.pt", 1), *between, ("ckpt.pt", 3), ("last.pt", 3)]
 
 
 def test_checkpoint_minutes_are_those_since_the_latest_save(with_data, saved, clock):
@@ -716,6 +727,7 @@ def test_resuming_uses_last_prev_pt_if_last_pt_is_damaged(with_data, capsys, dam
     err = capsys.readouterr().err
     assert "note: " in err and "out/x/last.pt" in err and "resuming from out/x/last.prev.pt" in err
     assert bit_equal(weights("out/x"), uninterrupted) and [r["iter"] for r in records("out/x", "eval")] == [8, 16, 24]
+    assert Path("out/x/last.damaged.pt").exists() == (damage != "missing")
     for path in (last, previous):
         path.write_bytes(incomplete)
     assert "out/x/last.prev.pt is damaged" in fails(train.main, ["--out_dir=out/x", "--resume"])
@@ -758,6 +770,46 @@ def test_a_run_without_fused_adamw_can_be_resumed_with_it(with_data):
     train.main([*words, "--resume", "--max_iters=8", "--dtype=float16"])
     state = load_last("out/x")
     assert state["step"] == 4 and all(group["fused"] for group in state["optimizers"][0]["param_groups"])
+
+
+# ---- edits of the loop and the model ----
+
+
+@pytest.mark.parametrize("convert", [np.float32, np.array, torch.tensor], ids=["scalar", "array", "tensor"])
+def test_metrics_may_be_those_of_numpy_and_torch(with_data, monkeypatch, convert):
+    """They are stored as Python's numbers, and the run can be resumed."""
+    bits_per_byte, evaluate_splits = train.bits_per_byte, train.evaluate_splits
+    monkeypatch.setattr(train, "bits_per_byte", lambda loss, split: convert(bits_per_byte(float(loss), split)))
+    monkeypatch.setattr(train, "evaluate_splits", lambda state: [convert(loss) for loss in evaluate_splits(state)])
+    train.main([*TINY, "--out_dir=out/x", "--max_iters=4", "--lr_decay_iters=24"])
+    for metrics in (load_last("out/x")["metrics"], records("out/x", "eval")[0]):
+        assert all(type(metrics[name]) is float for name in ("train_loss", "val_loss", "val_bpb"))
+    train.main(["--resume", "--out_dir=out/x", "--max_iters=8"])
+    assert [r["iter"] for r in records("out/x", "eval")] == [4, 8]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parameters_may_be_frozen_or_unused(with_data, monkeypatch, optimizer):
+    """And such a run is resumed bit for bit."""
+    def make_edited_model(config):
+        model = make_model(config)
+        model.transformer.wpe.weight.requires_grad_(False)
+        model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
+        model.transformer.h[1].expert = torch.nn.Linear(16, 16)  # never used
+        models.append(model)
+        starts.append({name: w.clone() for name, w in model.state_dict().items()})
+        return model
+
+    models, starts = [], []
+    monkeypatch.setattr(train, "make_model", make_edited_model)
+    words = [*TINY, f"--optimizer={optimizer}", "--lr_decay_iters=24", "--dropout=0.1"]
+    train.main([*words, "--out_dir=out/x", "--max_iters=8"])
+    constant = {name for name, w in weights("out/x").items() if torch.equal(w, starts[-1][name])}
+    assert constant == {"transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight",
+                        "transformer.h.1.expert.weight", "transformer.h.1.expert.bias"}
+    train.main([*words, "--out_dir=out/x", "--resume", "--max_iters=12"])
+    train.main([*words, "--out_dir=out/whole", "--max_iters=12"])
+    assert bit_equal(weights("out/x"), weights("out/whole"))
 
 
 # ---- errors ----
@@ -809,12 +861,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(with_
     assert [r["iter"] for r in records("out/x", "step")][-1] == 8  # the failed step is not logged
 
 
-def test_weights_that_are_not_finite_are_neither_logged_nor_saved(with_data, fails):
+def test_an_evaluation_that_is_not_finite_is_neither_logged_nor_saved(with_data, fails):
     """The loss of a step is from before it changes the weights, and may still be finite."""
     line = fails(train.main, [*TINY, "--out_dir=out/x", "--learning_rate=1e30", "--min_lr=1e29", "--warmup_iters=0",
                               "--eval_interval=1"])
     assert "the validation loss is nan at iteration 2" in line
-    assert records("out/x", "eval") == [] and checkpoint.load("out/x/last.pt")["step"] == 0
+    assert records("out/x", "eval") == [] and not Path("out/x/ckpt.pt").exists()
     assert "already contains a run: resume it (--resume)" in fails(train.main, [*TINY, "--out_dir=out/x"])
 
 

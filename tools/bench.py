@@ -138,10 +138,8 @@ def print_tables(subject, result):
     """Print a subject's result: one value per line, with the lowest and the highest of its rounds if it has them."""
     print(f"\n{subject}")
     spreads = result.get("spreads", {})
-    for key, value in result.items():
+    for key, value in ((key, value) for key, value in result.items() if key != "spreads"):
         is_table = isinstance(value, dict)
-        if key == "spreads":
-            continue
         if is_table:
             print(f"  {key}")
         for name, number in value.items() if is_table else [(key, value)]:
@@ -266,11 +264,16 @@ def repeat(count, device, function, *args):
 # ---- training ----
 
 def unfused_loss(x, weight, targets, last_row_tokens=1):
-    """The first result of `loss.fused_linear_cross_entropy` with two of torch's functions, which make all logits."""
+    """The first result of `fused_linear_cross_entropy` with two of torch's functions, which make all logits."""
     bias = F.pad(weight.new_zeros(len(weight) - 1), (0, 1), value=math.log(last_row_tokens))  # (V)
     return F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=loss_module.IGNORED_TARGET), None
 
 
+LOSSES = {"fused": lambda *args: loss_module.fused_linear_cross_entropy(*args)[0],
+          "unfused": lambda *args: unfused_loss(*args)[0]}
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13 or later; these options compute it in chunks
+    LOSSES["torch's linear_cross_entropy"] = partial(
+        F.linear_cross_entropy, ignore_index=loss_module.IGNORED_TARGET, options=nn.LinearCrossEntropyOptions())
 # name → flags for train.py, or None for `baseline_loop` instead, then patches, (owner, attribute, replacement): each
 # replaces something faster of this project by torch's.
 VARIANTS = {
@@ -372,7 +375,7 @@ def flops_utilization(tokens_per_s, workload, ceilings):
 
 
 def time_variants(names, workload, rounds):
-    """Run training variants interleaved, each in its own process: name → (seconds, peak MB) of the warm-up and rounds."""
+    """Run training variants interleaved, each in its own process: name → (seconds, peak MB) of warm-up and rounds."""
     answers = {name: [] for name in names}
     with child_processes({name: (run_variant, name, workload) for name in names}) as pipes:
         for name in names * (rounds + 1):
@@ -481,31 +484,19 @@ def write_random_dataset(folder, config):
 def bench_loss(args, device, ceilings, folder):
     """Seconds of the output head and the loss of a batch, forward and backward: this project's way and torch's two."""
     config, rows, dtype = args.config, BATCH_SIZE * args.config.block_size, pick_dtype("auto", device)
-    x, weight = (torch.randn(n, config.n_embd, device=device) for n in (rows, config.vocab_size))
+    x, weight = (torch.randn(n, config.n_embd, device=device, requires_grad=True) for n in (rows, config.vocab_size))
     targets = torch.randint(config.vocab_size, (rows,), device=device)
-    weight.mul_(0.02)  # the logits are then as large as a new model's
 
-    def both_passes(loss_function):
-        """The loss and its gradients."""
+    def both_passes(function):
+        """The loss, in the dtype of training, and its gradients."""
         with autocast(device, dtype):
-            mean_loss, _ = loss_function(x.requires_grad_(), weight.requires_grad_(), targets)
-        torch.autograd.grad(mean_loss, (x, weight))
+            loss = function(x.to(dtype), 0.02 * weight.to(dtype), targets)
+        torch.autograd.grad(loss, (x, weight))
         synchronize(device)
 
-    losses = {"fused": loss_module.fused_linear_cross_entropy, "unfused": unfused_loss}
-    if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
-        losses["torch's linear_cross_entropy"] = torch_fused_loss
     medians, spreads = medians_and_spreads(time_interleaved(
-        {name: partial(both_passes, function) for name, function in losses.items()}, args.rounds))
+        {name: partial(both_passes, function) for name, function in LOSSES.items()}, args.rounds))
     return {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "seconds": medians, "spreads": spreads}
-
-
-def torch_fused_loss(x, weight, targets):
-    """`unfused_loss` by torch's function that computes it in chunks; autocast does not reach into it."""
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
-    return F.linear_cross_entropy(x, weight, targets, ignore_index=loss_module.IGNORED_TARGET,
-                                  options=nn.LinearCrossEntropyOptions()), None
 
 
 # ---- generation ----
@@ -702,45 +693,34 @@ def run_rank(pipe, rank, world_size, port, device_type, config, rounds):
     if device_type == "cpu":
         torch.set_num_threads(max(1, os.cpu_count() // world_size))
     idx, targets = torch.randint(config.vocab_size, (2, RANK_BATCH_SIZE[device_type], config.block_size), device=device)
-    models = [GPT(config).to(device) for _ in range(2)]
-    for model in models:
-        loss_module.fuse_loss(model)
-    ddp_model = train.prepare_for_training(models[1], use_compile=False)  # DistributedDataParallel, as in train.py
-    parameters = list(models[0].parameters())
+    model, own_model = GPT(config).to(device), GPT(config).to(device)
+    for each in (model, own_model):
+        loss_module.fuse_loss(each)
+    own_model = train.prepare_for_training(own_model, use_compile=False)  # DistributedDataParallel
 
-    def forward_backward(model):
-        """Both passes, with new gradients."""
-        model.zero_grad(set_to_none=True)
-        with autocast(device, torch.bfloat16):
-            loss = model(idx, targets)
-        loss.backward()
+    def time_step(model=None, all_reduce=()):
+        """Seconds of both passes of a model, if any, and of an all-reduce of parameters' gradients in one vector."""
+        synchronize(device)
+        all_reduce_sum(torch.zeros(1))  # a barrier: all ranks start together
+        started = time.perf_counter()
+        if model is not None:
+            model.zero_grad(set_to_none=True)
+            with autocast(device, torch.bfloat16):
+                loss = model(idx, targets)
+            loss.backward()
+        if gradients := [p.grad for p in all_reduce]:
+            vector_to_parameters(all_reduce_sum(parameters_to_vector(gradients)), gradients)
+        synchronize(device)
+        return time.perf_counter() - started
 
+    parameters = list(model.parameters())
     with fast.faster_functions(device):
-        pipe.send(time_interleaved({name: partial(time_together, steps, device) for name, steps in {
-            "forward and backward": [partial(forward_backward, models[0])],
-            "all-reduce": [partial(all_reduce_gradients, parameters)],  # of the gradients above
-            "forward, backward, all-reduce": [partial(forward_backward, models[0]),
-                                              partial(all_reduce_gradients, parameters)],
-            "DistributedDataParallel": [partial(forward_backward, ddp_model)]}.items()}, rounds))
+        pipe.send(time_interleaved({
+            "forward and backward": partial(time_step, model),
+            "all-reduce": partial(time_step, all_reduce=parameters),
+            "forward, backward, all-reduce": partial(time_step, model, parameters),
+            "DistributedDataParallel": partial(time_step, own_model)}, rounds))
     cleanup_distributed()
-
-
-def time_together(steps, device):
-    """Seconds of functions called one after the other on all ranks, which start together."""
-    synchronize(device)
-    all_reduce_sum(torch.zeros(1))  # a barrier
-    started = time.perf_counter()
-    for step in steps:
-        step()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def all_reduce_gradients(parameters):
-    """Sum the gradients over the ranks in one vector after the backward pass; DistributedDataParallel overlaps the two.
-    """
-    gradients = [p.grad for p in parameters]
-    vector_to_parameters(all_reduce_sum(parameters_to_vector(gradients)), gradients)
 
 
 # ---- two runs at once ----
@@ -884,36 +864,27 @@ def race(script, config, seed, device, folder):
 
 
 def find_program(config, folder):
-    """The paths of train.py and of the config for CONFIG or COMMIT:CONFIG, which is unpacked in `folder`.
+    """The paths of train.py and of the config for CONFIG or COMMIT:CONFIG, whose program is unpacked in `folder`.
 
     Raises UserError if there is no such commit or config, or its dataset is not prepared.
     """
     commit, _, name = config.rpartition(":")
-    if not commit or Path(config).exists():
-        program, path = ROOT, Path(config)
-    else:
-        program = unpack_commit(commit, folder)
-        path = program / name
+    program, path = ROOT, Path(config)
+    if commit and not path.exists():
+        program = Path(tempfile.mkdtemp(dir=folder))
+        archive, path = program.with_suffix(".zip"), program / name
+        command = ["git", "archive", f"--output={archive}", commit]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"git cannot find commit {commit} of this program: use a clone with its whole history "
+                            f"({done.stderr.strip()})")
+        shutil.unpack_archive(archive, program)
         if not path.is_file():
             raise UserError(f"commit {commit} has no config file {name!r}: name one, such as "
                             f"{commit}:config/speedrun.py")
     settings = read_config_file(path)
     read_meta(Path("data", settings.get("dataset", Config.dataset)))
     return program / "train.py", path
-
-
-def unpack_commit(commit, folder):
-    """Unpack the program of a git commit in a new folder in `folder`; returns it. Raises UserError if there is none."""
-    program = Path(tempfile.mkdtemp(dir=folder))
-    archive = program.with_suffix(".zip")
-    if not shutil.which("git"):
-        raise UserError("the race needs git, for the program of the first record: install git")
-    done = subprocess.run(["git", "archive", f"--output={archive}", commit], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"git cannot find commit {commit} of this program: use a clone with its whole history "
-                        f"({done.stderr.strip()})")
-    shutil.unpack_archive(archive, program)
-    return program
 
 
 SUBJECTS = {"train": bench_train, "small": bench_small, "loss": bench_loss, "generate": bench_generate,

@@ -82,7 +82,7 @@ class Corpus:
         return "end of the text"
 
     def progress(self, description):
-        """The (split, story) pairs, with a progress bar on a terminal, which shows the time left once `count` is set."""
+        """The (split, story) pairs, with a progress bar on a terminal; it shows the time left once `count` is set."""
         return tqdm(self, description, self.count, unit=" stories", unit_scale=True, dynamic_ncols=True, disable=None)
 
     def examine(self, fraction, seed, drop):

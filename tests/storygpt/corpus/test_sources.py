@@ -228,6 +228,11 @@ def test_a_hub_that_does_not_answer_is_asked_only_once(here):
     assert line.startswith("error: cannot reach roneneldan/TinyStories") and "python prepare.py nursery" in line
 
 
+def test_a_name_that_the_hub_does_not_allow_is_left_to_load_dataset_to_report(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    sources.use_only_the_cache_if_offline("a--b")
+
+
 @pytest.mark.parametrize("source, column, message", [
     ("nothing.txt", "text", "nothing.txt does not exist"),
     ("../nothing", "text", "does not exist"),

@@ -123,6 +123,12 @@ def test_damaged_file_is_rejected_by_name(tokenizer, tmp_path, damage):
         Tokenizer.load(folder)
 
 
+def test_a_bug_is_not_reported_as_a_damaged_file(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("storygpt.corpus.tokenizer._encoding", lambda *args: {}["bug"])
+    with pytest.raises(KeyError):
+        Tokenizer.load(saved(tokenizer, tmp_path / "x"))
+
+
 def test_faster_gpt2_pattern_gives_the_same_tokens():
     published, ours = tiktoken.get_encoding("gpt2"), Tokenizer.named("gpt2")
     assert ours.encoding._pat_str != published._pat_str
