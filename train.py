@@ -188,6 +188,7 @@ def set_initial_weights(state, init_checkpoint):
         set_embeddings(state.model, cooccurrence_embeddings(sequences, state.data.vocab_size, cfg.n_embd))
 
 
+@distributed_errors()
 def prepare_for_training(model, use_compile):
     """The model as the training step calls it: its layers compiled, and its gradients averaged over the ranks.
 
@@ -413,7 +414,7 @@ def evaluate_and_log(state, tokenizer):
         files.append(state.out_dir / "samples.md", f"## iteration {state.iteration}: validation loss {val_loss:.4f}\n\n"
                                                    f"{story}\n\n")
     if val_loss < state.best_val_loss:
-        state.best_val_loss = val_loss
+        state.best_val_loss = float(val_loss)
         check_equal_weights(state.model.parameters())
         if state.rank == 0:
             save(state.out_dir / "ckpt.pt", state.model_dict())

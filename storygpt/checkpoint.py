@@ -17,7 +17,7 @@ from storygpt.corpus.dataset import data_sha256, read_meta
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.fast import SkipInit
 from storygpt.system import files
-from storygpt.system.errors import UserError
+from storygpt.system.errors import UserError, out_of_memory
 
 REQUIRED_KEYS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int,
                  "metrics": dict}
@@ -81,7 +81,7 @@ def load(path, required=REQUIRED_KEYS):
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OverflowError,
             ImportError, struct.error, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        if "DefaultCPUAllocator" in str(error):  # out of memory
+        if out_of_memory(error):
             raise
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint: {hint}") from error
     checkpoint = with_current_names(checkpoint) if isinstance(checkpoint, dict) else {}

@@ -120,8 +120,9 @@ def describe_machine(device):
     """The hardware, the versions and the date of a measurement, as a dict."""
     gpu = {}
     if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
         gpu = {"gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30,
-               "cuda": torch.version.cuda}
+               "driver": run_script(query).strip() if shutil.which(query[0]) else None, "cuda": torch.version.cuda}
     return {"device": describe_device(device), **gpu, "processor": processor_name(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "date": date.today().isoformat(), "git": git_commit()}
@@ -263,8 +264,12 @@ def repeat(count, device, function, *args):
 
 # ---- training ----
 
+
 def unfused_loss(x, weight, targets, last_row_tokens=1):
-    """The first result of `fused_linear_cross_entropy` with two of torch's functions, which make all logits."""
+    """`fused_linear_cross_entropy` by two of torch's functions, which make all logits; without its second result.
+
+    No target is the last row if that stands for several tokens, as these do not occur.
+    """
     bias = F.pad(weight.new_zeros(len(weight) - 1), (0, 1), value=math.log(last_row_tokens))  # (V)
     return F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=loss_module.IGNORED_TARGET), None
 
@@ -274,6 +279,7 @@ LOSSES = {"fused": lambda *args: loss_module.fused_linear_cross_entropy(*args)[0
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13 or later; these options compute it in chunks
     LOSSES["torch's linear_cross_entropy"] = partial(
         F.linear_cross_entropy, ignore_index=loss_module.IGNORED_TARGET, options=nn.LinearCrossEntropyOptions())
+
 # name → flags for train.py, or None for `baseline_loop` instead, then patches, (owner, attribute, replacement): each
 # replaces something faster of this project by torch's.
 VARIANTS = {

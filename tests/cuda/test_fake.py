@@ -6,14 +6,17 @@ a real GPU, but this project's own part of it, the gradients of the fused loss, 
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from storygpt.settings import Config
-from model import GPTConfig, KVCache, sample_token
+from model import GPTConfig
 from modern import make_model
+from storygpt.generate import KVCache, sample_token
+from storygpt.loss import fuse_loss
+from storygpt.settings import Config
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+#pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
 CUDA = torch.device("cuda:0")
 
 
@@ -24,7 +27,7 @@ def model(request):
     # no forked process can train, as those of other tests do. So the first backward pass is here, before.
     torch.ones(1, requires_grad=True).backward()
     with FakeTensorMode(), CUDA:
-        config = GPTConfig(300, block_size=16, n_layer=2, n_head=2, n_embd=16, architecture=request.param)
+        config = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=16, architecture=request.param)
         model = make_model(config)
         for name, buffer in list(model.named_buffers()):  # modern.py makes its tables of rotations on the CPU
             setattr(model, name, buffer.to(CUDA))
@@ -34,10 +37,14 @@ def model(request):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_training_step_stays_on_the_device(model, dtype, monkeypatch):
     x = torch.empty(4, 16, dtype=torch.long, device=CUDA)
+    fuse_loss(model)
     torch.set_autocast_enabled("cuda", dtype is not None)  # torch.autocast refuses to without a GPU
     torch.set_autocast_dtype("cuda", dtype or torch.float16)
     try:
-        loss, losses = model(x, x), model(x, x, reduction="none")
+        loss = model(x, x)
+        with torch.no_grad():
+            losses = F.cross_entropy(model(x).flatten(0, 1), x.flatten(), ignore_index=-1, reduction="none")
+            assert model(x).float().device == CUDA  # not fused
     finally:
         torch.set_autocast_enabled("cuda", False)
     assert loss.device == losses.device == CUDA and loss.dtype == losses.dtype == torch.float32
@@ -54,7 +61,7 @@ def test_a_training_step_stays_on_the_device(model, dtype, monkeypatch):
 def test_cached_decoding_stays_on_the_device(model):
     model.eval()
     x = torch.empty(4, 16, dtype=torch.long, device=CUDA)
-    cache = KVCache(model.config, 4, CUDA, torch.float32)
+    cache = KVCache(16, CUDA)
     assert cache.fixed_shapes
     model(x[:, :5], cache=cache)
     logits = model(x[:, 5:6], cache=cache)

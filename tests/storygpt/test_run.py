@@ -315,26 +315,28 @@ def test_an_existing_run_is_replaced_only_with_overwrite(with_data, fails):
     assert contents("out/x").keys() == before.keys() - {"last.damaged.pt", "last.prev.pt"} | {"notes.txt"}
 
 
-@pytest.mark.parametrize("failure", ["before the first step", "an exception in it", "a loss that is not finite"])
-def test_overwrite_keeps_the_old_run_until_the_new_one_has_done_a_step(with_data, monkeypatch, fails, failure):
-    words = [*TINY, "--max_iters=2", "--out_dir=out/x"]
+@pytest.mark.parametrize("failure, error, message", [
+    ("before the first step", SystemExit, "parameters and 128 tokens"),
+    ("exception", RuntimeError, "shapes cannot be multiplied"),
+    ("loss", SystemExit, "the loss is nan at iteration 2"),
+    ("gradient", SystemExit, "the gradient norm is nan at iteration 2"),
+])
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_done_a_step(with_data, monkeypatch, capsys, failure, error,
+                                                                       message):
+    words, forward_backward = [*TINY, "--max_iters=2", "--out_dir=out/x"], train.forward_backward
     train.main(words)
     before = contents("out/x")
-    words += ["--overwrite", "--seed=3"]
-    if failure == "before the first step":
-        assert "parameters and 128 tokens" in fails(train.main, [*words, "--n_layer=50", "--n_embd=1000000"])
-    else:
-        forward_backward = train.forward_backward
 
-        def fail(*args):
-            if failure == "an exception in it":
-                raise RuntimeError("shapes cannot be multiplied")
-            return forward_backward(*args) * float("nan")
+    def fail(state, *args):
+        if failure == "exception":
+            raise RuntimeError("shapes cannot be multiplied")
+        loss = forward_backward(state, *args)
+        if failure == "gradient":
+            state.model.transformer.wte.weight.grad[0, 0] = float("nan")
+        return loss * float("nan") if failure == "loss" else loss
 
-        monkeypatch.setattr(train, "forward_backward", fail)
-        if failure == "an exception in it":
-            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-                train.main(words)
-        else:
-            assert "the loss is nan at iteration 2" in fails(train.main, words)
-    assert contents("out/x") == before
+    monkeypatch.setattr(train, "forward_backward", fail)
+    words += ["--n_layer=50", "--n_embd=1000000"] * (failure == "before the first step")
+    with pytest.raises(error) as raised:
+        train.main([*words, "--overwrite", "--seed=3"])
+    assert message in f"{raised.value} {capsys.readouterr().err}" and contents("out/x") == before

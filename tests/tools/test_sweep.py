@@ -51,8 +51,8 @@ def final_losses(folder):
 
 
 def wait_for(condition):
-    """Wait until `condition()` is true, for a minute at most."""
-    deadline = time.monotonic() + 60
+    """Wait until `condition()` is true, for five minutes at most: the machine may be busy."""
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -254,13 +254,6 @@ def test_runs_are_used_without_their_study_and_a_damaged_one_fails_alone(grid, h
     assert f"failed: learning_rate=0.001,seed=1337: {log}, line " in out and "is damaged" in out
 
 
-def test_only_seeds_measure_the_noise(with_data, capsys):
-    sweep.main([*TINY, "--seeds=2", "--jobs=4"])
-    row, = table(capsys.readouterr().out)
-    assert row["seeds"] == "2" and "±" in row["validation loss"] and row["verdict"] == "baseline"
-    assert set(final_losses("out/tinystories-seeds")) == {"seed=1337", "seed=1338"}
-
-
 # ---- stopping, dying, failing, sharing ----
 
 
@@ -311,15 +304,16 @@ def test_no_two_jobs_take_the_same_trial(here):
     assert sorted(numbers) == list(range(20))
 
 
-def test_two_commands_share_a_sweep(with_data):
-    words = ["--vary", "learning_rate=1e-2,1e-3", "--seeds=3", "--out_dir=out/shared"]
-    processes = [start(*words), start(*words)]
+def test_two_commands_share_a_sweep_of_seeds_alone_which_measures_the_noise(with_data):
+    processes = [start("--seeds=4"), start("--seeds=4")]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert len(final_losses("out/shared")) == 6
-    assert all(len(records(folder, "run")) == 1 for folder in Path("out/shared").glob("*/"))
-    assert table(outputs[0][0]) == table(outputs[1][0]) and "failed" not in outputs[0][0] + outputs[1][0]
-    assert sum(output.count("tokens/s\n") for output, _ in outputs) == 6
+    assert set(final_losses("out/tinystories-seeds")) == {f"seed={seed}" for seed in range(1337, 1341)}
+    assert all(len(records(folder, "run")) == 1 for folder in Path("out/tinystories-seeds").glob("*/"))
+    row, = table(outputs[0][0])
+    assert row["seeds"] == "4" and "±" in row["validation loss"] and row["verdict"] == "baseline"
+    assert table(outputs[1][0]) == [row] and "failed" not in outputs[0][0] + outputs[1][0]
+    assert sum(output.count("tokens/s\n") for output, _ in outputs) == 4
 
 
 def test_a_failed_run_is_recorded_and_tried_again_by_the_next_command(with_data, capsys):

@@ -23,7 +23,7 @@ MIB, GIB = 2**20, 2**30
 
 @pytest.mark.parametrize("sequences, equal_sizes, size", [  # 33 sequences of 23 MiB fit into 768 MiB
     (1024, False, 32), (32, False, 32), (4, False, 4),
-    (42, False, 21),
+    (42, False, 21), (119, False, 17),
     (37, False, 19), (37, True, 1),  # a prime: 19 and 18
     (96, True, 32), (48, True, 24),
 ])
@@ -85,6 +85,13 @@ def test_several_processes_do_not_share_a_single_device(monkeypatch, name, on_ma
     for single in ("mps", "cuda:1"):
         with pytest.raises(UserError, match=f"device = '{single}' is a single device, and the run has 2 processes"):
             pick_device(single)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="more processes on this machine than it has GPUs: use --nproc_per_node=2"):
+        pick_device("cuda")
 
 
 def test_models_and_steps_larger_than_the_memory_are_refused():
