@@ -22,7 +22,7 @@ def settings_table():
     """The Markdown table of all settings."""
     rows = ["| setting | default | values | resume | meaning |", "|---|---|---|---|---|"]
     for f in fields(Config):
-        resume = "yes" if f.metadata["resume"] else ""
+        resume = "yes" if f.metadata.get("resume") else ""
         rows.append(f"| `{f.name}` | {f.default} | {allowed_values(f)} | {resume} | {f.metadata['meaning']} |")
     return "\n".join(rows) + "\n"
 

@@ -16,7 +16,7 @@ from storygpt.generate import KVCache, sample_token
 from storygpt.loss import fuse_loss
 from storygpt.settings import Config
 
-#pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
 CUDA = torch.device("cuda:0")
 
 

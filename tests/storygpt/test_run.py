@@ -312,7 +312,7 @@ def test_an_existing_run_is_replaced_only_with_overwrite(with_data, fails):
     train.main([*words, "--overwrite", "--seed=3"])
     (first,) = (record for record in run.read_log("out/x/log.jsonl") if record["kind"] == "run")
     assert first["seed"] == 3 and Path("out/x/notes.txt").read_text() == "mine"
-    assert contents("out/x").keys() == before.keys() - {"last.damaged.pt", "last.prev.pt"} | {"notes.txt"}
+    assert contents("out/x").keys() == before.keys() - {"last.damaged.pt"} | {"notes.txt"}
 
 
 @pytest.mark.parametrize("failure, error, message", [
