@@ -51,11 +51,11 @@ def check_loadable(path, checkpoint):
     """Raise UserError for an entry that `load` would refuse because loading it could run code. Tensors are fine."""
     for name, value in checkpoint.items():
         buffer = io.BytesIO()
-        torch.save(tree_map_only(torch.Tensor, lambda tensor: torch.empty(0), value), buffer)
-        buffer.seek(0)
         try:
+            torch.save(tree_map_only(torch.Tensor, lambda tensor: torch.empty(0), value), buffer)
+            buffer.seek(0)
             torch.load(buffer, weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.PickleError, AttributeError, TypeError) as error:  # the last two: it cannot be pickled
             raise UserError(f"{path} is not saved, because its {name!r} could not be loaded again: store only Python "
                             "numbers, strings, lists, dicts and tensors in it") from error
 

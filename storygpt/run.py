@@ -302,8 +302,8 @@ def load_resume_checkpoint(out_dir):
 
 
 def run_exists(out_dir):
-    """Whether a folder contains a run, even one that ended before its first checkpoint."""
-    return any(Path(out_dir, name).exists() for name in ("log.jsonl", "last.pt", "last.prev.pt", "ckpt.pt"))
+    """Whether a folder contains a run: a checkpoint. A log alone is of a run that ended before its first one."""
+    return any(Path(out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "ckpt.pt"))
 
 
 def is_resumable(out_dir):

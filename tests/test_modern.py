@@ -1,5 +1,6 @@
 """modern.py: what differs from model.py. Tests that hold for both architectures are in test_model.py and elsewhere."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 import sample
 import train
 from conftest import TINY
-from storygpt.fast import Dropout
 from model import GPTConfig
 from modern import VALUE_SCALE, Modern, normalize, rotate
 from tools import serve
@@ -77,12 +77,17 @@ def test_biases_are_a_setting_and_start_at_zero():
 
 
 def test_every_dropout_is_used():
-    model, used = small(dropout=0.5).train(), set()
-    for name, module in model.named_modules():
-        if isinstance(module, Dropout):
-            module.register_forward_hook(lambda *_, name=name: used.add(name))
-    model(torch.zeros(1, 8, dtype=torch.long))
-    assert len(used) == 1 + 3 * 3 == sum(isinstance(module, Dropout) for module in model.modules())
+    """Also that of the attention weights, which is no module: it alone is left in the end."""
+    model, used, idx = small(dropout=0.5).train(), set(), torch.arange(8)[None]
+    dropouts = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    for name, module in dropouts.items():
+        module.register_forward_hook(lambda *_, name=name: used.add(name))
+    model(idx)
+    assert len(used) == 1 + 3 * 2 == len(dropouts)
+    for block, module in itertools.product(model.transformer.h, dropouts.values()):
+        torch.nn.init.normal_(block.attn.c_proj.weight)
+        module.p = 0.0
+    assert not torch.equal(model(idx), model(idx))
 
 
 @pytest.fixture
@@ -101,7 +106,7 @@ def test_a_run_is_sampled_evaluated_and_fine_tuned(run, capsys):
         stories[name] = capsys.readouterr().out
     assert stories["batch"].split("<|endoftext|>\n")[0].strip() == stories["float32"].strip()
     assert len(stories["int8"]) > 30
-    event = list(serve.generate(torch.device("cpu"), **serve.check_request(
+    event = list(serve.story_events(torch.device("cpu"), **serve.check_request(
         {"run": "x", "prompt": "One day", "max_new_tokens": 5}, ["x"])))[0]
     assert event["model"]["parameters"] == 20_560
     train.main(["--eval_only", "--out_dir=out/x"])

@@ -32,7 +32,11 @@ def test_every_part_at_toy_size(nursery_data, tmp_path):
     data = nursery_data / "data/nursery-bpe300"
     halves = {"one": "machine,tests", "two": "published, generate,bench-train"}
     processes = {name: start(data, f"--out={tmp_path / name}", f"--only={parts}") for name, parts in halves.items()}
-    texts = {name: process.communicate(timeout=300)[0] for name, process in processes.items()}
+    try:
+        texts = {name: process.communicate(timeout=500)[0] for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.terminate()
     assert all(process.returncode == 0 for process in processes.values()), texts
     one, two = report(tmp_path / "one"), report(tmp_path / "two")
     assert list(one) == ["machine", "tests"] and list(two) == ["bench-train", "published", "generate"]

@@ -323,19 +323,15 @@ def test_a_layer_that_is_as_wide_as_the_vocabulary_keeps_its_weights():
     assert torch.equal(equal.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_fc.weight)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-@pytest.mark.parametrize("edit", [
-    lambda head: head.register_forward_hook(lambda *_: None), torch.nn.utils.weight_norm,
-    torch.nn.utils.parametrizations.weight_norm, lambda head: setattr(head, "bias", nn.Parameter(torch.ones(50))),
-    lambda head: setattr(head, "forward", lambda x: 2 * x @ head.weight.T),
-    lambda head: setattr(head, "__class__", type("Edited", (nn.Linear,), {}))])
+@pytest.mark.parametrize("edit", [  # others: test_fast.py
+    lambda head: head.register_forward_hook(lambda *_: None), torch.nn.utils.parametrizations.weight_norm,
+    lambda head: setattr(head, "bias", nn.Parameter(torch.ones(50)))])
 def test_an_edited_head_is_not_replaced(model, edit):
     model.lm_head = nn.Linear(16, 50, bias=False)
     edit(model.lm_head)
     kind = type(model.lm_head)
     fuse_loss(model)
-    assert type(model.lm_head) is kind
-    assert type(model(*batch(), lambda logits, y: logits)) is torch.Tensor
+    assert type(model.lm_head) is kind and type(model(*batch(), lambda logits, y: logits)) is torch.Tensor
 
 
 def test_hooks_on_the_replaced_head_and_printing_see_the_logits(model):
