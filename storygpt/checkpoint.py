@@ -84,13 +84,13 @@ def load(path, required=REQUIRED_KEYS):
         if out_of_memory(error):
             raise
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint: {hint}") from error
+    is_old = isinstance(checkpoint, dict) and "update" in checkpoint
     checkpoint = with_current_names(checkpoint) if isinstance(checkpoint, dict) else {}
     if not all(isinstance(checkpoint.get(key), kind) for key, kind in required.items()):
         raise DamagedCheckpoint(f"{path} is not a checkpoint, or was saved by an incompatible version of the program: "
                                 f"{hint}")
-    weights = checkpoint["model"]
-    if "lm_head.weight" not in weights and "transformer.wte.weight" in weights:  # older ones leave out the tied head
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    if is_old:  # without the tied head
+        checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
     return checkpoint
 
 
@@ -104,6 +104,15 @@ def reading_checkpoint(path, *errors):
                         f"run ({type(error).__name__}: {str(error)[:200]})") from error
 
 
+def load_weights(path, model, weights):
+    """Load a state dict into a model. Raises UserError if it does not fit, also where the model ties other weights."""
+    with reading_checkpoint(path, RuntimeError):
+        model.load_state_dict(weights)
+        for name, p in model.state_dict().items():
+            if not torch.equal(p.cpu(), weights[name].to(p.dtype)):
+                raise RuntimeError(f"the model shares {name} with another parameter")
+
+
 def load_model(path):
     """Load a checkpoint for inference: the model (eval mode, float32, CPU), its tokenizer and the checkpoint's dict.
 
@@ -115,8 +124,7 @@ def load_model(path):
         config = GPTConfig(**checkpoint["model_config"])
     with SkipInit():
         model = make_model(config)
-    with reading_checkpoint(path, RuntimeError):
-        model.load_state_dict(checkpoint["model"])
+    load_weights(path, model, checkpoint["model"])
     if data_sha256(read_meta(path.parent)) != checkpoint["data_sha256"]:
         raise UserError(f"{path.parent / 'meta.json'} does not belong to the data that {path} was trained on: copy it "
                         "and tokenizer.tiktoken from there")

@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 
 from model import ModelSettings
-from storygpt.checkpoint import (LAST_REQUIRED_KEYS, DamagedCheckpoint, load, load_model, reading_checkpoint, save,
-                                 with_current_names)
+from storygpt.checkpoint import (LAST_REQUIRED_KEYS, DamagedCheckpoint, load, load_model, load_weights,
+                                 reading_checkpoint, save, with_current_names)
 from storygpt.corpus.dataset import Dataset, data_sha256, read_meta
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.settings import SETTINGS, Config, apply_overrides
@@ -116,8 +116,7 @@ class TrainState:
     def restore(self, checkpoint):
         """Load the content of a last.pt. Raises UserError if it does not fit the model or the optimizers."""
         path = self.out_dir / "last.pt"
-        with reading_checkpoint(path, RuntimeError):
-            self.model.load_state_dict(checkpoint["model"])
+        load_weights(path, self.model, checkpoint["model"])
         with reading_checkpoint(path, ValueError, KeyError):
             for optimizer, stored in zip(self.optimizers, checkpoint["optimizers"], strict=True):
                 for group in stored["param_groups"]:
