@@ -52,11 +52,11 @@ def dropout(x, p=0.5, training=True, inplace=False):
 
     p is rounded to a multiple of 1/65,536, and kept elements are scaled by the exact inverse of their probability.
     """
-    if not training or p == 0 or inplace or x.device.type != "cpu":
+    dropped = round(p * 65536)
+    if not training or not 0 < dropped < 65536 or inplace or x.device.type != "cpu":
         return torch_dropout(x, p, training, inplace)
     draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2**63, None)  # uniform in all 64 bits
     bits = draws.view(torch.int16)[:x.numel()].view(x.shape)  # uniform in [-32768, 32767]
-    dropped = round(p * 65536)
     keep = (bits >= dropped - 32768).to(x.dtype)
     return x * keep.mul_(65536 / (65536 - dropped))
 
@@ -84,7 +84,7 @@ def causal_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **
 def use_fast_linear(model, int8):
     """Replace the layers of exactly nn.Linear by `FastLinear`, for generating; `int8`: with int8 weights."""
     for module in model.modules():
-        if is_plain(module, nn.Linear):
+        if is_plain(module, nn.Linear) or is_plain(module, FastLinear):
             module.__class__ = FastLinear
             module.prepare(int8)
 
@@ -98,7 +98,8 @@ class FastLinear(nn.Linear):
 
     def prepare(self, int8):
         """Convert the weight as it is now: later changes of it have no effect."""
-        shared = shared_rows(self.weight.detach())
+        rows = self.weight.detach() if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1).detach()
+        shared = shared_rows(rows)
         self.own_rows = None if shared is None else (~shared).nonzero().flatten()
         rows = slice(None) if shared is None else torch.cat([self.own_rows, shared.nonzero()[0]])
         self.row_weight = self.weight.detach()[rows]  # (own rows, and one of the shared ones; C)
@@ -108,7 +109,8 @@ class FastLinear(nn.Linear):
     def forward(self, x):
         """(…, in) -> (…, out)"""
         if self.packed is not None:
-            y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
+            y = torch.ops.quantized.linear_dynamic.default(torch.atleast_2d(x), self.packed, REDUCE_RANGE)
+            y = y.view(*x.shape[:-1], len(self.row_weight))
         else:
             y = linear(x, self.row_weight, self.row_bias)
         if self.own_rows is None:
@@ -128,7 +130,7 @@ def linear(x, weight, bias=None):
 
     There torch's matrix product reads bfloat16 weights at a third of the memory bandwidth, `addmv` at nearly all of it.
     """
-    if x.numel() > x.size(-1) or x.dtype != weight.dtype:
+    if x.numel() != x.size(-1) or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())  # (out)
     return y.view(*x.shape[:-1], -1)

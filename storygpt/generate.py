@@ -27,7 +27,9 @@ class KVCache:
     def __init__(self, block_size, device):
         self.length = torch.zeros((), dtype=torch.long, device=device)  # number of tokens in the cache
         self.slots = torch.arange(block_size, device=device)
-        self.kv = None  # (2 * layers, B, block_size, H, D): k, v, k, v, …; None until the first forward pass has ended
+        # k, v, k, v, …: one tensor (2 * layers, B, block_size, H, D) or, if their shapes differ, several (1, …); None
+        # until the first forward pass has ended.
+        self.kv = None
         self.first = []  # the keys and values of the first forward pass, (B, H, T, D) each
         self.calls = 0  # of `append` since `advance`
         self.mask = None  # added to the attention scores of the new tokens: (T, kv_length); None: they attend to all
@@ -44,8 +46,9 @@ class KVCache:
         kv_length = len(self.slots) if self.kv is not None and self.fixed_shapes else int(self.length)
         if self.kv is not None:
             # Views for all layers at once, because on a CPU each of the small operations of a token counts.
-            self.read_views = self.kv[:, :, :kv_length].transpose(2, 3).unbind()
-            self.write_views = (self.kv if self.fixed_shapes else self.kv[:, :, kv_length - T:kv_length]).unbind()
+            first = 0 if self.fixed_shapes else kv_length - T
+            self.read_views = [view for kv in self.kv for view in kv[:, :, :kv_length].transpose(2, 3).unbind()]
+            self.write_views = [view for kv in self.kv for view in kv[:, :, first:kv_length].unbind()]
         self.future = None
         if T > 1 or (self.kv is not None and self.fixed_shapes):
             self.future = self.slots[:kv_length] > self.positions[:, None]  # (T, kv_length)
@@ -73,15 +76,17 @@ class KVCache:
     def keep(self, rows):
         """Drop all sequences of the batch but those where `rows`, a bool tensor (B), is true."""
         self._store_first()
-        self.kv = self.kv[:, rows]
+        self.kv = [kv[:, rows] for kv in self.kv]
 
     def _store_first(self):
         """Make room for a block, now that the shapes are known, and store what the first forward pass appended."""
         if self.first:
-            B, H, T, D = self.first[0].shape
-            self.kv = self.first[0].new_zeros(len(self.first), B, len(self.slots), H, D)
-            self.kv[:, :, :T] = torch.stack(self.first).transpose(2, 3)
-            self.first = []
+            groups = [self.first] if len({kv.shape for kv in self.first}) == 1 else [[kv] for kv in self.first]
+            self.first, self.kv = [], []
+            for group in groups:
+                B, H, T, D = group[0].shape
+                self.kv.append(group[0].new_zeros(len(group), B, len(self.slots), H, D))
+                self.kv[-1][:, :, :T] = torch.stack(group).transpose(2, 3)
 
 
 @torch.inference_mode()
@@ -202,7 +207,7 @@ def capture_graph(model, cache):
     The logits are valid until the next call.
     """
     length = cache.length.clone()
-    tokens = torch.zeros(cache.first[0].size(0) if cache.first else cache.kv.size(1), 1, dtype=torch.long,
+    tokens = torch.zeros(cache.first[0].size(0) if cache.first else cache.kv[0].size(1), 1, dtype=torch.long,
                          device=length.device)
     with torch.cuda.device(tokens.device):  # every thread has its own current device
         model(tokens, cache=cache)  # not captured: initializes CUDA's libraries

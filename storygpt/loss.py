@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from storygpt.fast import is_plain
 # Rows of logits that are in memory at a time: 100 MB on a CPU with GPT-2's vocabulary, full-sized products on a GPU.
@@ -36,12 +37,13 @@ def fuse_loss(model, used=None, equalize=False):
 
     `equalize` sets the rows of the others to zero: unequal, they would add up to a large gradient of the hidden states.
     """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         if is_plain(module, nn.Linear) and module.bias is None and module.out_features == model.config.vocab_size:
             module.__class__, module.used_tokens = Head, None
             if used is not None and not used.all():
                 module.used_tokens = UsedTokens(used.to(module.weight.device))
-                if equalize:
+                if equalize and id(module.weight) in embeddings:  # another layer can be as wide by chance
                     module.weight[module.used_tokens.unused] = 0
 
 
@@ -50,20 +52,21 @@ class Head(nn.Linear):
 
     def forward(self, x):
         """(…, C) -> (…, V)"""
-        return _MakeLogits.apply(x, self.weight, self.used_tokens)
+        return _MakeLogits.apply(x, self.weight, self.used_tokens, None)
 
 
 class Logits(torch.Tensor):
     """The product of hidden states (…, C) and the weight (V, C) of an output head, (…, V), not computed yet."""
 
     @staticmethod
-    def __new__(cls, x, weight, used_tokens):
-        """A tensor without memory."""
+    def __new__(cls, x, weight, used_tokens, base):
+        """A tensor without memory; `base`: the logits that it is a view of, or None."""
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         logits = torch.Tensor._make_wrapper_subclass(cls, (*x.shape[:-1], len(weight)), dtype=dtype, device=x.device)
         logits.x, logits.weight, logits.used_tokens = x, weight, used_tokens
+        logits.base, logits.plain = base, None
         return logits
 
     @classmethod
@@ -76,7 +79,8 @@ class Logits(torch.Tensor):
             logits = args[0]
             shape = function(torch.empty(logits.shape, device="meta"), *args[1:]).shape
             if shape and shape[-1] == len(logits.weight):
-                return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens)
+                return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens,
+                                         logits if logits.base is None else logits.base)
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
@@ -86,12 +90,28 @@ class Logits(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """Operations below autograd, as in the forward pass of another autograd.Function: compute the logits."""
-        args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.compute, (args, kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.compute_once, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def compute(self):
-        """These logits as a plain tensor."""
-        return F.linear(self.x, self.weight)
+        """These logits as a plain tensor: one for all operations, as some of them change it or have hooks on it."""
+        if self.base is not None:
+            return self.base.compute().view(self.shape)
+        if self.plain is None:
+            with torch.set_grad_enabled(self.requires_grad):
+                self.plain = self.compute_once()
+        return self.plain
+
+    def compute_once(self):
+        """These logits as a plain tensor, which is not kept."""
+        if self.is_computed():
+            return self.compute()
+        with torch.autocast(self.device.type, enabled=False):  # the context may be another than that of the head
+            return F.linear(self.x.to(self.dtype), self.weight.to(self.dtype))
+
+    def is_computed(self):
+        """Whether an operation has needed these logits."""
+        return (self if self.base is None else self.base).plain is not None
 
 
 METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.shape.__get__,
@@ -103,22 +123,23 @@ class _MakeLogits(torch.autograd.Function):
     """Connects `Logits` with the graph, for operations that are no torch functions: another autograd.Function."""
 
     @staticmethod
-    def forward(ctx, x, weight, used_tokens):
+    def forward(ctx, x, weight, used_tokens, base):
         """x (…, C), weight (V, C) -> Logits (…, V)"""
         ctx.save_for_backward(x, weight)
-        return Logits(x, weight, used_tokens)
+        return Logits(x, weight, used_tokens, base)
 
     @staticmethod
     def backward(ctx, grad):
         """(…, V) -> (…, C), (V, C)"""
         x, weight = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype), None
+        return grad @ weight.to(grad.dtype), grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype), None, None
 
 
 def fused_cross_entropy(logits, targets, weight=None, size_average=None, ignore_index=-100, reduce=None,
                         reduction="mean", label_smoothing=0.0):
     """F.cross_entropy of `Logits` (N, V), or None if the arguments are such that it has to be computed plainly."""
-    fits = (isinstance(logits, Logits) and logits.dim() == 2 and not targets.is_floating_point()
+    fits = (isinstance(logits, Logits) and logits.dim() == 2 and not logits.is_computed()
+            and not targets.is_floating_point()
             and weight is size_average is reduce is None and label_smoothing == 0 and ignore_index == IGNORED_TARGET)
     if not fits or reduction not in ("mean", "none") or (reduction == "none" and torch.is_grad_enabled()):
         return None
@@ -146,7 +167,7 @@ class UsedTokens:
         self.used, self.unused = used.nonzero().flatten(), (~used).nonzero().flatten()
         row_of_token = torch.where(used, used.cumsum(0) - 1, len(self.used))
         self.row_of_token = F.pad(row_of_token, (0, 1), value=IGNORED_TARGET)  # the last: of target -1
-        self.latest = None  # see `unused_rows_are_equal`
+        self.calls = 0  # of `unused_rows_are_equal`
 
     def head(self, weight, targets):
         """The head's weight (V, C) and targets (N) -> the weight's rows of the U used tokens and of one unused token,
@@ -157,11 +178,13 @@ class UsedTokens:
     def unused_rows_are_equal(self, weight):
         """Whether the unused rows of a weight (V, C) are equal, judged by their first columns: one cache line a row.
 
-        On CUDA the answer is that of the call before, as waiting for this one would stop the GPU.
+        On CUDA only every hundredth call compares them, because that waits for the GPU.
         """
-        rows = weight.detach()[:, :16].index_select(0, self.unused)
-        previous, self.latest = self.latest, (rows == rows[0]).all()
-        return bool(previous if weight.is_cuda and previous is not None else self.latest)
+        if not weight.is_cuda or self.calls % 100 == 0:
+            rows = weight.detach()[:, :16].index_select(0, self.unused)
+            self.are_equal = bool((rows == rows[0]).all())
+        self.calls += 1
+        return self.are_equal
 
 
 class _HeadRows(torch.autograd.Function):
@@ -252,9 +275,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return losses.sum() / count, losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         """Gradient of the mean loss () -> those of x (N, C) and weight (V, C)."""
-        (grad_x, grad_weight, count), ctx.gradients = ctx.gradients, None
+        (grad_x, grad_weight, count), ctx.gradients = ctx.gradients, None  # in place, so only once
         factor = grad / count
         return grad_x.to(ctx.x_dtype) * factor, grad_weight.mul_(factor), None, None, None, None
 

@@ -78,8 +78,8 @@ def test_links_resolve(path):
 
 def test_every_file_is_in_the_layout_table():
     names = re.findall(r"`([^`]+)`", section("Layout"))
-    files = [path for pattern in ("*.py", "tools/*.py", "storygpt/*.py", "storygpt/*/*.py", "docs/*.md", "requirements*.txt",
-                                 "*.toml", "CONTRIBUTING.md")
+    files = [path for pattern in ("*.py", "tools/*.py", "storygpt/*.py", "storygpt/*/*.py", "docs/*.md",
+                                 "requirements*.txt", "*.toml", "CONTRIBUTING.md")
              for path in ROOT.glob(pattern) if path.name != "__init__.py"]
     assert not {path.name for path in files} - set(names)
     folders = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))}
