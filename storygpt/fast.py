@@ -93,8 +93,10 @@ class FastLinear(nn.Linear):
     """nn.Linear for generating, which computes rows of the weight that are equal once, and in int8 if asked to.
 
     Of a head trained with `loss.UsedTokens`, the rows of all tokens that did not occur are equal: three quarters of
-    GPT-2's vocabulary on TinyStories.
+    GPT-2's vocabulary on TinyStories. While `compact` is true, the U `own_rows` and one for all others are returned.
     """
+
+    compact = is_last = False
 
     def prepare(self, int8):
         """Convert the weight as it is now: later changes of it have no effect."""
@@ -108,13 +110,16 @@ class FastLinear(nn.Linear):
 
     def forward(self, x):
         """(…, in) -> (…, out)"""
+        if self.packed is not None and x.dim() == 1:  # which the kernel refuses
+            return self.forward(x[None])[0]
         if self.packed is not None:
-            y = torch.ops.quantized.linear_dynamic.default(torch.atleast_2d(x), self.packed, REDUCE_RANGE)
-            y = y.view(*x.shape[:-1], len(self.row_weight))
+            y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
         else:
             y = linear(x, self.row_weight, self.row_bias)
-        if self.own_rows is None:
-            return y
+        return y if self.own_rows is None or self.compact else self.expand(y)
+
+    def expand(self, y):
+        """(…, U + 1) -> (…, out)"""
         full = y[..., -1:].expand(*y.shape[:-1], self.out_features).contiguous()
         return full.index_copy_(-1, self.own_rows, y[..., :-1])
 

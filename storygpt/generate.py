@@ -9,11 +9,13 @@ B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary s
 import inspect
 import math
 import sys
+from contextlib import contextmanager
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from storygpt.fast import direct_calls, use_fast_linear
+from storygpt.fast import FastLinear, direct_calls, is_plain, use_fast_linear
 
 
 class KVCache:
@@ -27,14 +29,14 @@ class KVCache:
     def __init__(self, block_size, device):
         self.length = torch.zeros((), dtype=torch.long, device=device)  # number of tokens in the cache
         self.slots = torch.arange(block_size, device=device)
-        # k, v, k, v, …: one tensor (2 * layers, B, block_size, H, D) or, if their shapes differ, several (1, …); None
+        # k, v, k, v, …: one tensor (2 * layers, B, H, block_size, D) or, if their shapes differ, several (1, …); None
         # until the first forward pass has ended.
         self.kv = None
         self.first = []  # the keys and values of the first forward pass, (B, H, T, D) each
         self.calls = 0  # of `append` since `advance`
         self.mask = None  # added to the attention scores of the new tokens: (T, kv_length); None: they attend to all
         # Views of the keys and values of each layer, 2 * layers tensors each:
-        self.write_views = None  # the slots of the new tokens, (B, T, H, D); with fixed shapes, all slots
+        self.write_views = None  # the slots of the new tokens, (B, H, T, D); with fixed shapes, all slots
         self.read_views = None  # the slots that attention reads, (B, H, kv_length, D)
         self.fixed_shapes = torch.device(device).type == "cuda"
 
@@ -47,8 +49,8 @@ class KVCache:
         if self.kv is not None:
             # Views for all layers at once, because on a CPU each of the small operations of a token counts.
             first = 0 if self.fixed_shapes else kv_length - T
-            self.read_views = [view for kv in self.kv for view in kv[:, :, :kv_length].transpose(2, 3).unbind()]
-            self.write_views = [view for kv in self.kv for view in kv[:, :, first:kv_length].unbind()]
+            self.read_views = [view for kv in self.kv for view in kv[:, :, :, :kv_length].unbind()]
+            self.write_views = [view for kv in self.kv for view in kv[:, :, :, first:kv_length].unbind()]
         self.future = None
         if T > 1 or (self.kv is not None and self.fixed_shapes):
             self.future = self.slots[:kv_length] > self.positions[:, None]  # (T, kv_length)
@@ -66,11 +68,11 @@ class KVCache:
         keys, values = self.calls, self.calls + 1
         self.calls += 2
         if self.fixed_shapes:
-            self.write_views[keys].index_copy_(1, self.positions, k.transpose(1, 2))
-            self.write_views[values].index_copy_(1, self.positions, v.transpose(1, 2))
+            self.write_views[keys].index_copy_(2, self.positions, k)
+            self.write_views[values].index_copy_(2, self.positions, v)
         else:
-            self.write_views[keys].copy_(k.transpose(1, 2))
-            self.write_views[values].copy_(v.transpose(1, 2))
+            self.write_views[keys].copy_(k)
+            self.write_views[values].copy_(v)
         return self.read_views[keys], self.read_views[values]
 
     def keep(self, rows):
@@ -85,8 +87,8 @@ class KVCache:
             self.first, self.kv = [], []
             for group in groups:
                 B, H, T, D = group[0].shape
-                self.kv.append(group[0].new_zeros(len(group), B, len(self.slots), H, D))
-                self.kv[-1][:, :, :T] = torch.stack(group).transpose(2, 3)
+                self.kv.append(group[0].new_zeros(len(group), B, H, len(self.slots), D))
+                self.kv[-1][:, :, :, :T] = torch.stack(group)
 
 
 @torch.inference_mode()
@@ -104,15 +106,21 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     batch, except on CUDA and with `with_logits`; the random numbers of the others depend on that.
     Call eval() first: dropout is active in training mode.
     """
+    heads = [m for m in model.modules() if isinstance(m, FastLinear) and m.is_last and m.own_rows is not None]
+    head = heads[0] if heads else None  # its output, as it is, is the model's
     next_logits = Decoder(model, idx.device)
     rows = torch.arange(len(idx), device=idx.device)  # which of the B sequences are in the batch, (b)
     tokens = torch.zeros_like(rows)  # the last tokens of all sequences, (B)
     running = len(idx)  # number of sequences that have not ended
     token = ended = None  # the last token of each sequence in the batch, and whether it has ended, (b)
-    with direct_calls(model):
+    with direct_calls(model), compact_output(head):
         for _ in range(max_new_tokens):
-            logits = next_logits(idx, rows, token)  # (b, V)
-            token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
+            logits = next_logits(idx, rows, token)  # (b, V), or (b, U + 1) from a compact head
+            if logits.size(-1) == model.config.vocab_size:
+                token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
+            else:  # the tokens that share a row did not occur in training, and are not generated
+                token = head.own_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
+                logits = head.expand(logits) if with_logits else None
             if running < len(token):
                 token = token.masked_fill(ended, end_of_text)
             # Not in place: the caller has the last ones.
@@ -129,6 +137,18 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             if running < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
                 next_logits.keep(~ended)
                 rows, token, ended = rows[~ended], token[~ended], ended[~ended]
+
+
+@contextmanager
+def compact_output(head):
+    """In this context, a `FastLinear` returns its own rows only; None: nothing is done."""
+    if head is not None:
+        head.compact = True
+    try:
+        yield
+    finally:
+        if head is not None:
+            head.compact = False
 
 
 class Decoder:
@@ -174,9 +194,26 @@ def prepare_for_generation(model, device, dtype):
     round their input with one scale for the whole batch, so that a story depends slightly on the others.
     """
     check_cache(model.eval())
+    heads = last_layers(model)
     model.to(device, None if dtype == torch.int8 else dtype)
     use_fast_linear(model, int8=dtype == torch.int8)
+    for module in heads:
+        module.is_last = True
     return model
+
+
+@torch.no_grad()
+def last_layers(model):
+    """The layers whose output a model returns as its logits, without any operation on it."""
+    outputs = {}  # of each layer
+    hooks = [module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
+             for module in model.modules() if is_plain(module, nn.Linear)]
+    device = next(model.parameters()).device
+    cache = {"cache": KVCache(model.config.block_size, device)} if uses_cache(model) else {}
+    logits = model(torch.zeros(1, 1, dtype=torch.long, device=device), **cache)
+    for hook in hooks:
+        hook.remove()
+    return [module for module, output in outputs.items() if output is logits and logits._version == 0]
 
 
 @torch.no_grad()
