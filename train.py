@@ -14,6 +14,7 @@ import storygpt  # noqa: F401, I001  (first: it prepares the process for importi
 
 import math
 import platform
+import random
 import sys
 import time
 from contextlib import nullcontext
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from modern import make_model
-from storygpt.checkpoint import save
+from storygpt.checkpoint import load_model, save
 from storygpt.corpus.dataset import Dataset
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.embeddings import cooccurrence_embeddings, set_embeddings
@@ -134,7 +135,7 @@ def main(argv=None):
             if state.stop or state.step == total_steps(state) or stops_early(state):
                 break
             lr = set_learning_rate(state)
-            torch.manual_seed(dropout_seed(cfg.seed, state.step, rank))  # the same masks if the run is resumed here
+            seed_random(step_seed(cfg.seed, state.step, rank))
             loss = forward_backward(state, train_model, x, y)
             grad_norm = optimizer_step(state)
             state.step += 1
@@ -157,6 +158,8 @@ def main(argv=None):
                 log_step(state, loss, lr, grad_norm, bar)
             if save_due:
                 save_last(state)
+                if state.step == 1 and rank == 0:
+                    check_saved_model(state, x[:1])
         if state.saved_step < state.step:
             save_last(state)
 
@@ -297,9 +300,16 @@ def get_batch(state):
     return [to_device(tokens, state.device) for tokens in state.data.order.sequences(first, count)]
 
 
-def dropout_seed(seed, step, rank):
-    """The seed of the dropout masks of a step: a function of these three, so that no RNG state has to be saved."""
+def step_seed(seed, step, rank):
+    """The seed of a step's random numbers, as of dropout: of these three alone, so that no RNG state has to be saved."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def seed_random(seed):
+    """Seed all random numbers that a model may use."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def forward_backward(state, model, x, y):
@@ -393,7 +403,28 @@ def is_finished(state):
     return state.step == total_steps(state) and state.metrics["iter"] == state.iteration
 
 
-# ---- evaluation and logs ----
+# ---- evaluation, checks and logs ----
+
+
+@torch.no_grad()
+def check_saved_model(state, idx):
+    """Raise UserError if the model that was just saved, when loaded, has other logits for token ids (1, T).
+
+    A model may depend on what is neither a parameter nor a saved buffer, such as random numbers drawn in __init__.
+    """
+    started = time.perf_counter()
+    saved, _, _ = load_model(state.out_dir / "last.pt")
+    logits = []  # of both models, (1, T, V) each
+    with torch.compiler.set_stance("force_eager"):
+        for model, device in ((state.model, state.device), (saved, "cpu")):
+            seed_random(0)
+            logits.append(model.eval()(idx.to(device)).float().cpu())
+    state.model.train()
+    state.excluded_seconds += time.perf_counter() - started
+    tolerance = 1e-3 if state.device.type == "cpu" else 2e-2  # TF32
+    if (logits[0] - logits[1]).abs().max() > tolerance * logits[1].abs().max():
+        raise UserError("the model computes something else after it was saved and loaded: keep what it depends on in "
+                        "a parameter or a saved buffer (train.py: check_saved_model)")
 
 
 def evaluate_and_log(state, tokenizer):

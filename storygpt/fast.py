@@ -7,6 +7,7 @@ B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary s
 """
 
 import math
+import threading
 import warnings
 from contextlib import contextmanager
 from functools import cache
@@ -84,6 +85,7 @@ def causal_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **
 def use_fast_linear(model, int8):
     """Replace the layers of exactly nn.Linear by `FastLinear`, for generating; `int8`: with int8 weights."""
     for module in model.modules():
+        module.__class__ = getattr(type(module), "called_normally", type(module))  # if it was prepared before
         if is_plain(module, nn.Linear) or is_plain(module, FastLinear):
             module.__class__ = FastLinear
             module.prepare(int8)
@@ -93,10 +95,11 @@ class FastLinear(nn.Linear):
     """nn.Linear for generating, which computes rows of the weight that are equal once, and in int8 if asked to.
 
     Of a head trained with `loss.UsedTokens`, the rows of all tokens that did not occur are equal: three quarters of
-    GPT-2's vocabulary on TinyStories. While `compact` is true, the U `own_rows` and one for all others are returned.
+    GPT-2's vocabulary on TinyStories. In the context `distinct_logits`, the layer whose output is the model's returns
+    only its U `own_rows` and one for all others.
     """
 
-    compact = is_last = False
+    is_last = False  # whether a model returns the output as it is
 
     def prepare(self, int8):
         """Convert the weight as it is now: later changes of it have no effect."""
@@ -116,7 +119,7 @@ class FastLinear(nn.Linear):
             y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
         else:
             y = linear(x, self.row_weight, self.row_bias)
-        return y if self.own_rows is None or self.compact else self.expand(y)
+        return y if self.own_rows is None or (self.is_last and _thread.distinct_logits) else self.expand(y)
 
     def expand(self, y):
         """(…, U + 1) -> (…, out)"""
@@ -124,10 +127,29 @@ class FastLinear(nn.Linear):
         return full.index_copy_(-1, self.own_rows, y[..., :-1])
 
 
+class _Thread(threading.local):
+    """What each thread has of its own: several may generate with one model."""
+
+    distinct_logits = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def distinct_logits():
+    """In this context and thread, a model's last `FastLinear` returns its own rows, and one for all others."""
+    _thread.distinct_logits = True
+    try:
+        yield
+    finally:
+        _thread.distinct_logits = False
+
+
 def shared_rows(weight):
-    """Which rows of a weight (out, in) equal its most common one, a bool tensor (out); None if fewer than half do."""
+    """Which rows of a weight (out, in) equal its most common one, a bool tensor (out); None if few or all do."""
     shared = (weight == weight[weight[:, 0].mode().indices]).all(1)
-    return shared if 2 * shared.sum() > len(weight) else None
+    return shared if len(weight) > shared.sum() > len(weight) / 2 else None
 
 
 def linear(x, weight, bias=None):
@@ -158,27 +180,25 @@ def pack_int8(weight, bias):
     return torch.ops.quantized.linear_prepack(weight, None if bias is None else bias.float())
 
 
-@contextmanager
-def direct_calls(model):
-    """In this context, modules without hooks are called without nn.Module's search for hooks.
+def call_directly(model):
+    """Make calls of a model's modules skip nn.Module's search for hooks, a tenth of the time of a token on a CPU.
 
-    On a CPU the search takes a tenth of the time of a token.
+    Modules that have hooks, now or later, are called as before.
     """
-    called = [module for module in model.modules() if type(module).__call__ is nn.Module.__call__
-              and not has_hooks(module) and module._compiled_call_impl is None]
-    for module in called:
-        module.__class__ = _direct_class(type(module))
-    try:
-        yield
-    finally:
-        for module in called:
-            module.__class__ = type(module).__base__
+    for module in model.modules():
+        if type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None:
+            module.__class__ = _direct_class(type(module))
 
 
 @cache
 def _direct_class(kind):
     """A subclass of a module's class that calls `forward` at once."""
-    return type(kind.__name__, (kind,), {"__call__": lambda self, *args, **kwargs: self.forward(*args, **kwargs)})
+    def call(self, *args, **kwargs):
+        """Call `forward`, or as nn.Module does if there are hooks."""
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return kind.__call__(self, *args, **kwargs)
+        return self.forward(*args, **kwargs)
+    return type(kind.__name__, (kind,), {"__call__": call, "called_normally": kind})
 
 
 # ---- loading ----

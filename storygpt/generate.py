@@ -9,13 +9,12 @@ B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary s
 import inspect
 import math
 import sys
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from storygpt.fast import FastLinear, direct_calls, is_plain, use_fast_linear
+from storygpt.fast import FastLinear, call_directly, distinct_logits, is_plain, use_fast_linear
 
 
 class KVCache:
@@ -113,42 +112,29 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     tokens = torch.zeros_like(rows)  # the last tokens of all sequences, (B)
     running = len(idx)  # number of sequences that have not ended
     token = ended = None  # the last token of each sequence in the batch, and whether it has ended, (b)
-    with direct_calls(model), compact_output(head):
-        for _ in range(max_new_tokens):
-            logits = next_logits(idx, rows, token)  # (b, V), or (b, U + 1) from a compact head
-            if logits.size(-1) == model.config.vocab_size:
-                token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
-            else:  # the tokens that share a row did not occur in training, and are not generated
-                token = head.own_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
-                logits = head.expand(logits) if with_logits else None
-            if running < len(token):
-                token = token.masked_fill(ended, end_of_text)
-            # Not in place: the caller has the last ones.
-            tokens = token if len(token) == len(tokens) else tokens.index_copy(0, rows, token)  # (B)
-            idx = torch.cat([idx, tokens[:, None]], 1)
-            yield (tokens, logits) if with_logits else tokens
-            if end_of_text is None:
-                continue
-            ended = token == end_of_text
-            running = len(token) - int(ended.sum())
-            if not running:
-                return
-            # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
-            if running < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
-                next_logits.keep(~ended)
-                rows, token, ended = rows[~ended], token[~ended], ended[~ended]
-
-
-@contextmanager
-def compact_output(head):
-    """In this context, a `FastLinear` returns its own rows only; None: nothing is done."""
-    if head is not None:
-        head.compact = True
-    try:
-        yield
-    finally:
-        if head is not None:
-            head.compact = False
+    for _ in range(max_new_tokens):
+        logits = next_logits(idx, rows, token)  # (b, V) or (b, U + 1)
+        if logits.size(-1) == model.config.vocab_size:
+            token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
+        else:  # the tokens that share a row did not occur in training, and are not generated
+            token = head.own_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
+            logits = head.expand(logits) if with_logits else None
+        if running < len(token):
+            token = token.masked_fill(ended, end_of_text)
+        # Not in place: the caller has the last ones.
+        tokens = token if len(token) == len(tokens) else tokens.index_copy(0, rows, token)  # (B)
+        idx = torch.cat([idx, tokens[:, None]], 1)
+        yield (tokens, logits) if with_logits else tokens
+        if end_of_text is None:
+            continue
+        ended = token == end_of_text
+        running = len(token) - int(ended.sum())
+        if not running:
+            return
+        # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
+        if running < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
+            next_logits.keep(~ended)
+            rows, token, ended = rows[~ended], token[~ended], ended[~ended]
 
 
 class Decoder:
@@ -160,21 +146,26 @@ class Decoder:
         self.step = None  # on CUDA, the graph of a decoding step
 
     def __call__(self, idx, rows, token):
-        """Token ids (B, n), of which `rows` (b) are in the batch, and the last of these (b) -> logits (b, V)."""
+        """The logits after token ids (B, n), of which `rows` (b) are in the batch; their last tokens are `token` (b).
+
+        Returns (b, V), or (b, U + 1) from a model whose head has U rows of its own: see `fast.FastLinear`.
+        """
         start = window_start(idx.size(1), self.model.config.block_size)
         if self.cache is None:
-            return self.model(idx[rows, start:])[:, -1]
+            return self.forward(idx[rows, start:])
         if start != self.start:  # the window has moved: compute it anew
             self.start = start
             self.cache.length.zero_()
-            return self.model(idx[rows, start:], cache=self.cache)[:, -1]
+            return self.forward(idx[rows, start:])
         if self.step is None:
-            self.step = capture_graph(self.model, self.cache) if idx.is_cuda else self._eager_step
-        return self.step(token[:, None])[:, -1]
+            self.step = capture_graph(self.forward, self.cache) if idx.is_cuda else self.forward
+        return self.step(token[:, None])
 
-    def _eager_step(self, token):
-        """Token (b, 1) -> logits (b, 1, V)."""
-        return self.model(token, cache=self.cache)
+    def forward(self, idx):
+        """Token ids (b, T) -> the logits of the last token, (b, V) or (b, U + 1)."""
+        with distinct_logits():
+            logits = self.model(idx) if self.cache is None else self.model(idx, cache=self.cache)
+        return logits[:, -1]
 
     def keep(self, rows):
         """Drop the sequences of the batch where `rows` (b) is false."""
@@ -199,21 +190,23 @@ def prepare_for_generation(model, device, dtype):
     use_fast_linear(model, int8=dtype == torch.int8)
     for module in heads:
         module.is_last = True
+    call_directly(model)
     return model
 
 
 @torch.no_grad()
 def last_layers(model):
     """The layers whose output a model returns as its logits, without any operation on it."""
-    outputs = {}  # of each layer
-    hooks = [module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
+    outputs = {}  # of each layer, a list
+    hooks = [module.register_forward_hook(lambda module, _, output: outputs.setdefault(module, []).append(output))
              for module in model.modules() if is_plain(module, nn.Linear)]
     device = next(model.parameters()).device
     cache = {"cache": KVCache(model.config.block_size, device)} if uses_cache(model) else {}
     logits = model(torch.zeros(1, 1, dtype=torch.long, device=device), **cache)
     for hook in hooks:
         hook.remove()
-    return [module for module, output in outputs.items() if output is logits and logits._version == 0]
+    return [module for module, calls in outputs.items()
+            if len(calls) == 1 and calls[0] is logits and logits._version == 0]
 
 
 @torch.no_grad()
@@ -237,8 +230,8 @@ def check_cache(model):
               "(storygpt/generate.py: check_cache)", file=sys.stderr)
 
 
-def capture_graph(model, cache):
-    """Capture a decoding step as a CUDA graph: a function of tokens (B, 1) -> logits (B, 1, V).
+def capture_graph(forward, cache):
+    """Capture a decoding step as a CUDA graph: a function as `Decoder.forward`, of tokens (B, 1).
 
     A step launches about two hundred small kernels, and launching them one by one takes longer than running them.
     The logits are valid until the next call.
@@ -247,14 +240,14 @@ def capture_graph(model, cache):
     tokens = torch.zeros(cache.first[0].size(0) if cache.first else cache.kv[0].size(1), 1, dtype=torch.long,
                          device=length.device)
     with torch.cuda.device(tokens.device):  # every thread has its own current device
-        model(tokens, cache=cache)  # not captured: initializes CUDA's libraries
+        forward(tokens)  # not captured: initializes CUDA's libraries
         cache.length.copy_(length)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = model(tokens, cache=cache)
+            logits = forward(tokens)
 
     def step(token):
-        """Replay the graph: token (B, 1) -> logits (B, 1, V)."""
+        """Replay the graph: token (B, 1) -> logits (B, V) or (B, U + 1)."""
         tokens.copy_(token)
         graph.replay()
         return logits

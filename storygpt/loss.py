@@ -73,10 +73,14 @@ class Logits(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """Every operation on logits: fuse F.cross_entropy, keep a change of the leading dimensions, or compute them."""
         kwargs = kwargs or {}
+        if torch.is_grad_enabled() and function not in METADATA:
+            args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.connected, (args, kwargs))
         if function is F.cross_entropy and (result := fused_cross_entropy(*args, **kwargs)) is not None:
             return result
         if function in (torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape) and not kwargs:
             logits = args[0]
+            if not isinstance(logits, Logits):
+                return function(*args)
             shape = function(torch.empty(logits.shape, device="meta"), *args[1:]).shape
             if shape and shape[-1] == len(logits.weight):
                 return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens,
@@ -86,6 +90,17 @@ class Logits(torch.Tensor):
                 return function(*args, **kwargs)
         args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.compute, (args, kwargs))
         return function(*args, **kwargs)
+
+    def connected(self):
+        """These logits or, if the graph does not lead from them directly to x and the weight, a plain copy of them.
+
+        That is so after a reentrant checkpoint, and for a view that was made without gradients.
+        """
+        has_gradient = self.grad_fn is not None and self.grad_fn.name() == "_MakeLogitsBackward"
+        if has_gradient or not (self.x.requires_grad or self.weight.requires_grad):
+            return self
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.clone()
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -178,9 +193,9 @@ class UsedTokens:
     def unused_rows_are_equal(self, weight):
         """Whether the unused rows of a weight (V, C) are equal, judged by their first columns: one cache line a row.
 
-        On CUDA only every hundredth call compares them, because that waits for the GPU.
+        On CUDA the first calls and every hundredth compare them, because that waits for the GPU.
         """
-        if not weight.is_cuda or self.calls % 100 == 0:
+        if not weight.is_cuda or self.calls < 64 or self.calls % 100 == 0:
             rows = weight.detach()[:, :16].index_select(0, self.unused)
             self.are_equal = bool((rows == rows[0]).all())
         self.calls += 1

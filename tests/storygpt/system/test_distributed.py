@@ -267,8 +267,8 @@ def test_resume_on_two_ranks_is_bit_exact(with_data):
 
 
 def test_dropout_masks_differ_between_ranks_and_steps():
-    seeds = {train.dropout_seed(1337, step, rank) for step in range(50) for rank in range(8)}
-    assert len(seeds) == 400 and train.dropout_seed(1337, 3, 1) == train.dropout_seed(1337, 3, 1) in seeds
+    seeds = {train.step_seed(1337, step, rank) for step in range(50) for rank in range(8)}
+    assert len(seeds) == 400 and train.step_seed(1337, 3, 1) == train.step_seed(1337, 3, 1) in seeds
 
 
 def test_a_world_size_that_does_not_divide_the_step_is_refused_once(with_data):
