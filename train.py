@@ -301,7 +301,7 @@ def get_batch(state):
 
 
 def step_seed(seed, step, rank):
-    """The seed of a step's random numbers, as of dropout: of these three alone, so that no RNG state has to be saved."""
+    """The seed of a step's random numbers, as of dropout: of these three alone, so no RNG state has to be saved."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 

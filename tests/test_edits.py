@@ -308,10 +308,10 @@ EDITS = [mlp_of_nn_sequential, mixture_of_experts, expert_that_is_chosen, forwar
          another_optimizer_and_schedule]
 # Refused; an untied head only because the samples of the model card are of a process that has model.py unedited.
 NOT_GPT2 = {untied_head, mlp_of_nn_sequential, mixture_of_experts, expert_that_is_chosen, forward_hooks,
-            buffer_that_is_not_saved, rms_norm_and_parallel_block, weight_norm, parameter_list, experts_in_one_parameter,
-            one_block_for_all_layers, head_with_a_bias, frozen_and_unused_parameters, fewer_keys_than_queries,
-            sliding_window_in_training_only, attention_written_out, forward_without_a_cache, soft_cap_of_the_logits,
-            function_with_its_own_gradient}
+            buffer_that_is_not_saved, rms_norm_and_parallel_block, weight_norm, parameter_list,
+            experts_in_one_parameter, one_block_for_all_layers, head_with_a_bias, frozen_and_unused_parameters,
+            fewer_keys_than_queries, sliding_window_in_training_only, attention_written_out, forward_without_a_cache,
+            soft_cap_of_the_logits, function_with_its_own_gradient}
 
 
 # ---- what must hold ----
