@@ -293,9 +293,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         """Gradient of the mean loss () -> those of x (N, C) and weight (V, C)."""
-        (grad_x, grad_weight, count), ctx.gradients = ctx.gradients, None  # in place, so only once
+        grad_x, grad_weight, count = ctx.gradients
         factor = grad / count
-        return grad_x.to(ctx.x_dtype) * factor, grad_weight.mul_(factor), None, None, None, None
+        return grad_x.to(ctx.x_dtype) * factor, grad_weight * factor, None, None, None, None
 
 
 def training_bytes(config, parameters, device_type, dtype):

@@ -88,8 +88,8 @@ def append(path, text):
 
 
 def append_line(path, record):
-    """Append one JSON object as a line to a log."""
-    append(path, json.dumps(record, default=lambda value: value.tolist()) + "\n")  # of numpy or torch
+    """Append one JSON object as a line to a log; values of numpy and torch as numbers, others as text."""
+    append(path, json.dumps(record, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)) + "\n")
 
 
 def write_error(path, error):

@@ -132,9 +132,11 @@ def test_loss_of_nan_is_nan():
     assert fused_linear_cross_entropy(x, weight, y)[0].isnan()
 
 
-def test_there_is_no_second_derivative():
+def test_the_backward_pass_can_be_repeated_but_has_no_second_derivative():
     x, weight = leaves((14, 16), (50, 16))
     mean, _ = fused_linear_cross_entropy(x, weight, torch.arange(14))
+    first, second = (torch.autograd.grad(mean, (x, weight), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
     (grad,) = torch.autograd.grad(mean, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         grad.square().sum().backward()
