@@ -13,7 +13,7 @@ import train
 from conftest import TINY
 from faults.processes import ForkedProcess, wait_for_steps
 from model import GPT
-from storygpt import checkpoint
+from storygpt import checkpoint, run
 from storygpt.run import read_log
 from storygpt.system import distributed
 from storygpt.system.distributed import (all_reduce_sum, broadcast_object, check_equal_weights, cleanup_distributed,
@@ -191,7 +191,7 @@ def test_two_ranks_equal_one_process_and_have_equal_weights(with_data, large_eps
 @pytest.mark.parametrize("start", ["new", "resumed", "init_from"])
 def test_all_ranks_start_with_the_weights_of_rank_0(with_data, monkeypatch, start):
     """Rank 1 initializes and loads other weights, as another processor or PyTorch build could."""
-    original_init, original_load = GPT.init_weights, GPT.load_state_dict
+    original_init, original_load, load_weights = GPT.init_weights, GPT.load_state_dict, run.load_weights
 
     def add_rank(model):
         with torch.no_grad():
@@ -199,8 +199,11 @@ def test_all_ranks_start_with_the_weights_of_rank_0(with_data, monkeypatch, star
                 p += float(os.environ.get("RANK", 0))
 
     monkeypatch.setattr(GPT, "init_weights", lambda model: (original_init(model), add_rank(model)))
-    monkeypatch.setattr(GPT, "load_state_dict", lambda model, *args, **kwargs: (
-        original_load(model, *args, **kwargs), add_rank(model)))
+    if start == "init_from":
+        monkeypatch.setattr(GPT, "load_state_dict", lambda model, weights: (
+            original_load(model, weights), add_rank(model)))
+    monkeypatch.setattr(run, "load_weights", lambda path, model, weights: (
+        load_weights(path, model, weights), add_rank(model)))
     flags = {"new": [*FLAGS, "--out_dir=out/x"], "resumed": ["--resume", "--out_dir=out/first", "--max_iters=16"],
              "init_from": [*FLAGS, "--out_dir=out/x", "--init_from=out/first"]}[start]
     if start != "new":
