@@ -26,14 +26,11 @@ class OfAReader:
 OLD = {"model": {}, "iter": 1}
 
 
-@pytest.mark.parametrize("value, error, message", [
-    *((value, UserError, "last.pt is not saved, because its 'metrics' could not be loaded again")
-      for value in (OfAReader(), Path("x"), np.float64(2), np.zeros(3))),
-    (lambda: 2, Exception, "pickle"),
-], ids=["object", "path", "numpy_scalar", "array", "function"])
-def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, value, error, message):
+@pytest.mark.parametrize("value", [OfAReader(), Path("x"), np.float64(2), np.zeros(3), lambda: 2],
+                         ids=["object", "path", "numpy_scalar", "array", "function"])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, value):
     checkpoint.save(tmp_path / "last.pt", OLD)
-    with pytest.raises(error, match=message):
+    with pytest.raises(UserError, match="last.pt is not saved, because its 'metrics' could not be loaded again"):
         checkpoint.save(tmp_path / "last.pt", OLD | {"iter": 2, "metrics": {"losses": [value]}})
     assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == OLD and os.listdir(tmp_path) == ["last.pt"]
 
