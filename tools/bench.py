@@ -408,7 +408,7 @@ def run_variant(pipe, name, workload):
         if record["kind"] == "step" and record["step"] % workload.steps == 0:
             next(rounds)
 
-    files.append_line, train.save_last = end_round, lambda state: None
+    files.append_line, train.save_last, train.check_saved_model = end_round, lambda state: None, lambda *_: None
     train.main([*workload.flags, f"--out_dir=out/{os.getpid()}", *flags])
 
 
