@@ -44,7 +44,7 @@ class KVCache:
         self._store_first()
         self.positions, self.calls = self.length + self.slots[:T], 0
         self.length += T
-        kv_length = len(self.slots) if self.kv is not None and self.fixed_shapes else int(self.length)
+        kv_length = T if self.kv is None else len(self.slots) if self.fixed_shapes else int(self.length)
         if self.kv is not None:
             # Views for all layers at once, because on a CPU each of the small operations of a token counts.
             first = 0 if self.fixed_shapes else kv_length - T
