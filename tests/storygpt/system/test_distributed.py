@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 import train
 from conftest import TINY
-from faults.processes import ForkedProcess, wait_for_steps
+from faults.processes import run_ranks, wait_for_steps
 from model import GPT
 from storygpt import checkpoint, run
 from storygpt.run import read_log
@@ -22,26 +21,6 @@ from storygpt.system.distributed import (all_reduce_sum, broadcast_object, check
 from storygpt.system.errors import UserError
 
 FLAGS = [*TINY, "--dropout=0", "--log_interval=1", "--optimizer=muon"]
-
-
-def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
-    """Run main(argv) on several processes, as torchrun would start them: (exit code, stdout, stderr) of each.
-
-    All but rank 0 start in `other_folder`. `while_running(pids)` is called while they run.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def setup(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.chdir(other_folder if rank else ".")
-
-    processes = [ForkedProcess(main, argv, lambda rank=rank: setup(rank)) for rank in range(world_size)]
-    if while_running:
-        while_running([process.pid for process in processes])
-    return [process.result() for process in processes]
 
 
 def train_on_ranks(world_size, flags, **options):
