@@ -5,13 +5,14 @@ import os
 import platform
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from storygpt.system.errors import UserError
 
 RENAME_SECONDS = 5  # for another process to close the file, on Windows
 _locked = {}  # path → the open file whose lock this process has: it must stay open
+sync = os.fsync
 
 
 def atomic_write(path, write, previous=None):
@@ -23,23 +24,18 @@ def atomic_write(path, write, previous=None):
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            sync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
-        if previous and path.exists():
-            rename(path, previous)
-        rename(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        if "inline_container.cc" in str(error):  # torch's zip writer hides what file.write raised, which may be Ctrl-C
-            error = error.__context__ or error
-        if isinstance(error, OSError):
-            error = write_error(path, error)
-        raise error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
+            if previous and path.exists():
+                rename(path, previous)
+            rename(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def rename(source, target):
@@ -58,33 +54,20 @@ def rename(source, target):
             time.sleep(0.1)
 
 
-def sync(descriptor):
-    """Flush an open file to the disk. On macOS, fsync alone leaves the data in the drive's cache."""
-    if platform.system() == "Darwin":
-        import fcntl
-
-        with suppress(OSError):  # network file systems do not support it
-            return fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    os.fsync(descriptor)
-
-
 def sync_folder(folder):
-    """Flush a folder's entries to the disk, where the system can do that."""
-    with suppress(OSError):  # Windows cannot, nor can some network file systems; the file itself has been flushed
+    """Flush a folder's entries to the disk, where the system can do that: not on Windows and some network disks."""
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            sync(descriptor)
+            os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
 def append(path, text):
     """Append to a text file. Raises UserError if that fails; part of the text may have been written then."""
-    try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    except OSError as error:
-        raise write_error(path, error) from error
+    with write_errors(path), open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def append_line(path, record):
@@ -92,13 +75,21 @@ def append_line(path, record):
     append(path, json.dumps(record, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)) + "\n")
 
 
-def write_error(path, error):
-    """The UserError for a file that could not be written."""
-    reason = error.strerror or str(error)
-    if isinstance(error, PermissionError) and platform.system() == "Windows":
-        reason += ": another program may have it open"
-    return UserError(f"cannot write {path} ({reason}): what was saved before is intact; free some space or fix the "
-                     "permissions, then run the command again (train.py with --resume)")
+@contextmanager
+def write_errors(path):
+    """Raise UserError if the system reports an error while a file is written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if "inline_container.cc" in str(error):  # torch's zip writer hides what file.write raised, which may be Ctrl-C
+            error = error.__context__ or error
+        if not isinstance(error, OSError):
+            raise error
+        reason = error.strerror or str(error)
+        if isinstance(error, PermissionError) and platform.system() == "Windows":
+            reason += ": another program may have it open"
+        raise UserError(f"cannot write {path} ({reason}): what was saved before is intact; free some space or fix the "
+                        "permissions, then run the command again (train.py with --resume)") from error
 
 
 def acquire_lock(path, name):
@@ -109,48 +100,47 @@ def acquire_lock(path, name):
     path = Path(path).absolute()
     if path in _locked:
         return
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        for _ in range(10):  # `is_locked` takes the lock for a moment
-            if try_lock(file):
-                break
-            time.sleep(0.02)
-        else:
-            file.close()
-            raise UserError(f"another process is using {name}: wait until it ends, or stop it (its lock {path.name} is "
-                            "released when it ends)")
-    except OSError as error:  # a file system without locks
-        print(f"note: {name} cannot be locked ({error.strerror}): make sure that no other process uses it",
-              file=sys.stderr)
+    file = open(path, "a")
+    for _ in range(10):  # `is_locked` takes the lock for a moment
+        if not (taken := lock_or_taken(file)):
+            break
+        time.sleep(0.02)
+    if taken:
+        raise UserError(f"another process is using {name}: wait until it ends, or stop it (its lock {path.name} is "
+                        "released when it ends)")
+    if taken is None:
+        print(f"note: no locks on this file system: make sure that no other process uses {name}", file=sys.stderr)
     _locked[path] = file
 
 
 def is_locked(path):
     """Whether another process has the lock; None if that is unknown (no locks on this file system, or read-only)."""
-    if Path(path).absolute() in _locked:
+    if Path(path).absolute() in _locked:  # opening and closing it again would release the lock
         return False
     try:
-        with open(path, "r+", encoding="utf-8") as file:
-            return not try_lock(file)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
+        with open(path, "r+") as file:
+            return lock_or_taken(file)
+    except OSError as error:
+        return False if isinstance(error, FileNotFoundError) else None
 
 
-def try_lock(file):
-    """Lock an open file until it is closed, without waiting: whether it worked. OSError on a file system without locks.
+def lock_or_taken(file):
+    """Lock an open file until it is closed, or return True if another process has the lock; None if there are no locks.
+
+    The `filelock` package is not used: several of its versions delete the file when they release a lock, so that two
+    processes could lock two files of that name, and it cannot tell whether a file is locked without creating it.
     """
     try:
         if platform.system() == "Windows":
             import msvcrt
 
-            file.seek(0)  # the lock covers bytes from here on; they need not exist
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # raised when another process has the lock, depending on the system
-        return False
-    return True
+    except (BlockingIOError, PermissionError):  # depending on the system
+        return True
+    except OSError:
+        return None
+    return False
