@@ -32,20 +32,19 @@ from storygpt.corpus.dataset import Dataset
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.embeddings import cooccurrence_embeddings, set_embeddings
 from storygpt.evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
-from storygpt.fast import count_parameters, faster_functions
-from storygpt.loss import fuse_loss, training_bytes
+from storygpt.fast import faster_functions
+from storygpt.loss import fuse_loss
 from storygpt.muon import Muon
 from storygpt.run import (TrainState, best_checkpoint, claim_run_folder, open_run, reopen_run_folder, save_last,
                           start_run_folder)
 from storygpt.settings import BUDGETS, read_command_line
 from storygpt.system import files
-from storygpt.system.distributed import (all_reduce_sum, broadcast_object, check_equal_weights, cleanup_distributed,
-                                         distributed_errors, init_distributed, is_first_on_machine, rank_0_first,
-                                         rank_0_result)
+from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
+                                         init_distributed, is_first_on_machine, rank_0_first, rank_0_result)
 from storygpt.system.errors import UserError, exit_with_one_line
-from storygpt.system.hardware import (StopSignals, autocast, check_memory, describe_device, describe_threads,
-                                      git_commit, out_of_memory_errors, pick_compile, pick_device, pick_dtype,
-                                      pick_fused, pick_micro_batch_size, to_device)
+from storygpt.system.hardware import (StopSignals, autocast, describe_device, describe_threads, git_commit,
+                                      out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
+                                      pick_micro_batch_size, to_device)
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
@@ -78,14 +77,11 @@ def main(argv=None):
         dtype = pick_dtype(cfg.dtype, device)
         use_compile, reason = pick_compile(cfg.compile, device)
         model_config = cfg.model_config(data.vocab_size)
-        parameters = count_parameters(make_model, model_config)
-        sequences_per_rank = cfg.sequences_per_step // world_size
-        check_memory(parameters, sequences_per_rank * cfg.block_size, device)
     if broadcast_object(data.sha256) != data.sha256:
         raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
-    micro_batch_size = pick_micro_batch_size(
-        cfg.device_batch_size, sequences_per_rank, training_bytes(model_config, parameters, device.type, dtype), device,
-        equal_sizes=use_compile)
+    sequences_per_rank = cfg.sequences_per_step // world_size
+    micro_batch_size = pick_micro_batch_size(cfg.device_batch_size, sequences_per_rank, cfg.block_size, device,
+                                             equal_sizes=use_compile)
 
     # ---- model and optimizers ----
     torch.use_deterministic_algorithms(device.type == "cpu")  # makes resuming bit-exact on a CPU
@@ -104,7 +100,6 @@ def main(argv=None):
     else:
         set_initial_weights(state, init_checkpoint)
     fuse_loss(model, torch.from_numpy(data.train.used_tokens()), equalize=not (resumed or init_checkpoint))
-    train_model = prepare_for_training(model, use_compile)
 
     # ---- what will be done ----
     print_plan(state, f"{'compiled in the first step' if use_compile else 'not compiled'} ({reason})")
@@ -122,6 +117,7 @@ def main(argv=None):
     del resume_checkpoint, init_checkpoint  # frees memory: the weights are in the model now
 
     # ---- the loop ----
+    train_model = prepare_for_training(model, use_compile)
     state.start_clock()
     with (StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size, sequences_per_rank),
           distributed_errors(), faster_functions(device), progress_bar(state) as bar):
@@ -132,7 +128,7 @@ def main(argv=None):
                 evaluate_and_log(state, tokenizer)
                 state.sync_ranks(signals.received)  # evaluation takes time, and a signal may have arrived
                 save_last(state)
-            if state.stop or state.step == total_steps(state) or stops_early(state):
+            if state.stop or state.step == total_steps(state):
                 break
             lr = set_learning_rate(state)
             seed_random(step_seed(cfg.seed, state.step, rank))
@@ -163,6 +159,7 @@ def main(argv=None):
         if state.saved_step < state.step:
             save_last(state)
 
+    del train_model  # DistributedDataParallel must be freed before the process group, or PyTorch 2.11 can hang
     cleanup_distributed()
     log_end(state)
     if rank == 0:
@@ -237,25 +234,13 @@ def make_optimizers(model, cfg):
     return optimizers
 
 
-# A schedule goes from 1 to 0 while t goes from 0 (the end of warmup) to 1 (the end of the schedule).
-
-
-def cosine_schedule(t, cfg):
-    """Half a period of a cosine."""
-    return 0.5 * (1 + math.cos(math.pi * t))
-
-
-def linear_schedule(t, cfg):
-    """Linear decay."""
-    return 1 - t
-
-
-def wsd_schedule(t, cfg):
-    """Warmup, stable, decay: constant, then linear over the last decay_fraction (Hu et al. 2024, arXiv 2404.06395)."""
-    return min(1, (1 - t) / cfg.decay_fraction)
-
-
-SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule, "wsd": wsd_schedule}
+# From 1 to 0 while t goes from 0 (the end of warmup) to 1 (the end of the schedule).
+SCHEDULES = {
+    "cosine": lambda t, cfg: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear": lambda t, cfg: 1 - t,
+    # Warmup, stable, decay: constant, then linear over the last decay_fraction (Hu et al. 2024, arXiv 2404.06395).
+    "wsd": lambda t, cfg: min(1, (1 - t) / cfg.decay_fraction),
+}
 
 
 def schedule_progress(state):
@@ -390,17 +375,10 @@ def evaluation_is_due(state):
     return state.step == total_steps(state) or (not state.stop and is_due(state, state.cfg.eval_interval))
 
 
-def stops_early(state):
-    """Whether the run ends before its last step: the latest `patience` evaluations found no lower validation loss."""
-    return (state.step < total_steps(state)
-            and 0 < state.cfg.patience <= state.metrics.get("evals_since_best", 0))  # not in older checkpoints
-
-
 def is_finished(state):
-    """Whether a resumed run has done all its steps and its last evaluation, or has stopped early."""
-    if state.step > total_steps(state) or stops_early(state):  # the former: the run has been shortened
-        return True
-    return state.step == total_steps(state) and state.metrics["iter"] == state.iteration
+    """Whether a run has done all its steps and its last evaluation."""
+    steps_left = total_steps(state) - state.step  # negative if the run has been shortened
+    return steps_left < 0 or (steps_left == 0 and state.metrics["iter"] == state.iteration)
 
 
 # ---- evaluation, checks and logs ----
@@ -435,9 +413,8 @@ def evaluate_and_log(state, tokenizer):
         check_finite(state, "validation loss", val_loss)
         story = sample_story(state.model, tokenizer) if state.rank == 0 else None
     val_bpb = bits_per_byte(val_loss, state.data.validation)
-    evals_since_best = 0 if val_loss < state.best_val_loss else state.metrics.get("evals_since_best", 0) + 1
     state.metrics = {"iter": state.iteration, "tokens": state.tokens, "train_loss": train_loss, "val_loss": val_loss,
-                     "val_bpb": val_bpb, "evals_since_best": evals_since_best}
+                     "val_bpb": val_bpb}
     tqdm.write(f"iteration {state.iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
                f"{val_bpb:.4f} bits per byte")
     if state.rank == 0:
@@ -446,7 +423,6 @@ def evaluate_and_log(state, tokenizer):
                                                    f"{story}\n\n")
     if val_loss < state.best_val_loss:
         state.best_val_loss = float(val_loss)
-        check_equal_weights(state.model.parameters())
         if state.rank == 0:
             save(state.out_dir / "ckpt.pt", state.model_dict())
     state.excluded_seconds += time.perf_counter() - started
@@ -486,36 +462,32 @@ def log_step(state, loss, lr, grad_norm, bar):
 
 
 def log_end(state):
-    """Log how the run ended: it has done all its steps, has stopped early, or was stopped and can be resumed."""
-    reason = "stopped early" if stops_early(state) else "finished" if is_finished(state) else "stopped"
+    """Log how the run ended: it has finished, or was stopped and can be resumed."""
     if state.rank == 0:
+        reason = "finished" if is_finished(state) else "stopped"
         files.append_line(state.out_dir / "log.jsonl", {"kind": "end", "iter": state.iteration, "reason": reason})
 
 
 # ---- what is printed at the start and at the end ----
 
-EARLY_STOP = "no lower validation loss in the last {} evaluations"
-
 
 def print_plan(state, compiled):
-    """Print the model, the data and the budget, and warn about a learning-rate schedule that looks like a mistake."""
+    """Print the model, the data and the length of the run, and warn about a learning rate that rises."""
     cfg, data, steps = state.cfg, state.data, total_steps(state)
     tokens = steps * cfg.tokens_per_step
+    length = (f"{cfg.max_minutes:g} minutes" if cfg.max_minutes else
+              f"{steps:,} steps = {tokens:,} tokens = {tokens / data.tokens_per_epoch:.2f} epochs")
+    processes = f" on {state.world_size} processes" if state.world_size > 1 else ""
+    threads = f", {describe_threads()}" if state.device.type == "cpu" else ""
     print(f"{cfg.out_dir}: {state.model.num_parameters():,} parameters; {cfg.architecture}, {cfg.n_layer} layers, "
           f"{cfg.n_head} heads, width {cfg.n_embd}, block {cfg.block_size}, vocabulary {data.vocab_size:,}\n"
           f"{data.folder}: {len(data.train.tokens):,} training tokens, {len(data.validation.tokens):,} validation "
           f"tokens\na step: {cfg.sequences_per_step:,} sequences = {cfg.tokens_per_step:,} tokens, in micro-batches of "
-          f"{state.micro_batch_size} sequences" + (f" on {state.world_size} processes" if state.world_size > 1 else ""))
-    print(f"the run: {cfg.max_minutes:g} minutes" if cfg.max_minutes else
-          f"the run: {steps:,} steps = {tokens:,} tokens = {tokens / data.tokens_per_epoch:.2f} epochs")
-    threads = f", {describe_threads()}" if state.device.type == "cpu" else ""
-    print(f"on {state.device}, in {str(state.dtype).removeprefix('torch.')}, {compiled}{threads}")
+          f"{state.micro_batch_size} sequences{processes}\nthe run: {length}\n"
+          f"on {state.device}, in {str(state.dtype).removeprefix('torch.')}, {compiled}{threads}")
     if cfg.min_lr > cfg.learning_rate:
         print(f"warning: min_lr = {cfg.min_lr:g} is above learning_rate = {cfg.learning_rate:g}: after warmup, the "
               "learning rate rises until the end and never decays")
-    if cfg.lr_decay_iters > cfg.max_iters and not cfg.max_minutes:  # as in a resumed run that was shortened
-        print(f"note: the learning rate reaches min_lr at iteration {cfg.lr_decay_iters:,}, but the run ends at "
-              f"iteration {cfg.max_iters:,}")
 
 
 def progress_bar(state):
@@ -527,9 +499,6 @@ def progress_bar(state):
 def extension_hint(state):
     """How to train a finished run further, as a phrase."""
     cfg = state.cfg
-    if stops_early(state):
-        return (f"{EARLY_STOP.format(state.metrics['evals_since_best'])}; to train it further, increase --patience "
-                "(0: no early stopping)")
     if cfg.min_lr == 0 and 0 < cfg.lr_decay_iters <= state.iteration:
         return "its learning rate is 0 now, so start a longer run with another --out_dir"
     budget = next(name for name in reversed(BUDGETS) if getattr(cfg, name))  # max_iters is always set
@@ -538,11 +507,8 @@ def extension_hint(state):
 
 def print_summary(state):
     """Print the result as `key: value` lines, how to resume if the run was stopped, and how to sample."""
-    cfg, steps = state.cfg, total_steps(state)
-    if stops_early(state):
-        print(f"stopped early, after step {state.step:,} of {steps:,}: "
-              f"{EARLY_STOP.format(state.metrics['evals_since_best'])}")
-    elif state.step < steps:
+    cfg, steps, seconds = state.cfg, total_steps(state), state.elapsed()
+    if state.step < steps:
         script = "python train.py" if state.world_size == 1 else "torchrun … train.py"
         print(f"stopped after step {state.step:,} of {steps:,}; resume with  "
               f"{script} --out_dir={cfg.out_dir} --resume")
@@ -553,7 +519,6 @@ def print_summary(state):
               f"val_bits_per_byte: {bits_per_byte(state.best_val_loss, state.data.validation):.4f}")
     if state.skipped:
         print(f"skipped_steps: {state.skipped}")  # steps whose gradients overflowed in float16
-    seconds = state.elapsed()
     print(f"tokens: {state.tokens}\nseconds: {seconds:.1f}\ntokens_per_s: {state.tokens / seconds:.0f}\n"
           f"checkpoint: {best_checkpoint(cfg.out_dir)}\n"
           f'sample: python sample.py --out_dir {cfg.out_dir} --start "{SAMPLE_PROMPT}"')

@@ -29,7 +29,7 @@ from storygpt.corpus.dataset import Dataset, data_sha256, read_meta
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.settings import SETTINGS, Config, apply_overrides
 from storygpt.system import files
-from storygpt.system.distributed import check_equal_weights, sync_stop_and_time
+from storygpt.system.distributed import sync_stop_and_time
 from storygpt.system.errors import QUICKSTART, UserError
 from storygpt.system.hardware import largest_divisor, pick_fused
 
@@ -151,9 +151,8 @@ def open_run(settings, flags, args, world_size):
     if not resume_checkpoint and not args.overwrite:
         check_no_run(cfg.out_dir)
     if cfg.sequences_per_step % world_size:
-        divisors = [n for n in range(1, cfg.sequences_per_step + 1) if cfg.sequences_per_step % n == 0]
         raise UserError(f"{world_size} processes cannot divide a step's {cfg.sequences_per_step} sequences evenly: use "
-                        f"{', '.join(map(str, divisors))}")
+                        f"{largest_divisor(cfg.sequences_per_step, world_size)}, or another batch_size")
     sequences = cfg.sequences_per_step // world_size
     if cfg.device_batch_size != "auto" and sequences % min(cfg.device_batch_size, sequences):
         raise UserError(f"device_batch_size = {cfg.device_batch_size} does not divide the {sequences} sequences of a "
@@ -220,7 +219,7 @@ def _init_from(settings):
 
 def check_no_run(out_dir):
     """Raise UserError if a folder already contains a run."""
-    if run_exists(out_dir):
+    if checkpoints(out_dir):
         resume = "resume it (--resume), " if is_resumable(out_dir) else ""
         raise UserError(f"{out_dir} already contains a run: {resume}replace it (--overwrite), or choose another folder "
                         "(--out_dir)")
@@ -243,22 +242,17 @@ def start_run_folder(out_dir, data_dir):
 
 
 def reopen_run_folder(state, sizes):
-    """Make the files of a resumed run match its last.pt: truncate the logs to `sizes`, and check ckpt.pt.
+    """Truncate the logs of a resumed run to their `sizes` at its last.pt, and check its ckpt.pt.
 
-    If ckpt.pt cannot be used, the best loss is forgotten, so that the next evaluation writes a new one. Raises
-    UserError if it belongs to another run.
+    If ckpt.pt cannot be used, the best loss is forgotten, so that the next evaluation writes a new one.
     """
-    path, cfg = state.out_dir / "ckpt.pt", asdict(state.cfg)
+    path = state.out_dir / "ckpt.pt"
     if math.isfinite(state.best_val_loss):
         try:
-            stored = load(path)["config"]
+            load(path)
         except UserError as error:  # missing or damaged
             print(f"note: {error}\nnote: if the run is trained further, its next evaluation writes a new {path}")
-            state.best_val_loss, stored = math.inf, {}
-        differing = [name for name in cfg.keys() - CHANGEABLE_ON_RESUME if stored.get(name, cfg[name]) != cfg[name]]
-        if differing:
-            raise UserError(f"{path} and the last.pt next to it belong to different runs (their {min(differing)} "
-                            "differs): move the wrong file away")
+            state.best_val_loss = math.inf
     truncate_logs(state.out_dir, sizes)
 
 
@@ -266,9 +260,8 @@ def reopen_run_folder(state, sizes):
 
 
 def save_last(state):
-    """Save last.pt, so that the run can be resumed from here. Raises UserError if the ranks' weights differ."""
+    """Save last.pt, so that the run can be resumed from here."""
     started = time.perf_counter()
-    check_equal_weights(state.model.parameters())
     state.saved_step, state.saved_seconds = state.step, state.seconds
     if state.rank == 0:
         save(state.out_dir / "last.pt", state.resume_dict())
@@ -300,23 +293,22 @@ def load_resume_checkpoint(out_dir):
 # ---- finding runs ----
 
 
-def run_exists(out_dir):
-    """Whether a folder contains a run: a checkpoint. A log alone is of a run that ended before its first one."""
-    return any(Path(out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "ckpt.pt"))
+def checkpoints(out_dir, names=("ckpt.pt", "last.pt", "last.prev.pt")):
+    """The paths of a run's checkpoints that exist, the best one first; none of a run that ended before its first."""
+    return [Path(out_dir, name) for name in names if Path(out_dir, name).exists()]
 
 
 def is_resumable(out_dir):
     """Whether a folder contains a run that can be resumed."""
-    return any(Path(out_dir, name).exists() for name in ("last.pt", "last.prev.pt"))
+    return bool(checkpoints(out_dir, ("last.pt", "last.prev.pt")))
 
 
 def list_runs(root="out"):
     """The run folders under `root` and in the folders of sweeps there that have a checkpoint, the newest first."""
     written = {}
-    for folder, name in itertools.product(("*", "*/*"), ("ckpt.pt", "last.pt", "last.prev.pt")):
-        for path in Path(root).glob(f"{folder}/{name}"):
-            with suppress(FileNotFoundError):  # renamed by a run that is saving
-                written[path.parent] = max(written.get(path.parent, 0), path.stat().st_mtime)
+    for path in itertools.chain.from_iterable(map(checkpoints, [*Path(root).glob("*"), *Path(root).glob("*/*")])):
+        with suppress(FileNotFoundError):  # renamed by a run that is saving
+            written[path.parent] = max(written.get(path.parent, 0), path.stat().st_mtime)
     return sorted(written, key=written.get, reverse=True)
 
 
@@ -332,9 +324,8 @@ def best_checkpoint(out_dir):
 
     Raises UserError if there is none.
     """
-    for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
-        if Path(out_dir, name).exists():
-            return Path(out_dir, name)
+    if found := checkpoints(out_dir):
+        return found[0]
     if Path(out_dir, "config.json").exists():
         raise UserError(f"{out_dir} is a model for transformers: convert it to a run with  "
                         f"python -m tools.hf import {out_dir} out/NAME")

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from model import GPTConfig, ModelSettings, setting
 from storygpt.system.errors import Parser, UserError
 
@@ -40,9 +38,7 @@ class Config(ModelSettings):
     dataset: str = setting("tinystories", "dataset to train on: a folder under data/")
     out_dir: str = setting("out/tinystories", "run folder; with a config file, out/<its name>", resume=True)
     seed: int = setting(1337, "determines initial weights, order of the data and dropout masks", low=0, high=2**63 - 1)
-
     init_from: str = setting("scratch", "scratch, or a run folder to start from; its weights and architecture")
-
     init_embeddings: Literal["random", "cooccurrence"] = setting(
         "random", "random, or cooccurrence: token embeddings computed from the text of the run, see embeddings.py")
 
@@ -69,8 +65,6 @@ class Config(ModelSettings):
 
     eval_interval: int = setting(500, "iterations between evaluations", low=1, resume=True)
     eval_iters: int = setting(40, "batches per split in an evaluation, of batch_size windows each", low=1)
-    patience: int = setting(
-        0, "evaluations in a row without a lower validation loss after which the run stops; 0: off", low=0, resume=True)
     log_interval: int = setting(10, "iterations between log lines", low=1, resume=True)
 
     checkpoint_minutes: float = setting(
@@ -87,7 +81,7 @@ class Config(ModelSettings):
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            _check({name: value})
+            check_values({name: value})
         object.__setattr__(self, "init_from", str(Path(self.init_from)))  # drops a slash at the end
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
@@ -152,7 +146,7 @@ def read_command_line(argv, actions, parser=None):
     args = parser.parse_args(argv)
     try:
         flags = {name: parse_value(name, getattr(args, name)) for name in SETTINGS if hasattr(args, name)}
-        _check(flags)
+        check_values(flags)
     except UserError as error:
         parser.error(str(error))
     settings = {"out_dir": f"out/{Path(args.config).stem}"} | read_config_file(args.config) if args.config else {}
@@ -168,18 +162,13 @@ def read_config_file(path):
         raise UserError(f"no config file {path}: {hint}")
     try:
         names = runpy.run_path(str(path))
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except (Exception, SystemExit) as error:  # the file is the user's code and may raise anything
-        line = next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__))
-                     if Path(frame.filename) == path), "?")
+    except Exception as error:  # the file is the user's code and may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", "?")  # the latter of a SyntaxError
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in names.items()
+    values = {name: value for name, value in names.items()
               if not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
-    try:
-        _check(values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    check_values(values, f"{path}: ")
     return values
 
 
@@ -192,56 +181,52 @@ def parse_value(name, text):
     Raises UserError if there is no such setting, or if it does not allow the value.
     """
     value = text
-    if name in SETTINGS:
-        choices, value_type = _choices_and_type(SETTINGS[name])
-        if text not in choices and value_type is bool:
-            value = {"true": True, "false": False}.get(text.lower(), text)
-        elif text not in choices and value_type in (int, float):
-            with suppress(ValueError):  # reported below
-                value = value_type(text)
-    _check({name: value})
+    choices, kind = choices_and_type(SETTINGS[name]) if name in SETTINGS else ([], None)
+    if kind and text not in choices:
+        with suppress(ValueError, KeyError):  # wrong values are reported below
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    check_values({name: value})
     return value
 
 
 def allowed_values(f):
     """The values that a setting allows, in words."""
-    choices, value_type = _choices_and_type(f)
-    low, high = _range(f)
+    choices, value_type = choices_and_type(f)
+    low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
     values = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(value_type, "")
     if low > -math.inf:
         values += f" from {low} to {high}" if high < math.inf else f" from {low}"
     return " or ".join(choices + [values] if values else choices)
 
 
-def _choices_and_type(f):
+def choices_and_type(f):
     """The literal choices of a setting ("auto"), and the type of its other values (None if there are none)."""
     parts = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Union else (f.type,)
     choices = [choice for part in parts for choice in typing.get_args(part)]
     return choices, next((part for part in parts if isinstance(part, type)), None)
 
 
-def _range(f):
-    """The lowest and the highest value of a setting."""
-    return f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
+def is_allowed(f, value):
+    """Whether a setting allows a value."""
+    choices, value_type = choices_and_type(f)
+    if value in choices:
+        return True
+    if value_type in (int, float) and type(value) in (int, value_type):
+        largest = 2**63 if value_type is int else 1e300  # larger values, such as infinity, break the arithmetic
+        return max(f.metadata.get("low", -largest), -largest) <= value <= min(f.metadata.get("high", largest), largest)
+    return value_type in (bool, str) and type(value) is value_type and value != ""
 
 
-def _check(values):
+def check_values(values, where=""):
     """Raise UserError for the first name that is not a setting, or value that it does not allow, or two budgets."""
     for name, value in values.items():
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, 1)
             hint = f"did you mean {near[0]}?" if near else "train.py --help-all lists all settings"
-            raise UserError(f"unknown setting {name}: {hint} (start the name of a helper variable with an underscore)")
-        choices, value_type = _choices_and_type(SETTINGS[name])
-        allowed = value in choices
-        if value_type in (bool, str):
-            allowed |= type(value) is value_type and value != ""
-        elif value_type in (int, float) and type(value) in (int, value_type):
-            low, high = _range(SETTINGS[name])
-            largest = 2**63 if value_type is int else 1e300  # larger values, such as infinity, break the arithmetic
-            allowed |= low <= value <= high and abs(value) <= largest
-        if not allowed:
-            raise UserError(f"{name} = {value!r} is not allowed: it takes {allowed_values(SETTINGS[name])}")
+            raise UserError(f"{where}unknown setting {name}: {hint} (start the name of a helper variable with an "
+                            "underscore)")
+        if not is_allowed(SETTINGS[name], value):
+            raise UserError(f"{where}{name} = {value!r} is not allowed: it takes {allowed_values(SETTINGS[name])}")
     budgets = [name for name in BUDGETS if values.get(name)]
     if len(budgets) > 1:
-        raise UserError(f"{budgets[0]} and {budgets[1]} are both set: set the length of the run in one unit only")
+        raise UserError(f"{where}{' and '.join(budgets)} are both set: set the length of the run in one unit only")

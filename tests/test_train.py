@@ -128,27 +128,6 @@ def test_ckpt_keeps_the_best_weights_when_the_loss_rises_again(with_data):
     assert load_last("out/x")["best_val_loss"] == min(iterations)
 
 
-def test_early_stopping_ends_the_run_and_is_resumable(with_data, capsys):
-    """The learning rate rises until it harms, so that no evaluation after the best one finds a lower loss."""
-    flags = [*TINY, "--min_lr=3.0", "--grad_clip=0", "--eval_interval=2", "--out_dir=out/x"]
-    train.main([*flags, "--patience=3"])
-    out = capsys.readouterr().out
-    evals = records("out/x", "eval")
-    best = min(range(len(evals)), key=lambda i: evals[i]["val_loss"])
-    assert len(evals) == best + 4 < 12 and [r["evals_since_best"] for r in evals[best:]] == [0, 1, 2, 3]
-    assert f"stopped early, after step {len(evals)} of 12: no lower validation loss in the last 3 evaluations" in out
-    assert "resume with" not in out
-
-    end = [{"kind": "end", "iter": 2 * len(evals), "reason": "stopped early"}]
-    assert records("out/x", "end") == end
-    train.main(["--resume", "--out_dir=out/x"])
-    assert "is finished already: no lower validation loss" in capsys.readouterr().out and records("out/x", "end") == end
-    train.main(["--resume", "--out_dir=out/x", "--patience=4"])  # one evaluation more
-    assert len(records("out/x", "eval")) == best + 5
-    train.main(["--resume", "--out_dir=out/x", "--patience=0"])
-    assert len(records("out/x", "eval")) == 12
-
-
 def test_the_output_ends_with_the_results_and_the_command_to_sample(with_data, capsys):
     train.main([*TINY, "--out_dir=out/x", "--max_iters=6"])
     out = capsys.readouterr().out
@@ -282,13 +261,6 @@ def test_a_learning_rate_that_rises_is_warned_about(with_data, capsys):
     assert "warning: min_lr = 0.0005 is above learning_rate = 0.0001" in capsys.readouterr().out
     train.main(words)
     assert "warning" not in capsys.readouterr().out
-
-
-def test_a_run_that_ends_before_its_schedule_is_noted(with_data, capsys):
-    train.main([*TINY, "--out_dir=out/x", "--max_iters=4", "--lr_decay_iters=8"])
-    assert "reaches min_lr at iteration 8, but the run ends at iteration 4" in capsys.readouterr().out
-    train.main([*TINY, "--out_dir=out/y", "--max_iters=4"])
-    assert "reaches min_lr" not in capsys.readouterr().out
 
 
 # ---- the length of a run, and when things are due ----
@@ -743,19 +715,6 @@ def test_a_missing_or_damaged_ckpt_is_written_again(with_data, capsys):
     train.main(["--out_dir=out/x", "--resume", "--max_iters=24"])
     assert "out/x/ckpt.pt is damaged" in capsys.readouterr().out
     assert checkpoint.load(ckpt)["iter"] == 24
-
-
-def test_resuming_refuses_the_ckpt_of_another_run(with_data, fails):
-    for name, seed in (("x", 1), ("y", 2)):
-        train.main([*TINY, f"--out_dir=out/{name}", "--max_iters=8", "--lr_decay_iters=24", f"--seed={seed}"])
-    for name in ("last.pt", "log.jsonl", "samples.md"):  # the logs too: last.pt contains their sizes
-        Path("out/y", name).replace(Path("out/x", name))
-    with open("out/x/log.jsonl", "a") as log:  # what resuming would truncate
-        log.write('{"kind": "step"}\n')
-    before = Path("out/x/log.jsonl").read_bytes()
-    line = fails(train.main, ["--out_dir=out/x", "--resume", "--max_iters=16"])
-    assert "out/x/ckpt.pt and the last.pt next to it belong to different runs (their seed differs)" in line
-    assert Path("out/x/log.jsonl").read_bytes() == before  # it may be the log of the other one
 
 
 def test_a_run_without_fused_adamw_can_be_resumed_with_it(with_data):

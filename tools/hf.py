@@ -36,7 +36,7 @@ from model import GPT, GPTConfig, ModelSettings
 from storygpt import checkpoint
 from storygpt.corpus.dataset import data_sha256, with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
-from storygpt.run import best_checkpoint, claim_run_folder, run_exists, start_run_folder
+from storygpt.run import best_checkpoint, claim_run_folder, checkpoints, start_run_folder
 from storygpt.settings import Config
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
@@ -378,7 +378,7 @@ def import_model(source, out_dir, overwrite):
 
     Raises UserError if the model cannot be read, or computes another function than model.py.
     """
-    if run_exists(out_dir) and not overwrite:
+    if checkpoints(out_dir) and not overwrite:
         raise UserError(f"{out_dir} already contains a run: choose another folder, or replace it with --overwrite")
     model, tokenizer = read_nanogpt(source) if Path(source).is_file() else read_hf(source)
     write_run(out_dir, model, tokenizer, overwrite)

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from sample import number
 from storygpt.corpus.dataset import data_sha256, read_meta
-from storygpt.run import read_log, run_exists
+from storygpt.run import read_log, checkpoints
 from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
@@ -236,7 +236,7 @@ def check_settings(sweep):
         except UserError as error:
             raise UserError(f"{settings_name(settings)}: {error}") from error
         read_meta(Path("data", cfg.dataset))
-    if run_exists(sweep.out_dir):
+    if checkpoints(sweep.out_dir):
         raise UserError(f"{sweep.out_dir} contains a run: choose another folder for the sweep (--out_dir)")
 
 
