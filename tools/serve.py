@@ -31,7 +31,7 @@ from storygpt.checkpoint import load_model
 from storygpt.generate import generate, prepare_for_generation
 from storygpt.run import best_checkpoint, list_runs, newest_run
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
-from storygpt.system.hardware import max_concurrent_samples, pick_device, pick_inference_dtype
+from storygpt.system.hardware import pick_device, pick_inference_dtype
 from tools import compare, publish
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -95,7 +95,9 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
     from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    slots = asyncio.Semaphore(max_concurrent_samples(device))  # the other stories wait
+    # How many stories are generated at once, the others wait: two on a CPU, each at half the speed. Elsewhere one, as
+    # another thread would break the capture of a CUDA graph, and MPS does not support two (pytorch issue 197805).
+    slots = asyncio.Semaphore(2 if device.type == "cpu" else 1)
 
     async def page(request):
         return FileResponse(Path(__file__).with_name("serve.html"), headers=HEADERS)

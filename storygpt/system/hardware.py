@@ -14,6 +14,10 @@ from storygpt import OPENMP_VARIABLES
 from storygpt.system.errors import UserError, out_of_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
+# By device type; 4,096 for others. On a CPU, larger micro-batches are no faster (docs/speed.md).
+TOKENS_PER_MICRO_BATCH = {"cpu": 4_096, "cuda": 65_536}
+# Signals that ask a run to stop: of Ctrl-C, of job schedulers and, on Windows, of Ctrl-Break.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
 def pick_device(name):
@@ -66,27 +70,18 @@ def pick_inference_dtype(name, device):
     with AVX-512 VNNI only), else that of `pick_dtype`.
     """
     # torch's kernels for int8 are deprecated.
-    has_int8 = hasattr(torch, "quantize_per_channel") and torch.backends.quantized.engine != "none"
-    if name == "auto" and device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and has_int8:
+    has_int8 = (device.type == "cpu" and hasattr(torch, "quantize_per_channel")
+                and torch.backends.quantized.engine != "none")
+    if name == "int8" and not has_int8:
+        raise UserError(f"dtype = 'int8' does not work on {device.type} with this build of PyTorch: use auto")
+    if name == "int8" or (name == "auto" and has_int8 and platform.machine() in ("x86_64", "AMD64")):
         return torch.int8
-    if name != "int8":
-        return pick_dtype(name, device)
-    if device.type != "cpu":
-        raise UserError(f"dtype = 'int8' works on a CPU only; on {device.type} use auto")
-    if not has_int8:
-        raise UserError("dtype = 'int8' does not work with this build of PyTorch: use auto")
-    return torch.int8
+    return pick_dtype(name, device)
 
 
 def autocast(device, dtype):
     """A context in which matrix products are computed in `dtype`; float32 needs none."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def max_concurrent_samples(device):
-    """How many threads may generate at the same time; two on a CPU, so that nobody waits, each at half the speed."""
-    # Another thread would break the capture of the CUDA graph, and MPS does not support two (pytorch issue 197805).
-    return 2 if device.type == "cpu" else 1
 
 
 def pick_compile(setting, device):
@@ -107,45 +102,22 @@ def pick_fused(device):
     return device.type in ("cpu", "cuda")
 
 
-def pick_micro_batch_size(setting, sequences, training_bytes, device, equal_sizes):
-    """How many of a rank's `sequences` go through the model at once.
+def pick_micro_batch_size(setting, sequences, block_size, device, equal_sizes):
+    """How many of a rank's `sequences` go through the model at once; auto: at most TOKENS_PER_MICRO_BATCH tokens.
 
-    auto: as many as fit into 80% of a CUDA GPU's free memory or, elsewhere, into 768 MiB: on a CPU, more is no faster.
-    `training_bytes`: the estimated memory (fixed, per sequence), the former for CUDA only. `equal_sizes`: all have the
-    same size, because torch.compile compiles again for another.
+    `equal_sizes`: all micro-batches have the same size, because torch.compile compiles again for another.
     """
     if setting != "auto":
         return min(setting, sequences)
-    fixed, per_sequence = training_bytes
-    memory = 0.8 * free_memory(device) - fixed if device.type == "cuda" else 768 * 2**20
-    limit = max(1, int(memory // per_sequence))
-    divisor = largest_divisor(sequences, limit)
-    if equal_sizes or 2 * divisor > limit:
-        return divisor
+    limit = max(1, TOKENS_PER_MICRO_BATCH.get(device.type, 4_096) // block_size)
+    if equal_sizes:
+        return largest_divisor(sequences, limit)
     return math.ceil(sequences / math.ceil(sequences / limit))  # nearly equal parts, the last one smaller
 
 
 def largest_divisor(number, limit):
     """The largest divisor of a number that is at most `limit`."""
     return max(n for n in range(1, min(limit, number) + 1) if number % n == 0)
-
-
-def check_memory(parameters, tokens, device):
-    """Raise UserError if a model of so many parameters, or a step of so many tokens, cannot fit into memory at all."""
-    memory = free_memory(device)
-    # Bytes: float32 weight, gradient and AdamW's two moments; int64 index, window, input and target.
-    if 16 * parameters + 32 * tokens > memory:
-        raise UserError(f"{parameters:,} parameters and {tokens:,} tokens per step and process need more than the "
-                        f"{memory / 2**30:.0f} GiB available on {device}: lower n_layer, n_embd, block_size, "
-                        "batch_size or gradient_accumulation_steps")
-
-
-def free_memory(device):
-    """Memory of a device in bytes: on CUDA what no process uses, elsewhere all of it; infinity if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # Windows needs another package for this.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 @contextmanager
@@ -195,26 +167,19 @@ class StopSignals:
     """
 
     def __init__(self, rank):
-        self.rank, self.received, self.numbers = rank, False, set()
+        self.rank, self.received = rank, False
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.handle) for number in stop_signals()}
+        self.handlers = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
         return self
 
     def handle(self, number, frame):
-        """Note the signal; raise KeyboardInterrupt if it was received before."""
-        if number in self.numbers:
-            raise KeyboardInterrupt
-        self.numbers.add(number)
+        """Note the signal, and let the next one of its kind raise KeyboardInterrupt."""
         self.received = True
+        signal.signal(number, signal.default_int_handler)
         if self.rank == 0:  # print is not safe in a signal handler
             os.write(2, b"\nstopping after this step or evaluation; press Ctrl-C again to abort\n")
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-def stop_signals():
-    """The signals that ask a run to stop: Ctrl-C, SIGTERM (job schedulers) and, on Windows, Ctrl-Break."""
-    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]

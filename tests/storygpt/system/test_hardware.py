@@ -12,36 +12,29 @@ import torch
 
 from storygpt.system import hardware
 from storygpt.system.errors import UserError
-from storygpt.system.hardware import (StopSignals, autocast, check_memory, describe_device, git_commit,
-                                      max_concurrent_samples, out_of_memory_errors, pick_compile, pick_device,
-                                      pick_dtype, pick_fused, pick_inference_dtype, pick_micro_batch_size,
-                                      stop_signals, to_device)
+from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, describe_device, git_commit,
+                                      out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
+                                      pick_inference_dtype, pick_micro_batch_size, to_device)
+
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-MIB, GIB = 2**20, 2**30
 
 
-@pytest.mark.parametrize("sequences, equal_sizes, size", [  # 33 sequences of 23 MiB fit into 768 MiB
+@pytest.mark.parametrize("sequences, equal_sizes, size", [
     (1024, False, 32), (32, False, 32), (4, False, 4),
-    (42, False, 21), (119, False, 17),
-    (37, False, 19), (37, True, 1),  # a prime: 19 and 18
-    (96, True, 32), (48, True, 24),
+    (42, False, 21), (119, False, 30), (37, False, 19),  # nearly equal parts
+    (37, True, 1), (96, True, 32), (48, True, 24),  # a divisor
 ])
-def test_micro_batches_fill_the_memory_and_divide_the_step(sequences, equal_sizes, size):
-    assert pick_micro_batch_size("auto", sequences, (10**12, 23 * MIB), CPU, equal_sizes) == size
-    assert pick_micro_batch_size("auto", sequences, (0, GIB), CPU, equal_sizes) == 1
-    assert pick_micro_batch_size(7, sequences, (0, GIB), CPU, equal_sizes) == min(7, sequences)
+def test_micro_batches_have_at_most_4096_tokens_on_a_cpu_and_divide_the_step(sequences, equal_sizes, size):
+    assert pick_micro_batch_size("auto", sequences, 128, CPU, equal_sizes) == size
+    assert pick_micro_batch_size("auto", sequences, 128, torch.device("mps"), equal_sizes) == size
+    assert pick_micro_batch_size("auto", sequences, 5000, CPU, equal_sizes) == 1
+    assert pick_micro_batch_size(7, sequences, 128, CPU, equal_sizes) == min(7, sequences)
 
 
-@pytest.mark.parametrize("free, fixed, per_sequence, size", [
-    (80 * GIB, GIB, 20 * MIB, 1024),
-    (16 * GIB, GIB, 20 * MIB, 512),  # 604 fit
-    (16 * GIB, 3 * GIB, 20 * MIB, 256),  # 501 fit
-    (GIB, 2 * GIB, 20 * MIB, 1),  # less than the model alone needs
-])
-def test_micro_batches_fill_the_free_memory_of_a_gpu(monkeypatch, free, fixed, per_sequence, size):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
-    assert pick_micro_batch_size("auto", 1024, (fixed, per_sequence), CUDA, True) == size
+def test_micro_batches_are_larger_on_a_gpu():
+    sizes = [pick_micro_batch_size("auto", 1024, block_size, CUDA, True) for block_size in (64, 128, 256)]
+    assert sizes == [1024, 512, 256]
 
 
 def test_int8_is_picked_for_generating_on_an_x86_cpu(monkeypatch):
@@ -51,14 +44,14 @@ def test_int8_is_picked_for_generating_on_an_x86_cpu(monkeypatch):
         assert pick_inference_dtype("int8", CPU) == torch.int8
     assert pick_inference_dtype("auto", torch.device("mps")) == torch.float32
     assert pick_inference_dtype("float32", CPU) == torch.float32
-    with pytest.raises(UserError, match="on cuda use auto"):
+    with pytest.raises(UserError, match="does not work on cuda .*: use auto"):
         pick_inference_dtype("int8", CUDA)
 
 
 def test_int8_is_not_picked_without_its_kernels(monkeypatch):
     monkeypatch.delattr(torch, "quantize_per_channel")
     assert pick_inference_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
-    with pytest.raises(UserError, match="does not work with this build of PyTorch: use auto"):
+    with pytest.raises(UserError, match="does not work on cpu with this build of PyTorch: use auto"):
         pick_inference_dtype("int8", CPU)
 
 
@@ -94,36 +87,24 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         pick_device("cuda")
 
 
-def test_models_and_steps_larger_than_the_memory_are_refused():
-    check_memory(29_995_392, 1024 * 128, CPU)
-    with pytest.raises(UserError, match="10,000,000,000,000 parameters .* lower n_layer, n_embd, block_size, batch_s"):
-        check_memory(10**13, 1024 * 128, CPU)
-    with pytest.raises(UserError, match="12,800,000,000,000 tokens per step and process"):
-        check_memory(29_995_392, 12_800_000_000_000, CPU)
-
-
-STOP = ["SIGINT", "SIGTERM"]
-STOP_WINDOWS = [*STOP, "SIGBREAK"]
 MACHINES = {
     # What torch and Python report: system, processor, CUDA and its bfloat16, MPS, bfloat16 of the CPU. Then what is
-    # picked: device, dtype, compile, fused AdamW, dtype of the weights for generating, stop signals.
-    "Linux, new GPU": ("Linux", "x86_64", True, True, False, True, "cuda", "bfloat16", True, True, "bfloat16", STOP),
-    "Linux, old GPU": ("Linux", "x86_64", True, False, False, False, "cuda", "float16", True, True, "float16", STOP),
-    "Linux, new CPU": ("Linux", "x86_64", False, False, False, True, "cpu", "bfloat16", False, True, "int8", STOP),
-    "Linux, old CPU": ("Linux", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8", STOP),
-    "Linux, ARM": ("Linux", "aarch64", False, False, False, False, "cpu", "float32", False, True, "float32", STOP),
-    "Mac, Apple": ("Darwin", "arm64", False, False, True, False, "mps", "float32", False, False, "float32", STOP),
-    "Mac, Intel": ("Darwin", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8", STOP),
-    "Windows, GPU": ("Windows", "AMD64", True, True, False, False, "cuda", "bfloat16", False, True, "bfloat16",
-                     STOP_WINDOWS),
-    "Windows, CPU": ("Windows", "AMD64", False, False, False, False, "cpu", "float32", False, True, "int8",
-                     STOP_WINDOWS),
+    # picked: device, dtype, compile, fused AdamW, dtype of the weights for generating.
+    "Linux, new GPU": ("Linux", "x86_64", True, True, False, True, "cuda", "bfloat16", True, True, "bfloat16"),
+    "Linux, old GPU": ("Linux", "x86_64", True, False, False, False, "cuda", "float16", True, True, "float16"),
+    "Linux, new CPU": ("Linux", "x86_64", False, False, False, True, "cpu", "bfloat16", False, True, "int8"),
+    "Linux, old CPU": ("Linux", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8"),
+    "Linux, ARM": ("Linux", "aarch64", False, False, False, False, "cpu", "float32", False, True, "float32"),
+    "Mac, Apple": ("Darwin", "arm64", False, False, True, False, "mps", "float32", False, False, "float32"),
+    "Mac, Intel": ("Darwin", "x86_64", False, False, False, False, "cpu", "float32", False, True, "int8"),
+    "Windows, GPU": ("Windows", "AMD64", True, True, False, False, "cuda", "bfloat16", False, True, "bfloat16"),
+    "Windows, CPU": ("Windows", "AMD64", False, False, False, False, "cpu", "float32", False, True, "int8"),
 }
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
-    system, processor, cuda, cuda_bf16, mps, cpu_bf16, device, dtype, compiled, fused, weights, signals = MACHINES[name]
+    system, processor, cuda, cuda_bf16, mps, cpu_bf16, device, dtype, compiled, fused, weights = MACHINES[name]
 
     def compile(function):
         if system == "Windows":
@@ -140,17 +121,13 @@ def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
     monkeypatch.setattr(torch, "compile", compile)
     for factory in ("empty", "ones"):
         monkeypatch.setattr(torch, factory, lambda n, device: n)
-    if system == "Windows":
-        monkeypatch.setattr(signal, "SIGBREAK", 21, raising=False)
 
     picked = pick_device("auto")
     assert picked.type == device
     assert pick_dtype("auto", picked) == getattr(torch, dtype)
     assert pick_compile("auto", picked)[0] == compiled
     assert pick_fused(picked) == fused
-    assert max_concurrent_samples(picked) == (2 if device == "cpu" else 1)
     assert pick_inference_dtype("auto", picked) == getattr(torch, weights)
-    assert stop_signals() == [getattr(signal, name) for name in signals]
 
 
 def test_float16_is_refused_on_mps():
@@ -232,7 +209,7 @@ def test_git_commit_is_that_of_the_program(monkeypatch, tmp_path):
 @pytest.mark.parametrize("number, other", [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
 def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other):
     number, other = getattr(signal, number), getattr(signal, other)
-    before = [signal.getsignal(s) for s in stop_signals()]
+    before = [signal.getsignal(s) for s in STOP_SIGNALS]
     with pytest.raises(ZeroDivisionError), StopSignals(rank=0) as signals:
         assert signals.received is False
         signal.raise_signal(number)
@@ -243,7 +220,7 @@ def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(repeated)
         raise ZeroDivisionError
-    assert [signal.getsignal(s) for s in stop_signals()] == before  # restored after an error, too
+    assert [signal.getsignal(s) for s in STOP_SIGNALS] == before  # restored after an error, too
 
 
 def test_only_rank_0_prints_that_a_signal_was_received(capfd):
