@@ -31,15 +31,14 @@ def exit_with_one_line(main):
     def wrapped(argv=None):
         if signal.getsignal(signal.SIGINT) is storygpt.exit_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        result, code = None, 0
+        code = 0
         try:
             result = main(argv)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
             code = 141
         except (Exception, KeyboardInterrupt) as error:
-            line = one_line(error)
-            if not line:
+            if not (line := one_line(error)):
                 raise
             if os.environ.get("TRACEBACK") == "1":
                 traceback.print_exc()
@@ -63,9 +62,8 @@ def one_line(error):
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         line = f"error: {where}{error.strerror or error}"
-    elif place := out_of_memory(error):
-        place, advice = (" on the GPU", ", or --device=cpu") if place == "GPU" else ("", "")
-        line = f"error: out of memory{place}: use smaller sizes{advice} ({str(error) or 'MemoryError'})"
+    elif out_of_memory(error):
+        line = f"error: out of memory: use smaller sizes ({str(error) or 'MemoryError'})"
     else:
         return None
     if os.environ.get("RANK", "0") != "0":  # started by torchrun, perhaps on another machine
@@ -74,13 +72,10 @@ def one_line(error):
 
 
 def out_of_memory(error):
-    """What has run out of memory, "CPU" or "GPU" (CUDA, MPS); None for another error."""
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return "CPU"
+    """Whether an exception says that the memory of the machine or of its GPU has run out."""
     # torch's class by its name, because not every script imports torch.
-    if type(error).__name__ == "OutOfMemoryError" or "MPS backend out of memory" in str(error):
-        return "GPU"
-    return None
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory")))
 
 
 class Parser(argparse.ArgumentParser):
