@@ -131,7 +131,7 @@ def main(argv=None):
             if state.stop or state.step == total_steps(state):
                 break
             lr = set_learning_rate(state)
-            seed_random(step_seed(cfg.seed, state.step, rank))
+            seed_random(cfg.seed, state.step, rank)
             loss = forward_backward(state, train_model, x, y)
             grad_norm = optimizer_step(state)
             state.step += 1
@@ -285,13 +285,11 @@ def get_batch(state):
     return [to_device(tokens, state.device) for tokens in state.data.order.sequences(first, count)]
 
 
-def step_seed(seed, step, rank):
-    """The seed of a step's random numbers, as of dropout: of these three alone, so no RNG state has to be saved."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
-
-def seed_random(seed):
-    """Seed all random numbers that a model may use."""
+def seed_random(*integers):
+    """Seed all random numbers that a model may use. A step's are of the run's seed, the step and the rank alone, so no
+    state of a generator has to be saved.
+    """
+    seed = int(np.random.SeedSequence(integers).generate_state(1, np.uint64)[0])
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -417,8 +415,8 @@ def evaluate_and_log(state, tokenizer):
                      "val_bpb": val_bpb}
     tqdm.write(f"iteration {state.iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
                f"{val_bpb:.4f} bits per byte")
+    state.log("eval", **state.metrics, seconds=state.elapsed())
     if state.rank == 0:
-        files.append_line(state.out_dir / "log.jsonl", {"kind": "eval", **state.metrics, "seconds": state.elapsed()})
         files.append(state.out_dir / "samples.md", f"## iteration {state.iteration}: validation loss {val_loss:.4f}\n\n"
                                                    f"{story}\n\n")
     if val_loss < state.best_val_loss:
@@ -430,14 +428,11 @@ def evaluate_and_log(state, tokenizer):
 
 def log_run(state, resumed_at):
     """Log the settings, data, machine and versions of the run, and the iteration at which it is resumed or None."""
-    if state.rank == 0:
-        files.append_line(state.out_dir / "log.jsonl", {
-            "kind": "run", "config": asdict(state.cfg), "resumed_at": resumed_at,
-            "parameters": state.model.num_parameters(), "device": describe_device(state.device),
-            "dtype": str(state.dtype).removeprefix("torch."), "micro_batch_size": state.micro_batch_size,
-            "world_size": state.world_size, "threads": torch.get_num_threads(), "git": git_commit(),
-            "data_sha256": state.data.sha256, "seed": state.cfg.seed, "python": platform.python_version(),
-            "torch": torch.__version__, "numpy": np.__version__})
+    state.log("run", config=asdict(state.cfg), resumed_at=resumed_at, parameters=state.model.num_parameters(),
+              device=describe_device(state.device), dtype=str(state.dtype).removeprefix("torch."),
+              micro_batch_size=state.micro_batch_size, world_size=state.world_size, threads=torch.get_num_threads(),
+              git=git_commit(), data_sha256=state.data.sha256, seed=state.cfg.seed, python=platform.python_version(),
+              torch=torch.__version__, numpy=np.__version__)
 
 
 def log_step(state, loss, lr, grad_norm, bar):
@@ -446,12 +441,10 @@ def log_step(state, loss, lr, grad_norm, bar):
     training_seconds = now - state.logged_at - state.excluded_seconds
     tokens_per_s = (state.step - state.logged_step) * state.cfg.tokens_per_step / training_seconds
     state.logged_step, state.logged_at, state.excluded_seconds = state.step, now, 0.0
-    if state.rank == 0:
-        files.append_line(state.out_dir / "log.jsonl", {
-            "kind": "step", "iter": state.iteration, "step": state.step, "tokens": state.tokens,
-            "epoch": state.tokens / state.data.tokens_per_epoch, "loss": loss.item(), "lr": lr,
-            "grad_norm": grad_norm.item() if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            "skipped": state.skipped, "tokens_per_s": tokens_per_s, "seconds": state.elapsed()})
+    state.log("step", iter=state.iteration, step=state.step, tokens=state.tokens,
+              epoch=state.tokens / state.data.tokens_per_epoch, loss=loss.item(), lr=lr,
+              grad_norm=grad_norm.item() if math.isfinite(grad_norm) else None,  # JSON has no infinity
+              skipped=state.skipped, tokens_per_s=tokens_per_s, seconds=state.elapsed())
     summary = f"loss {loss.item():.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s"
     bar.set_postfix_str(summary)
     if bar.disable:
@@ -463,9 +456,7 @@ def log_step(state, loss, lr, grad_norm, bar):
 
 def log_end(state):
     """Log how the run ended: it has finished, or was stopped and can be resumed."""
-    if state.rank == 0:
-        reason = "finished" if is_finished(state) else "stopped"
-        files.append_line(state.out_dir / "log.jsonl", {"kind": "end", "iter": state.iteration, "reason": reason})
+    state.log("end", iter=state.iteration, reason="finished" if is_finished(state) else "stopped")
 
 
 # ---- what is printed at the start and at the end ----

@@ -15,9 +15,8 @@ from model import GPT
 from storygpt import checkpoint, run
 from storygpt.run import read_log
 from storygpt.system import distributed
-from storygpt.system.distributed import (all_reduce_sum, broadcast_object, check_equal_weights, cleanup_distributed,
-                                         distributed_errors, init_distributed, is_communication_error, rank_0_first,
-                                         sync_stop_and_time)
+from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
+                                         init_distributed, rank_0_first, sync_stop_and_time)
 from storygpt.system.errors import UserError
 
 FLAGS = [*TINY, "--dropout=0", "--log_interval=1", "--optimizer=muon"]
@@ -69,8 +68,6 @@ WINDOWS_GLOO = r"[C:\pytorch\third_party\gloo\gloo\transport\uv\unbound_buffer.c
     (UserError(GLOO), None),
 ])
 def test_only_errors_of_the_communication_are_translated(error, reason):
-    assert is_communication_error(error) == (reason is not None)
-
     @distributed_errors()
     def fail():
         raise error
@@ -90,7 +87,7 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     assert broadcast_object("x") == "x" and sync_stop_and_time(True, 2.5) == (True, 2.5)
     assert all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
     with rank_0_first():
-        check_equal_weights([torch.ones(1)])
+        pass
     cleanup_distributed()
 
 
@@ -107,26 +104,6 @@ def test_collectives(here):
     assert torch.load("0.pt") == torch.load("1.pt") == [2, "of rank 0", 3, (False, 5.0), True]
 
 
-def test_one_bit_of_a_weight_of_any_dtype_is_a_difference(here):
-    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8, torch.bool]
-
-    def main(argv):
-        rank, _ = init_distributed()
-        weights = [torch.ones(3, 4, dtype=dtype).T for dtype in dtypes] + [torch.ones(())]
-        check_equal_weights(weights)
-        for weight in weights:
-            if rank == 1:
-                integers = weight.view(distributed.INTEGERS[weight.element_size()])
-                integers[(-1,) * weight.dim()] ^= 1
-            with pytest.raises(SystemExit if rank else UserError, match=None if rank else "weights of rank 1 differ"):
-                check_equal_weights(weights)
-            weight.fill_(1)
-        cleanup_distributed()
-
-    results = run_ranks(2, main, [])
-    assert [code for code, _, _ in results] == [0, 0], results
-
-
 @pytest.mark.parametrize("rank, expected", [(0, ["block", "wait"]), (1, ["wait", "block"])])
 def test_rank_0_first(monkeypatch, rank, expected):
     events = []
@@ -138,16 +115,11 @@ def test_rank_0_first(monkeypatch, rank, expected):
     assert events == expected
 
 
-def test_environments_that_torchrun_cannot_work_in_are_refused(monkeypatch):
+def test_an_environment_without_the_address_of_rank_0_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="the other processes of the run cannot be reached"):
-        init_distributed()
-    for name, value in {"MAX_RESTARTS": "3", "USE_AGENT_STORE": "True"}.items():
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         init_distributed()
 
 
@@ -192,23 +164,6 @@ def test_all_ranks_start_with_the_weights_of_rank_0(with_data, monkeypatch, star
     assert equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
 
 
-def test_weights_that_differ_between_ranks_are_one_error(with_data, monkeypatch):
-    """One bit of rank 1's weights changes in a step; the next save reports it and keeps the previous checkpoint."""
-    step = train.optimizer_step
-
-    def step_and_flip(state):
-        grad_norm = step(state)
-        if state.rank == 1 and state.step == 9:
-            state.model.transformer.wpe.weight.data.view(torch.int32)[3, 3] ^= 2**16  # lower ones can be rounded away
-        return grad_norm
-
-    monkeypatch.setattr(train, "optimizer_step", step_and_flip)
-    (code, _, err), other = train_on_ranks(2, [*FLAGS, "--out_dir=out/x"])
-    assert code == other[0] == 1 and err.count("error: ") == 1 and "Traceback" not in err + other[2]
-    assert "error: the weights of rank 1 differ from those of rank 0: " in err and "error" not in other[2]
-    assert checkpoint.load("out/x/last.pt")["step"] == 8
-
-
 def test_only_one_process_a_machine_hashes_the_data(with_data, monkeypatch):
     from storygpt.corpus import dataset
     hashed, file_sha256 = [], dataset.file_sha256
@@ -249,15 +204,20 @@ def test_resume_on_two_ranks_is_bit_exact(with_data):
 
 
 def test_dropout_masks_differ_between_ranks_and_steps():
-    seeds = {train.step_seed(1337, step, rank) for step in range(50) for rank in range(8)}
-    assert len(seeds) == 400 and train.step_seed(1337, 3, 1) == train.step_seed(1337, 3, 1) in seeds
+    def seed_of(*integers):
+        train.seed_random(*integers)
+        return torch.initial_seed()
+
+    seeds = {seed_of(1337, step, rank) for step in range(50) for rank in range(8)}
+    assert len(seeds) == 400 and seed_of(1337, 3, 1) == seed_of(1337, 3, 1) in seeds
 
 
 def test_a_world_size_that_does_not_divide_the_step_is_refused_once(with_data):
     results = train_on_ranks(3, [*FLAGS, "--out_dir=out/x"])
     assert [code for code, _, _ in results] == [1, 1, 1] and not Path("out").exists()
-    assert results[0][2] == ("error: 3 processes cannot divide a step's 8 sequences evenly: use 1, 2, 4, 8\n")
-    assert [err for _, _, err in results[1:]] == ["", ""]
+    assert results[0][2] == ("error: 3 processes cannot divide a step's 8 sequences evenly: use 2, or another "
+                             "batch_size\n")
+    assert all(err.startswith("error: the other processes of the run cannot be reached (") for _, _, err in results[1:])
 
 
 @pytest.mark.parametrize("flag, complaint", [("--dataset=none", "no data in data/none"),
