@@ -19,29 +19,26 @@ from storygpt.system.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # for a slow rank: compiling, or writing to a slow disk
 GLOO_POSITION = re.compile(r"\[[^]]*[\\/]gloo[\\/][^]]*\] ?")  # gloo's errors contain their position in its source
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def init_distributed():
-    """Create the process group if torchrun started this process; returns (rank, world size)."""
+    """Create the process group if torchrun started this process; returns (rank, world size).
+
+    The world size can be 1 then, too, so that NCCL can be tested on one GPU. Raises UserError if another process cannot
+    be reached.
+    """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return 0, 1
-    world_size = int(os.environ["WORLD_SIZE"])  # may be 1, also under torchrun: NCCL can then be tested on one GPU
     if int(os.environ["RANK"]):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 prints
-    # torchrun's store survives a restart together with the addresses of the dead processes, so each start needs its
-    # own key prefix: the restart count. On several machines the counts can differ.
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if restarts and shared_store and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
-        raise UserError("torchrun can restart a run on several machines only with a new store each time: set "
-                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment on each of them")
     with distributed_errors():
-        store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        prefix = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared_store else ""
+        store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's own store keeps the addresses of dead processes when it restarts them, so each start has its own
+        # keys. (On several machines the restart counts can differ: there it must not be used, see docs/training.md.)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
-                                timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         dist.all_reduce(torch.zeros(1))  # a barrier: without torchrun the others find each other through rank 0
     return rank, world_size
 
@@ -52,25 +49,21 @@ def cleanup_distributed():
         dist.destroy_process_group()
 
 
-def is_communication_error(error):
-    """Whether an exception of torch means that another rank cannot be reached, as when that has died."""
-    message = str(error)
-    if isinstance(error, ValueError):  # the environment lacks the address of rank 0
-        return "env:// rendezvous" in message
-    if isinstance(error, dist.DistError):  # of NCCL or the store; NCCL also passes on errors of CUDA
-        return "cuda error" not in message.lower()
-    return isinstance(error, RuntimeError) and bool(GLOO_POSITION.search(message))
-
-
 @contextmanager
 def distributed_errors():
-    """Raise UserError when communication fails; other exceptions pass. Also a decorator: `@distributed_errors()`."""
+    """Raise UserError when another rank cannot be reached, as when that has died; other exceptions pass.
+
+    Also a decorator: `@distributed_errors()`.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if not is_communication_error(error):
+        message = str(error)
+        # Of the environment, which lacks an address; of gloo; of NCCL or the store. NCCL also passes on errors of CUDA.
+        if not ("env:// rendezvous" in message or GLOO_POSITION.search(message)
+                or (isinstance(error, dist.DistError) and "cuda error" not in message.lower())):
             raise
-        reason = GLOO_POSITION.sub("", str(error).splitlines()[0]).split(". ")[0]
+        reason = GLOO_POSITION.sub("", message.splitlines()[0]).split(". ")[0]
         raise UserError(f"the other processes of the run cannot be reached ({reason}): see the error of the one that "
                         "failed first") from error
 
@@ -78,6 +71,11 @@ def distributed_errors():
 def is_first_on_machine():
     """Whether this is the first process of the run on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def get_rank():
+    """The rank of this process; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @distributed_errors()
@@ -90,34 +88,17 @@ def broadcast_object(value):
 
 
 def rank_0_result(function, *args):
-    """The result of function(*args), which only rank 0 calls, on every rank.
-
-    If it raises UserError, rank 0 raises that and the others exit with code 1.
-    """
-    if not dist.is_initialized():
-        return function(*args)
-    result = error = None
-    if dist.get_rank() == 0:
-        try:
-            result = function(*args)
-        except UserError as caught:
-            error = caught
-    result, failed = broadcast_object((result, error is not None))
-    if error:
-        raise error
-    if failed:
-        sys.exit(1)
-    return result
+    """The result of function(*args), which only rank 0 calls, on every rank; UserError on the others if it fails."""
+    return broadcast_object(function(*args) if get_rank() == 0 else None)
 
 
 @contextmanager
 def rank_0_first():
     """Let rank 0 finish a block before the other ranks enter it: an error that all would raise is printed once."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank:
+    if get_rank() > 0:
         broadcast_object(None)  # wait for rank 0
     yield
-    if not rank:
+    if get_rank() == 0:
         broadcast_object(None)
 
 
@@ -129,28 +110,8 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def check_equal_weights(parameters):
-    """Raise UserError on rank 0, and exit on the others, if the parameters of a rank differ from rank 0's.
-
-    Compares a checksum of each parameter, of any dtype: the sum of its bits as integers.
-    """
-    if not dist.is_initialized():
-        return
-    sums = [p.detach().view(INTEGERS[p.element_size()]).sum(dtype=torch.int64).item() for p in parameters]
-    differs = torch.zeros(dist.get_world_size())
-    differs[dist.get_rank()] = sums != broadcast_object(sums)
-    ranks = all_reduce_sum(differs).nonzero().flatten().tolist()
-    if ranks and dist.get_rank():
-        sys.exit(1)  # rank 0 reports it
-    if ranks:
-        raise UserError(f"the weights of rank {', '.join(map(str, ranks))} differ from those of rank 0: use the same "
-                        "processors and PyTorch build on all machines, then resume from the last checkpoint (--resume)")
-
-
 def sync_stop_and_time(stop, seconds):
     """What all ranks must agree on: whether any rank was asked to stop, and rank 0's clock; returns (bool, float)."""
-    if not dist.is_initialized():
-        return stop, seconds
-    both = torch.tensor([stop, seconds if dist.get_rank() == 0 else 0], dtype=torch.float64)
+    both = torch.tensor([stop, seconds if get_rank() == 0 else 0], dtype=torch.float64)
     stops, seconds = all_reduce_sum(both).tolist()
     return stops > 0, seconds
