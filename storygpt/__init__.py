@@ -16,23 +16,16 @@ OPENMP_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # eac
 
 
 def before_importing_torch():
-    """Make Ctrl-C end the process in one line, and set what torch reads from the environment, unless the user has.
+    """Let Ctrl-C end the process at once, without a traceback, until the script's main starts (`exit_with_one_line`).
 
-    `exit_with_one_line` ends the former when the script's main starts.
+    Also set what torch reads from the environment, unless the user has.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in a shell's background job
-        signal.signal(signal.SIGINT, exit_at_once)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception could be lost in an import that catches it
     if not any(name in os.environ for name in OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     if "RANK" in os.environ:  # DistributedDataParallel warns if a model has no unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def exit_at_once(number, frame):
-    """Signal handler: exit with one line. An exception could be lost in an import that catches it."""
-    if os.environ.get("RANK", "0") == "0":  # not once for every process of torchrun
-        os.write(2, b"stopped\n")
-    os._exit(130)
 
 
 project = Path(__file__).parents[1]

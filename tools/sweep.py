@@ -569,7 +569,8 @@ def report_losses(sweep, trial, process, log):
 
 def check_finished(sweep, trial, code, printed, log):
     """Raise NoResult if train.py did not finish its run: it exited with this code after it printed these lines."""
-    stopped = code in (130, -signal.SIGTERM) or (code == 0 and read_log(log)[-1].get("reason") == "stopped")
+    stopped = (code in (130, -signal.SIGINT, -signal.SIGTERM)
+               or (code == 0 and read_log(log)[-1].get("reason") == "stopped"))
     if stopped or (code and sweep.stop.is_set()):
         raise NoResult
     if code < 0:

@@ -9,8 +9,6 @@ import signal
 import sys
 import traceback
 
-import storygpt
-
 # What errors suggest to someone who has no data or no model yet: it takes a minute or two and no download.
 QUICKSTART = "python prepare.py nursery --tokenizer bpe:2048 && python train.py config/quickstart.py"
 
@@ -29,7 +27,7 @@ def exit_with_one_line(main):
     """
     @functools.wraps(main)
     def wrapped(argv=None):
-        if signal.getsignal(signal.SIGINT) is storygpt.exit_at_once:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by storygpt/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 0
         try:

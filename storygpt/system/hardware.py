@@ -35,12 +35,10 @@ def pick_device(name):
                             "cpu or cuda")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if device.index >= torch.cuda.device_count() > 0:
-                raise UserError("torchrun started more processes on this machine than it has GPUs: use "
-                                f"--nproc_per_node={torch.cuda.device_count()}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter: this build is without CUDA
-        raise UserError(f"device = {name!r} cannot be used on this machine: use auto, cpu, cuda, cuda:1 or mps"
+        raise UserError(f"device = {name!r} cannot be used on this machine, which has {torch.cuda.device_count()} CUDA "
+                        "GPUs: use auto, cpu, cuda, cuda:1 or mps; with torchrun, at most one process for each GPU"
                         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and NCCL use the current device

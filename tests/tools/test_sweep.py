@@ -336,7 +336,8 @@ def test_if_all_runs_fail_it_is_one_line(with_data, fails):
 
 @pytest.mark.parametrize("code, reason, error", [
     (0, "finished", None), (0, "stopped", "^$"), (130, None, "^$"),
-    (-signal.SIGTERM, None, "^$"), (-signal.SIGKILL, None, "was killed by signal 9"), (1, None, "^a reason$")])
+    (-signal.SIGINT, None, "^$"), (-signal.SIGTERM, None, "^$"), (-signal.SIGKILL, None, "was killed by signal 9"),
+    (1, None, "^a reason$")])
 def test_how_a_run_ended(here, code, reason, error):
     """Whether it was stopped is in the last record of its log, whatever train.py prints; "^$": it is queued again."""
     end = [{"kind": "end", "iter": 8, "reason": reason}] if reason else []

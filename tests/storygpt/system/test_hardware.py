@@ -83,7 +83,7 @@ def test_several_processes_do_not_share_a_single_device(monkeypatch, name, on_ma
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="more processes on this machine than it has GPUs: use --nproc_per_node=2"):
+    with pytest.raises(UserError, match="which has 2 CUDA GPUs: .* at most one process for each GPU"):
         pick_device("cuda")
 
 
