@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -11,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import torch._inductor  # noqa: F401  imported by every training run: here once, as it takes two seconds
+from torch.distributed import TCPStore
 
 TIMEOUT = 60  # seconds, for what normally takes a few
 
@@ -124,13 +124,12 @@ def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
 
     All but rank 0 start in `other_folder`. `while_running(pids)` is called while they run.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, at a port that nobody has
 
     def setup(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                       "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         os.chdir(other_folder if rank else ".")
 
     processes = [ForkedProcess(main, argv, lambda rank=rank: setup(rank)) for rank in range(world_size)]
