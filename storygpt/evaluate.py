@@ -23,7 +23,7 @@ SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250  # of 
 
 @torch.no_grad()
 def window_losses(model, split, starts, batch_size):
-    """The mean loss of each window of a `Split`, in nats/token: (N,), on the CPU. `starts` (N,): their first tokens.
+    """The mean loss of each window of a `Split`, in nats/token: (N), on the CPU. `starts` (N): their first tokens.
 
     It is the cross-entropy of the model's logits, whatever loss the model is trained with.
     """
@@ -34,9 +34,9 @@ def window_losses(model, split, starts, batch_size):
     for i in range(0, len(starts), batch_size):
         x, y = (to_device(array, device) for array in split.windows(starts[i:i + batch_size]))  # (B, T) each
         tokens = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
-        losses.append(tokens.view(y.shape).float().sum(1) / (y != IGNORED_TARGET).sum(1))  # (B,)
+        losses.append(tokens.view(y.shape).float().mean(1))  # (B)
     model.train(was_training)
-    return torch.cat(losses).cpu() if losses else torch.empty(0)  # empty if there are more ranks than windows
+    return torch.cat(losses or [torch.empty(0)]).cpu()  # empty if there are more ranks than windows
 
 
 def evaluate_splits(state):

@@ -7,9 +7,9 @@ B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary s
 """
 
 import math
-import threading
 import warnings
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -22,13 +22,9 @@ torch_attention, torch_dropout = F.scaled_dot_product_attention, F.dropout
 
 def is_plain(module, kind):
     """Whether a module is of exactly this class of torch's, without hooks and without a `forward` of its own."""
-    return type(module) is kind and "forward" not in vars(module) and not has_hooks(module)
-
-
-def has_hooks(module):
-    """Whether a module, or torch for all modules, has forward or backward hooks."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks) or nn.modules.module._has_any_global_hook()
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return (type(module) is kind and "forward" not in vars(module)
+            and not any(hooks) and not nn.modules.module._has_any_global_hook())
 
 
 # ---- training on a CPU ----
@@ -91,65 +87,46 @@ def use_fast_linear(model, int8):
             module.prepare(int8)
 
 
+# True while `generate` calls a model, in that thread: the output layer then returns one logit for all repeated rows.
+distinct_logits = ContextVar("distinct_logits", default=False)
+
+
 class FastLinear(nn.Linear):
     """nn.Linear for generating, which computes rows of the weight that are equal once, and in int8 if asked to.
 
     Of a head trained with `loss.UsedTokens`, the rows of all tokens that did not occur are equal: three quarters of
-    GPT-2's vocabulary on TinyStories. In the context `distinct_logits`, the layer whose output is the model's returns
-    only its U `own_rows` and one for all others.
+    GPT-2's vocabulary on TinyStories.
     """
 
-    is_last = False  # whether a model returns the output as it is
+    is_output = False  # whether a model returns the output of this layer as it is
 
     def prepare(self, int8):
         """Convert the weight as it is now: later changes of it have no effect."""
-        rows = self.weight.detach() if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1).detach()
-        shared = shared_rows(rows)
-        self.own_rows = None if shared is None else (~shared).nonzero().flatten()
-        rows = slice(None) if shared is None else torch.cat([self.own_rows, shared.nonzero()[0]])
-        self.row_weight = self.weight.detach()[rows]  # (own rows, and one of the shared ones; C)
-        self.row_bias = None if self.bias is None else self.bias.detach()[rows]
-        self.packed = pack_int8(self.row_weight, self.row_bias) if int8 else None
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        rows = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+        repeated = (rows == rows[rows[:, 0].mode().indices]).all(1)  # (out), whether a row is the most common one
+        self.distinct_rows = None  # or the U rows that are not repeated
+        if len(rows) > repeated.sum() > len(rows) / 2:
+            self.distinct_rows = (~repeated).nonzero().flatten()
+            computed = torch.cat([self.distinct_rows, repeated.nonzero()[0]])  # (U + 1)
+            weight, bias = weight[computed], None if bias is None else bias[computed]
+        self.row_weight, self.row_bias = weight, bias
+        self.packed = pack_int8(weight, bias) if int8 else None
 
     def forward(self, x):
-        """(…, in) -> (…, out)"""
-        if self.packed is not None and x.dim() == 1:  # which the kernel refuses
-            return self.forward(x[None])[0]
-        if self.packed is not None:
-            y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
-        else:
+        """(…, in) -> (…, out), or (…, U + 1) in `distinct_logits`"""
+        if self.packed is None:
             y = linear(x, self.row_weight, self.row_bias)
-        return y if self.own_rows is None or (self.is_last and _thread.distinct_logits) else self.expand(y)
+        elif x.dim() == 1:  # which the kernel refuses
+            return self.forward(x[None])[0]
+        else:
+            y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
+        return y if self.distinct_rows is None or (self.is_output and distinct_logits.get()) else self.expand(y)
 
     def expand(self, y):
         """(…, U + 1) -> (…, out)"""
         full = y[..., -1:].expand(*y.shape[:-1], self.out_features).contiguous()
-        return full.index_copy_(-1, self.own_rows, y[..., :-1])
-
-
-class _Thread(threading.local):
-    """What each thread has of its own: several may generate with one model."""
-
-    distinct_logits = False
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def distinct_logits():
-    """In this context and thread, a model's last `FastLinear` returns its own rows, and one for all others."""
-    _thread.distinct_logits = True
-    try:
-        yield
-    finally:
-        _thread.distinct_logits = False
-
-
-def shared_rows(weight):
-    """Which rows of a weight (out, in) equal its most common one, a bool tensor (out); None if few or all do."""
-    shared = (weight == weight[weight[:, 0].mode().indices]).all(1)
-    return shared if len(weight) > shared.sum() > len(weight) / 2 else None
+        return full.index_copy_(-1, self.distinct_rows, y[..., :-1])
 
 
 def linear(x, weight, bias=None):
@@ -210,17 +187,9 @@ class SkipInit(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Return the parameter as it is instead of filling it."""
         kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init" and function.__name__ in RANDOM_INITS:
-            tensor = kwargs.get("tensor", args[0] if args else None)
-            if isinstance(tensor, nn.Parameter):
-                return tensor
+        if function in RANDOM_INITS and isinstance(kwargs["tensor"], nn.Parameter):
+            return kwargs["tensor"]
         return function(*args, **kwargs)
 
 
-RANDOM_INITS = ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_")
-
-
-def count_parameters(make_model, config):
-    """Number of parameters of make_model(config), counted without allocating memory or drawing random numbers."""
-    with torch.device("meta"), SkipInit():
-        return make_model(config).num_parameters()
+RANDOM_INITS = {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}  # they pass their tensor by name

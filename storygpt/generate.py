@@ -21,73 +21,50 @@ class KVCache:
     """Keys and values of the tokens processed so far, of every attention layer, with room for one block.
 
     The forward pass calls `advance` once and then `append` in each attention layer, in the same order every time. On a
-    GPU the length is only known to the device, and every decoding step has the same tensor shapes, so that the step
-    can be captured as a CUDA graph. Gradients do not pass through the cache.
+    GPU the length is only known to the device, and every pass reads all slots, so that a decoding step, whose tensors
+    then have fixed shapes, can be captured as a CUDA graph. Gradients do not pass through the cache.
     """
 
     def __init__(self, block_size, device):
         self.length = torch.zeros((), dtype=torch.long, device=device)  # number of tokens in the cache
         self.slots = torch.arange(block_size, device=device)
-        # k, v, k, v, …: one tensor (2 * layers, B, H, block_size, D) or, if their shapes differ, several (1, …); None
-        # until the first forward pass has ended.
-        self.kv = None
-        self.first = []  # the keys and values of the first forward pass, (B, H, T, D) each
-        self.calls = 0  # of `append` since `advance`
-        self.mask = None  # added to the attention scores of the new tokens: (T, kv_length); None: they attend to all
-        # Views of the keys and values of each layer, 2 * layers tensors each:
-        self.write_views = None  # the slots of the new tokens, (B, H, T, D); with fixed shapes, all slots
-        self.read_views = None  # the slots that attention reads, (B, H, kv_length, D)
+        self.keys, self.values = [], []  # of each layer, (B, H, block_size, D), from its first `append` on
         self.fixed_shapes = torch.device(device).type == "cuda"
 
     def advance(self, T):
         """Prepare for the next T tokens; returns their positions in the context window, (T)."""
-        self._store_first()
-        self.positions, self.calls = self.length + self.slots[:T], 0
+        self.positions = self.length + self.slots[:T]
         self.length += T
-        kv_length = T if self.kv is None else len(self.slots) if self.fixed_shapes else int(self.length)
-        if self.kv is not None:
-            # Views for all layers at once, because on a CPU each of the small operations of a token counts.
-            first = 0 if self.fixed_shapes else kv_length - T
-            self.read_views = [view for kv in self.kv for view in kv[:, :, :, :kv_length].unbind()]
-            self.write_views = [view for kv in self.kv for view in kv[:, :, :, first:kv_length].unbind()]
-        self.future = None
-        if T > 1 or (self.kv is not None and self.fixed_shapes):
-            self.future = self.slots[:kv_length] > self.positions[:, None]  # (T, kv_length)
-        self.mask = None
+        self.kv_length = len(self.slots) if self.fixed_shapes else int(self.length)
+        self.layer = 0  # the next one to append
         return self.positions
 
     def append(self, k, v):
         """Store the keys and values (B, H, T, D) of new tokens; returns the layer's, (B, H, kv_length, D) each."""
-        if self.future is not None and self.mask is None:
-            self.mask = torch.zeros(self.future.shape, device=k.device, dtype=k.dtype).masked_fill_(
-                self.future, -math.inf)
-        if self.kv is None:
-            self.first += k, v
-            return k, v
-        keys, values = self.calls, self.calls + 1
-        self.calls += 2
+        T, layer = k.size(2), self.layer
+        self.layer += 1
+        if layer == 0:
+            self.mask = None  # added to the attention scores, (T, kv_length); None: the new token attends to all
+            if T > 1 or self.fixed_shapes:
+                future = self.slots[:self.kv_length] > self.positions[:, None]  # (T, kv_length)
+                self.mask = torch.zeros_like(future, dtype=k.dtype).masked_fill_(future, -math.inf)
+        if layer == len(self.keys):
+            for tensors, new in ((self.keys, k), (self.values, v)):
+                B, H, _, D = new.shape
+                tensors.append(new.new_zeros(B, H, len(self.slots), D))
+        keys, values = self.keys[layer], self.values[layer]
         if self.fixed_shapes:
-            self.write_views[keys].index_copy_(2, self.positions, k)
-            self.write_views[values].index_copy_(2, self.positions, v)
-        else:
-            self.write_views[keys].copy_(k)
-            self.write_views[values].copy_(v)
-        return self.read_views[keys], self.read_views[values]
+            keys.index_copy_(2, self.positions, k)
+            values.index_copy_(2, self.positions, v)
+            return keys, values
+        keys, values = keys.narrow(2, 0, self.kv_length), values.narrow(2, 0, self.kv_length)
+        keys.narrow(2, -T, T).copy_(k)
+        values.narrow(2, -T, T).copy_(v)
+        return keys, values
 
     def keep(self, rows):
         """Drop all sequences of the batch but those where `rows`, a bool tensor (B), is true."""
-        self._store_first()
-        self.kv = [kv[:, rows] for kv in self.kv]
-
-    def _store_first(self):
-        """Make room for a block, now that the shapes are known, and store what the first forward pass appended."""
-        if self.first:
-            groups = [self.first] if len({kv.shape for kv in self.first}) == 1 else [[kv] for kv in self.first]
-            self.first, self.kv = [], []
-            for group in groups:
-                B, H, T, D = group[0].shape
-                self.kv.append(group[0].new_zeros(len(group), B, H, len(self.slots), D))
-                self.kv[-1][:, :, :, :T] = torch.stack(group)
+        self.keys, self.values = [keys[rows] for keys in self.keys], [values[rows] for values in self.values]
 
 
 @torch.inference_mode()
@@ -105,36 +82,35 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     batch, except on CUDA and with `with_logits`; the random numbers of the others depend on that.
     Call eval() first: dropout is active in training mode.
     """
-    heads = [m for m in model.modules() if isinstance(m, FastLinear) and m.is_last and m.own_rows is not None]
-    head = heads[0] if heads else None  # its output, as it is, is the model's
-    next_logits = Decoder(model, idx.device)
+    head = next((m for m in model.modules() if isinstance(m, FastLinear) and m.is_output), None)
+    decoder = Decoder(model, idx.device)
     rows = torch.arange(len(idx), device=idx.device)  # which of the B sequences are in the batch, (b)
     tokens = torch.zeros_like(rows)  # the last tokens of all sequences, (B)
-    running = len(idx)  # number of sequences that have not ended
-    token = ended = None  # the last token of each sequence in the batch, and whether it has ended, (b)
+    ended = None  # whether each sequence in the batch has ended, (b); None if none has
     for _ in range(max_new_tokens):
-        logits = next_logits(idx, rows, token)  # (b, V) or (b, U + 1)
+        logits = decoder.next_logits(idx)  # (b, V) or (b, U + 1)
         if logits.size(-1) == model.config.vocab_size:
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
-        else:  # the tokens that share a row did not occur in training, and are not generated
-            token = head.own_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
+        else:  # the tokens of the repeated rows did not occur in training, and are not generated
+            token = head.distinct_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
             logits = head.expand(logits) if with_logits else None
-        if running < len(token):
+        if ended is not None:
             token = token.masked_fill(ended, end_of_text)
+        idx = torch.cat([idx, token[:, None]], 1)
         # Not in place: the caller has the last ones.
         tokens = token if len(token) == len(tokens) else tokens.index_copy(0, rows, token)  # (B)
-        idx = torch.cat([idx, tokens[:, None]], 1)
         yield (tokens, logits) if with_logits else tokens
         if end_of_text is None:
             continue
-        ended = token == end_of_text
-        running = len(token) - int(ended.sum())
-        if not running:
+        running = token != end_of_text  # (b)
+        count = int(running.sum())
+        if not count:
             return
         # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
-        if running < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
-            next_logits.keep(~ended)
-            rows, token, ended = rows[~ended], token[~ended], ended[~ended]
+        if count < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
+            decoder.keep(running)
+            rows, idx, running = rows[running], idx[running], running[running]
+        ended = None if count == len(running) else ~running
 
 
 class Decoder:
@@ -145,27 +121,29 @@ class Decoder:
         self.cache = KVCache(model.config.block_size, device) if uses_cache(model) else None
         self.step = None  # on CUDA, the graph of a decoding step
 
-    def __call__(self, idx, rows, token):
-        """The logits after token ids (B, n), of which `rows` (b) are in the batch; their last tokens are `token` (b).
+    def next_logits(self, idx):
+        """Token ids (b, n) -> the logits of the next token, (b, V), or (b, U + 1) from a `FastLinear` head.
 
-        Returns (b, V), or (b, U + 1) from a model whose head has U rows of its own: see `fast.FastLinear`.
+        In the next call, the ids are those of this one and one more of each sequence.
         """
         start = window_start(idx.size(1), self.model.config.block_size)
         if self.cache is None:
-            return self.forward(idx[rows, start:])
+            return self.forward(idx[:, start:])
         if start != self.start:  # the window has moved: compute it anew
             self.start = start
             self.cache.length.zero_()
-            return self.forward(idx[rows, start:])
+            return self.forward(idx[:, start:])
         if self.step is None:
             self.step = capture_graph(self.forward, self.cache) if idx.is_cuda else self.forward
-        return self.step(token[:, None])
+        return self.step(idx[:, -1:])
 
     def forward(self, idx):
-        """Token ids (b, T) -> the logits of the last token, (b, V) or (b, U + 1)."""
-        with distinct_logits():
-            logits = self.model(idx) if self.cache is None else self.model(idx, cache=self.cache)
-        return logits[:, -1]
+        """Token ids (b, T) -> the logits of the last token, as `next_logits`."""
+        reset = distinct_logits.set(True)
+        try:
+            return (self.model(idx) if self.cache is None else self.model(idx, cache=self.cache))[:, -1]
+        finally:
+            distinct_logits.reset(reset)
 
     def keep(self, rows):
         """Drop the sequences of the batch where `rows` (b) is false."""
@@ -185,28 +163,27 @@ def prepare_for_generation(model, device, dtype):
     round their input with one scale for the whole batch, so that a story depends slightly on the others.
     """
     check_cache(model.eval())
-    heads = last_layers(model)
+    head = output_layer(model)
     model.to(device, None if dtype == torch.int8 else dtype)
     use_fast_linear(model, int8=dtype == torch.int8)
-    for module in heads:
-        module.is_last = True
+    if head is not None:
+        head.is_output = True
     call_directly(model)
     return model
 
 
 @torch.no_grad()
-def last_layers(model):
-    """The layers whose output a model returns as its logits, without any operation on it."""
+def output_layer(model):
+    """The layer of exactly nn.Linear whose output a model returns as its logits, without any operation on it, or None.
+    """
     outputs = {}  # of each layer, a list
     hooks = [module.register_forward_hook(lambda module, _, output: outputs.setdefault(module, []).append(output))
              for module in model.modules() if is_plain(module, nn.Linear)]
-    device = next(model.parameters()).device
-    cache = {"cache": KVCache(model.config.block_size, device)} if uses_cache(model) else {}
-    logits = model(torch.zeros(1, 1, dtype=torch.long, device=device), **cache)
+    logits = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
-    return [module for module, calls in outputs.items()
-            if len(calls) == 1 and calls[0] is logits and logits._version == 0]
+    return next((module for module, calls in outputs.items()
+                 if len(calls) == 1 and calls[0] is logits and logits._version == 0), None)
 
 
 @torch.no_grad()
@@ -237,8 +214,7 @@ def capture_graph(forward, cache):
     The logits are valid until the next call.
     """
     length = cache.length.clone()
-    tokens = torch.zeros(cache.first[0].size(0) if cache.first else cache.kv[0].size(1), 1, dtype=torch.long,
-                         device=length.device)
+    tokens = torch.zeros(len(cache.keys[0]), 1, dtype=torch.long, device=length.device)
     with torch.cuda.device(tokens.device):  # every thread has its own current device
         forward(tokens)  # not captured: initializes CUDA's libraries
         cache.length.copy_(length)

@@ -15,8 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 
 from storygpt.fast import is_plain
+
 # Rows of logits that are in memory at a time: 100 MB on a CPU with GPT-2's vocabulary, full-sized products on a GPU.
 CHUNK_ROWS = {"cpu": 1024, "cuda": 16384}
 # For float16, with its maximum of 65,504: the gradient of the head is summed over these rows, and does not overflow as
@@ -52,43 +54,53 @@ class Head(nn.Linear):
 
     def forward(self, x):
         """(…, C) -> (…, V)"""
-        return _MakeLogits.apply(x, self.weight, self.used_tokens, None)
+        return _MakeLogits.apply(x, self.weight, self.used_tokens, product_dtype(x), [])
+
+
+def product_dtype(x):
+    """The dtype of a matrix product of x: autocast's, if it is enabled here."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 class Logits(torch.Tensor):
-    """The product of hidden states (…, C) and the weight (V, C) of an output head, (…, V), not computed yet."""
+    """The product of hidden states x (…, C) and the weight (V, C) of an output head, (…, V), not computed yet.
+
+    `computed` is a list that logits share with their views: the plain tensor, once an operation has needed it.
+    """
 
     @staticmethod
-    def __new__(cls, x, weight, used_tokens, base):
-        """A tensor without memory; `base`: the logits that it is a view of, or None."""
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        logits = torch.Tensor._make_wrapper_subclass(cls, (*x.shape[:-1], len(weight)), dtype=dtype, device=x.device)
-        logits.x, logits.weight, logits.used_tokens = x, weight, used_tokens
-        logits.base, logits.plain = base, None
+    def __new__(cls, x, weight, used_tokens, dtype, computed):
+        """A tensor without memory."""
+        shape = *x.shape[:-1], len(weight)
+        logits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device)
+        logits.x, logits.weight, logits.used_tokens, logits.computed = x, weight, used_tokens, computed
         return logits
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """Every operation on logits: fuse F.cross_entropy, keep a change of the leading dimensions, or compute them."""
         kwargs = kwargs or {}
-        if torch.is_grad_enabled() and function not in METADATA:
-            args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.connected, (args, kwargs))
-        if function is F.cross_entropy and (result := fused_cross_entropy(*args, **kwargs)) is not None:
-            return result
-        if function in (torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape) and not kwargs:
-            logits = args[0]
-            if not isinstance(logits, Logits):
-                return function(*args)
-            shape = function(torch.empty(logits.shape, device="meta"), *args[1:]).shape
-            if shape and shape[-1] == len(logits.weight):
-                return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens,
-                                         logits if logits.base is None else logits.base)
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.compute, (args, kwargs))
+        if torch.is_grad_enabled():
+            args, kwargs = tree_map_only(Logits, Logits.connected, (args, kwargs))
+        if function is F.cross_entropy and (result := fused_cross_entropy(*args, **kwargs)) is not None:
+            return result
+        if function in VIEWS and isinstance(args[0], Logits) and not kwargs:
+            logits = args[0]
+            shape = function(torch.empty(logits.shape, device="meta"), *args[1:]).shape
+            if shape[-1:] == logits.shape[-1:]:
+                return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens,
+                                         logits.dtype, logits.computed)
+        args, kwargs = tree_map_only(Logits, Logits.compute, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        """Operations below autograd, as in the forward pass of another autograd.Function: compute the logits."""
+        args, kwargs = tree_map_only(Logits, Logits.product, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def connected(self):
@@ -102,33 +114,23 @@ class Logits(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.clone()
 
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """Operations below autograd, as in the forward pass of another autograd.Function: compute the logits."""
-        args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.compute_once, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
     def compute(self):
         """These logits as a plain tensor: one for all operations, as some of them change it or have hooks on it."""
-        if self.base is not None:
-            return self.base.compute().view(self.shape)
-        if self.plain is None:
+        if not self.computed:
             with torch.set_grad_enabled(self.requires_grad):
-                self.plain = self.compute_once()
-        return self.plain
+                self.computed.append(self.product())
+        logits = self.computed[0]
+        return logits if logits.shape == self.shape else logits.view(self.shape)
 
-    def compute_once(self):
-        """These logits as a plain tensor, which is not kept."""
-        if self.is_computed():
+    def product(self):
+        """These logits as a plain tensor, which is not kept if they are not computed yet."""
+        if self.computed:
             return self.compute()
         with torch.autocast(self.device.type, enabled=False):  # the context may be another than that of the head
             return F.linear(self.x.to(self.dtype), self.weight.to(self.dtype))
 
-    def is_computed(self):
-        """Whether an operation has needed these logits."""
-        return (self if self.base is None else self.base).plain is not None
 
-
+VIEWS = {torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape}
 METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.shape.__get__,
             torch.Tensor.ndim.__get__, torch.Tensor.dtype.__get__, torch.Tensor.device.__get__,
             torch.Tensor.requires_grad.__get__, torch.Tensor.grad_fn.__get__, torch.Tensor.is_leaf.__get__}
@@ -138,32 +140,17 @@ class _MakeLogits(torch.autograd.Function):
     """Connects `Logits` with the graph, for operations that are no torch functions: another autograd.Function."""
 
     @staticmethod
-    def forward(ctx, x, weight, used_tokens, base):
-        """x (…, C), weight (V, C) -> Logits (…, V)"""
+    def forward(ctx, x, weight, *args):
+        """x (…, C), weight (V, C), the other arguments of `Logits` -> Logits (…, V)"""
         ctx.save_for_backward(x, weight)
-        return Logits(x, weight, used_tokens, base)
+        return Logits(x, weight, *args)
 
     @staticmethod
     def backward(ctx, grad):
         """(…, V) -> (…, C), (V, C)"""
         x, weight = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype), None, None
-
-
-def fused_cross_entropy(logits, targets, weight=None, size_average=None, ignore_index=-100, reduce=None,
-                        reduction="mean", label_smoothing=0.0):
-    """F.cross_entropy of `Logits` (N, V), or None if the arguments are such that it has to be computed plainly."""
-    fits = (isinstance(logits, Logits) and logits.dim() == 2 and not logits.is_computed()
-            and not targets.is_floating_point()
-            and weight is size_average is reduce is None and label_smoothing == 0 and ignore_index == IGNORED_TARGET)
-    if not fits or reduction not in ("mean", "none") or (reduction == "none" and torch.is_grad_enabled()):
-        return None
-    weight, last_row_tokens = logits.weight, 1
-    if logits.used_tokens is not None and logits.used_tokens.unused_rows_are_equal(weight):
-        weight, targets = logits.used_tokens.head(weight, targets)
-        last_row_tokens = len(logits.used_tokens.unused)
-    mean, losses = fused_linear_cross_entropy(logits.x, weight, targets, last_row_tokens)
-    return mean if reduction == "mean" else losses
+        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)
+        return grad @ weight.to(grad.dtype), grad_weight, None, None, None
 
 
 # ---- tokens that do not occur ----
@@ -180,25 +167,25 @@ class UsedTokens:
     def __init__(self, used):
         """`used`: whether each token of the vocabulary occurs, a bool tensor (V). At least one must not."""
         self.used, self.unused = used.nonzero().flatten(), (~used).nonzero().flatten()
-        row_of_token = torch.where(used, used.cumsum(0) - 1, len(self.used))
-        self.row_of_token = F.pad(row_of_token, (0, 1), value=IGNORED_TARGET)  # the last: of target -1
-        self.calls = 0  # of `unused_rows_are_equal`
+        rows = torch.where(used, used.cumsum(0) - 1, len(self.used))
+        self.row_of_target = F.pad(rows, (1, 0), value=IGNORED_TARGET)  # from target -1 on, (V + 1)
+        self.comparisons = 0
 
     def head(self, weight, targets):
         """The head's weight (V, C) and targets (N) -> the weight's rows of the U used tokens and of one unused token,
         (U + 1, C), and the targets as indices of these rows (N).
         """
-        return _HeadRows.apply(weight, self.used, self.unused), self.row_of_token[targets]
+        return _HeadRows.apply(weight, self.used, self.unused), self.row_of_target.index_select(0, targets + 1)
 
     def unused_rows_are_equal(self, weight):
         """Whether the unused rows of a weight (V, C) are equal, judged by their first columns: one cache line a row.
 
         On CUDA the first calls and every hundredth compare them, because that waits for the GPU.
         """
-        if not weight.is_cuda or self.calls < 64 or self.calls % 100 == 0:
+        if not weight.is_cuda or self.comparisons < 64 or self.comparisons % 100 == 0:
             rows = weight.detach()[:, :16].index_select(0, self.unused)
             self.are_equal = bool((rows == rows[0]).all())
-        self.calls += 1
+        self.comparisons += 1
         return self.are_equal
 
 
@@ -224,22 +211,36 @@ class _HeadRows(torch.autograd.Function):
 # ---- the fused loss ----
 
 
-def fused_linear_cross_entropy(x, weight, targets, last_row_tokens=1):
+def fused_cross_entropy(logits, targets, weight=None, size_average=None, ignore_index=-100, reduce=None,
+                        reduction="mean", label_smoothing=0.0):
+    """F.cross_entropy of `Logits` (N, V), or None if the arguments are such that it has to be computed plainly."""
+    fits = (isinstance(logits, Logits) and logits.dim() == 2 and not logits.computed
+            and not targets.is_floating_point()
+            and weight is size_average is reduce is None and label_smoothing == 0 and ignore_index == IGNORED_TARGET)
+    if not fits or reduction not in ("mean", "none") or (reduction == "none" and torch.is_grad_enabled()):
+        return None
+    weight, last_row_tokens = logits.weight, 1
+    if logits.used_tokens is not None and logits.used_tokens.unused_rows_are_equal(weight):
+        weight, targets = logits.used_tokens.head(weight, targets)
+        last_row_tokens = len(logits.used_tokens.unused)
+    mean, losses = fused_linear_cross_entropy(logits.x, weight, targets, last_row_tokens, logits.dtype)
+    return mean if reduction == "mean" else losses
+
+
+def fused_linear_cross_entropy(x, weight, targets, last_row_tokens=1, dtype=None):
     """Cross-entropy, in nats/token, of the output head: hidden states x (N, C), weight (V, C), targets (N).
 
-    Returns the mean, and the loss of each token (N) without a gradient. The head is two thirds of this model's
-    arithmetic, and its logits (N, V) are by far its largest tensor: only CHUNK_ROWS rows of them are in memory at a
-    time, in autocast's dtype. The forward pass also computes the gradients of the mean, which the backward pass only
-    scales (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
+    Returns the mean, and the loss of each token (N) without a gradient. Only CHUNK_ROWS rows of the logits, in `dtype`
+    (default: that of F.linear here), are in memory at a time. The forward pass also computes the gradients of the mean,
+    which the backward pass only scales (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
 
     The last row of the weight stands for `last_row_tokens` tokens of equal logits (see `UsedTokens`). Targets of -1 are
     ignored: their loss and gradient are 0, and the mean is that of the others (NaN without others).
     Target probabilities are clamped: to 2^-24 in float16, so that no loss is above 16.6, else to the smallest normal
     number.
     """
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-    with torch.autocast(device_type, enabled=False):
+    dtype = dtype or product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         return _FusedLinearCrossEntropy.apply(x, weight, targets, last_row_tokens, dtype, torch.is_grad_enabled())
 
 
@@ -253,6 +254,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         ignored = targets == IGNORED_TARGET  # (N)
         x = x.to(dtype).masked_fill(ignored[:, None], 0)  # a row of zeros adds nothing to the gradient of the weight
+        targets = targets.masked_fill(ignored, 0)  # any token
         padding = -V % VOCAB_MULTIPLE.get(x.device.type, 1)
         # (C, V + padding): the layout in which both products below are fastest on a CPU
         weight = F.pad(weight.to(dtype), (0, 0, 0, padding)).T.contiguous()
@@ -270,8 +272,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             p[:, V - 1] += math.log(last_row_tokens)
             p[:, V:] = -math.inf
             torch.softmax(p, -1, out=p)
-            target = torch.arange(len(y), device=x.device), y  # an ignored target indexes the last column here
-            p_y = p[target].float()  # (n)
+            target = torch.arange(len(y), device=x.device), y
+            p_y = p.gather(1, y[:, None]).flatten().float()  # (n), an error for a target that is no token
             p[target] = 0
             rest = p.sum(-1)  # (n), 1 - p_y without its rounding to zero when p_y is near 1
             losses[i:i + rows] = torch.where(p_y > 0.5, -torch.log1p(-rest.float()),
@@ -296,22 +298,3 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight, count = ctx.gradients
         factor = grad / count
         return grad_x.to(ctx.x_dtype) * factor, grad_weight * factor, None, None, None, None
-
-
-def training_bytes(config, parameters, device_type, dtype):
-    """Estimated memory for training a model with matrix products in `dtype`, in bytes: (fixed, per sequence).
-
-    The fixed part is the buffers of the loss and, for each parameter, at most 24 bytes: the weight, the gradient, its
-    copy for the all-reduce, AdamW's two moments and autocast's copy of the weight. A sequence's part is the activations
-    kept for the backward pass. On a CPU they were measured in bfloat16 (docs/speed.md) and include the weights of
-    attention; on CUDA they are what autograd saves, and one layer more for all outside of the blocks.
-    """
-    logits = CHUNK_ROWS.get(device_type, 1024) * config.vocab_size * dtype.itemsize
-    # In addition the weight, a chunk's gradient (also in float32) and their sum.
-    loss = logits + config.n_embd * config.vocab_size * (2 * dtype.itemsize + 8)
-    fixed = 24 * parameters + loss
-    per_token = config.n_layer * (65 * config.n_embd + 8 * config.n_head * config.block_size)
-    if device_type == "cuda":
-        per_width = 10 + 14 * dtype.itemsize if config.architecture == "gpt2" else 3 + 19 * dtype.itemsize
-        per_token = (config.n_layer + 1) * per_width * config.n_embd
-    return fixed, per_token * config.block_size

@@ -265,7 +265,7 @@ def repeat(count, device, function, *args):
 # ---- training ----
 
 
-def unfused_loss(x, weight, targets, last_row_tokens=1):
+def unfused_loss(x, weight, targets, last_row_tokens=1, dtype=None):
     """`fused_linear_cross_entropy` by two of torch's functions, which make all logits; without its second result.
 
     No target is the last row if that stands for several tokens, as these do not occur.
@@ -365,6 +365,12 @@ def measure_training(groups, own, workload, rounds, ceilings):
             "first_round_s_of_each": {name: values[0][0] for name, values in answers.items()}, "spreads": spreads}
 
 
+def count_parameters(config):
+    """Number of parameters of a GPT, counted without memory for them."""
+    with torch.device("meta"):
+        return GPT(config).num_parameters()
+
+
 def flops_utilization(tokens_per_s, workload, ceilings):
     """Model FLOP/s utilization (MFU; Chowdhery et al. 2022, arXiv 2204.02311) of training.
 
@@ -373,7 +379,7 @@ def flops_utilization(tokens_per_s, workload, ceilings):
     """
     config = replace(workload.config, vocab_size=workload.config.vocab_size // VOCABULARY_PER_USED_TOKEN)
     attention = 12 * config.n_layer * config.block_size * config.n_embd
-    flops = tokens_per_s * (6 * fast.count_parameters(GPT, config) + attention)
+    flops = tokens_per_s * (6 * count_parameters(config) + attention)
     gpu = torch.cuda.get_device_name(workload.device) if workload.device.type == "cuda" else ""
     measured = max(ceilings["matmul_bf16_gflops"], ceilings["matmul_fp32_gflops"]) * 1e9  # bf16 is slow on some CPUs
     peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), measured)
@@ -682,7 +688,7 @@ def bench_ranks(args, device, ceilings, folder):
                           for rank in range(world_size)}) as pipes:
         seconds = [ask(pipes, name) for name in pipes][0]
     medians, spreads = medians_and_spreads(seconds)
-    parameters = fast.count_parameters(GPT, args.config)
+    parameters = count_parameters(args.config)
     weights = torch.zeros(3, parameters)  # the model and AdamW's two moments
     saves = time_interleaved({"save": lambda: checkpoint.save(folder / "last.pt", {"model": weights})}, args.rounds)
     return {"processes": world_size, "sequences_of_each": RANK_BATCH_SIZE[device.type],

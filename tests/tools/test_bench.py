@@ -20,7 +20,6 @@ from conftest import TINY
 from model import GPT, GPTConfig
 from storygpt import fast, loss
 from storygpt.corpus.tokenizer import Tokenizer
-from storygpt.fast import count_parameters
 from storygpt.generate import generate
 from storygpt.settings import parse_value
 from storygpt.system import files
@@ -153,7 +152,7 @@ def test_prepare_and_train_keys_and_the_tables(small, monkeypatch, capsys):
                              "baseline_peak_mb", "peak_mb"}
     assert result["tokens_per_s"] == 32 * 16 / 2.0 and result["first_round_s_of_each"]["baseline"] == 3.0
     used = replace(bench.TINY, vocab_size=75)  # the data uses a quarter of the vocabulary
-    flops_per_token = 6 * count_parameters(GPT, used) + 12 * 2 * 16 * 32
+    flops_per_token = 6 * bench.count_parameters(used) + 12 * 2 * 16 * 32
     assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops_per_token / result["mfu_of_tflops"] / 1e12)
     assert result["mfu_of_measured"] == result["mfu"]  # there is no data sheet of a CPU
 
@@ -168,7 +167,7 @@ def test_wrong_arguments_are_named(fails, words, named):
 def test_two_ranks_all_reduce_gradients_in_both_ways(small, capsys):
     bench.main(["ranks", "--tiny", "--json", "--rounds=1"])
     result = json.loads(capsys.readouterr().out)["ranks"]
-    assert result["processes"] == 2 and result["exchanged_mb"] == 4 * count_parameters(GPT, bench.TINY) / 1e6
+    assert result["processes"] == 2 and result["exchanged_mb"] == 4 * bench.count_parameters(bench.TINY) / 1e6
     assert list(result["seconds"]) == ["forward and backward", "all-reduce", "forward, backward, all-reduce",
                                        "DistributedDataParallel"]
     assert all(seconds > 0 for seconds in result["seconds"].values())
