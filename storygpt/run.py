@@ -362,7 +362,7 @@ def flush_logs(out_dir):
     for name in sizes:
         if Path(out_dir, name).exists():
             with open(Path(out_dir, name), "ab") as file:
-                files.sync(file.fileno())  # or a power cut could leave less than the checkpoint says
+                os.fsync(file.fileno())  # or a power cut could leave less than the checkpoint says
                 sizes[name] = file.tell()
     return sizes
 

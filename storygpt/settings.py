@@ -76,8 +76,8 @@ class Config(ModelSettings):
     compile: Literal["auto"] | bool = setting(
         "auto", "use torch.compile; auto: on CUDA, if it works there", resume=True)
     device_batch_size: Literal["auto"] | int = setting(
-        "auto", "micro-batch size; must divide a process's sequences per step; auto: as memory allows", low=1,
-        resume=True)
+        "auto", "micro-batch size; must divide a process's sequences per step; auto: 4,096 tokens, on CUDA 65,536",
+        low=1, resume=True)
 
     def __post_init__(self):
         for name, value in asdict(self).items():
