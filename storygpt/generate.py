@@ -9,6 +9,7 @@ B: batch size, T: sequence length, C: width, H: heads, D: C / H, V: vocabulary s
 import inspect
 import math
 import sys
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -83,12 +84,23 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     Call eval() first: dropout is active in training mode.
     """
     head = next((m for m in model.modules() if isinstance(m, FastLinear) and m.is_output), None)
-    decoder = Decoder(model, idx.device)
+    cache = KVCache(model.config.block_size, idx.device) if uses_cache(model) else None
+    forward = partial(last_logits, model, cache)
+    cached_start = decode = None  # the start of the window in the cache; how a single token is computed with it
     rows = torch.arange(len(idx), device=idx.device)  # which of the B sequences are in the batch, (b)
     tokens = torch.zeros_like(rows)  # the last tokens of all sequences, (B)
     ended = None  # whether each sequence in the batch has ended, (b); None if none has
     for _ in range(max_new_tokens):
-        logits = decoder.next_logits(idx)  # (b, V) or (b, U + 1)
+        start = window_start(idx.size(1), model.config.block_size)
+        if cache is None:
+            logits = forward(idx[:, start:])  # (b, V) or (b, U + 1)
+        elif start != cached_start:  # the window has moved: compute it anew
+            cached_start = start
+            cache.length.zero_()
+            logits = forward(idx[:, start:])
+        else:
+            decode = decode or (capture_graph(forward, cache) if idx.is_cuda else forward)
+            logits = decode(idx[:, -1:])
         if logits.size(-1) == model.config.vocab_size:
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
         else:  # the tokens of the repeated rows did not occur in training, and are not generated
@@ -108,47 +120,19 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             return
         # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
         if count < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
-            decoder.keep(running)
+            if cache is not None:
+                cache.keep(running)
             rows, idx, running = rows[running], idx[running], running[running]
         ended = None if count == len(running) else ~running
 
 
-class Decoder:
-    """The logits of the next token, with a KVCache if the model can use one."""
-
-    def __init__(self, model, device):
-        self.model, self.start = model, None  # the first token of the context window in the cache
-        self.cache = KVCache(model.config.block_size, device) if uses_cache(model) else None
-        self.step = None  # on CUDA, the graph of a decoding step
-
-    def next_logits(self, idx):
-        """Token ids (b, n) -> the logits of the next token, (b, V), or (b, U + 1) from a `FastLinear` head.
-
-        In the next call, the ids are those of this one and one more of each sequence.
-        """
-        start = window_start(idx.size(1), self.model.config.block_size)
-        if self.cache is None:
-            return self.forward(idx[:, start:])
-        if start != self.start:  # the window has moved: compute it anew
-            self.start = start
-            self.cache.length.zero_()
-            return self.forward(idx[:, start:])
-        if self.step is None:
-            self.step = capture_graph(self.forward, self.cache) if idx.is_cuda else self.forward
-        return self.step(idx[:, -1:])
-
-    def forward(self, idx):
-        """Token ids (b, T) -> the logits of the last token, as `next_logits`."""
-        reset = distinct_logits.set(True)
-        try:
-            return (self.model(idx) if self.cache is None else self.model(idx, cache=self.cache))[:, -1]
-        finally:
-            distinct_logits.reset(reset)
-
-    def keep(self, rows):
-        """Drop the sequences of the batch where `rows` (b) is false."""
-        if self.cache is not None:
-            self.cache.keep(rows)
+def last_logits(model, cache, idx):
+    """Token ids (b, T) -> the logits of the last token, (b, V), or (b, U + 1) from a head with U `distinct_rows`."""
+    reset = distinct_logits.set(True)
+    try:
+        return (model(idx) if cache is None else model(idx, cache=cache))[:, -1]
+    finally:
+        distinct_logits.reset(reset)
 
 
 def uses_cache(model):
@@ -208,7 +192,7 @@ def check_cache(model):
 
 
 def capture_graph(forward, cache):
-    """Capture a decoding step as a CUDA graph: a function as `Decoder.forward`, of tokens (B, 1).
+    """Capture a decoding step as a CUDA graph: a function as `forward`, of tokens (B, 1).
 
     A step launches about two hundred small kernels, and launching them one by one takes longer than running them.
     The logits are valid until the next call.
@@ -260,22 +244,19 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 
 def fast_topk(logits, k):
-    """`logits.topk(k)`, several times faster for small k: (B, V) -> values (B, k) and tokens (B, k), largest first.
+    """`logits.topk(k)`, faster for several rows and small k: (B, V) -> values (B, k) and tokens (B, k), largest first.
 
     Tokens g, g + n_groups, g + 2 n_groups, … form group g. The k largest logits are all in the k groups with the
     largest maxima, so only those groups are searched.
     """
-    B, V = logits.shape
+    V = logits.size(1)
     group_size = round(math.sqrt(V / k))  # as many groups as logits in k groups
     if group_size < 4 or logits.numel() < 2**15:
         return logits.topk(k)
-    n_groups = V // group_size
-    grouped = group_size * n_groups  # the last V % group_size tokens are in no group
-    maxima = logits[:, :grouped].unflatten(1, (group_size, n_groups)).amax(1)  # (B, n_groups)
-    groups = maxima.topk(k, sorted=False).indices  # (B, k)
-    members = torch.arange(0, grouped, n_groups, device=logits.device)[:, None]  # (group_size, 1)
+    n_groups = math.ceil(V / group_size)
+    padded = F.pad(logits, (0, n_groups * group_size - V), value=-math.inf)  # (B, group_size * n_groups)
+    groups = padded.unflatten(1, (group_size, n_groups)).amax(1).topk(k, sorted=False).indices  # (B, k)
+    members = torch.arange(0, padded.size(1), n_groups, device=logits.device)[:, None]  # (group_size, 1)
     candidates = (groups[:, None] + members).flatten(1)  # (B, group_size * k)
-    ungrouped = torch.arange(grouped, V, device=logits.device).expand(B, -1)  # (B, V - grouped)
-    candidates = torch.cat([candidates, ungrouped], 1)
-    values, indices = logits.gather(1, candidates).topk(k)  # (B, k) each
+    values, indices = padded.gather(1, candidates).topk(k)  # (B, k) each
     return values, candidates.gather(1, indices)

@@ -141,13 +141,11 @@ class _MakeLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, *args):
-        """x (…, C), weight (V, C), the other arguments of `Logits` -> Logits (…, V)"""
         ctx.save_for_backward(x, weight)
         return Logits(x, weight, *args)
 
     @staticmethod
-    def backward(ctx, grad):
-        """(…, V) -> (…, C), (V, C)"""
+    def backward(ctx, grad):  # (…, V) -> (…, C), (V, C)
         x, weight = ctx.saved_tensors
         grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)
         return grad @ weight.to(grad.dtype), grad_weight, None, None, None
@@ -172,8 +170,8 @@ class UsedTokens:
         self.comparisons = 0
 
     def head(self, weight, targets):
-        """The head's weight (V, C) and targets (N) -> the weight's rows of the U used tokens and of one unused token,
-        (U + 1, C), and the targets as indices of these rows (N).
+        """The rows of the weight (V, C) for the U used tokens and one unused, (U + 1, C), and targets (N) as indices of
+        these rows, (N).
         """
         return _HeadRows.apply(weight, self.used, self.unused), self.row_of_target.index_select(0, targets + 1)
 
@@ -190,17 +188,15 @@ class UsedTokens:
 
 
 class _HeadRows(torch.autograd.Function):
-    """See `UsedTokens.head`."""
+    """Rows of a weight for used tokens and one unused token, whose gradient is divided among all unused ones."""
 
     @staticmethod
-    def forward(ctx, weight, used, unused):
-        """weight (V, C) -> (U + 1, C)"""
+    def forward(ctx, weight, used, unused):  # (V, C) -> (U + 1, C)
         ctx.save_for_backward(used, unused)
         return torch.cat([weight[used], weight[unused[:1]]])
 
     @staticmethod
-    def backward(ctx, grad):
-        """(U + 1, C) -> (V, C)"""
+    def backward(ctx, grad):  # (U + 1, C) -> (V, C)
         used, unused = ctx.saved_tensors
         grad_weight = grad.new_empty(len(used) + len(unused), grad.size(1))
         grad_weight[used] = grad[:-1]
@@ -245,11 +241,10 @@ def fused_linear_cross_entropy(x, weight, targets, last_row_tokens=1, dtype=None
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """See `fused_linear_cross_entropy`."""
+    """Mean loss () and losses (N), see `fused_linear_cross_entropy`; keeps the gradients of the mean in ctx."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, last_row_tokens, dtype, with_gradient):
-        """x (N, C), weight (V, C), targets (N) -> mean loss, losses (N). Keeps the gradients of the mean in ctx."""
         N, V = x.size(0), weight.size(0)
         ctx.x_dtype = x.dtype
         ignored = targets == IGNORED_TARGET  # (N)
@@ -293,8 +288,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
-        """Gradient of the mean loss () -> those of x (N, C) and weight (V, C)."""
+    def backward(ctx, grad, _):  # () -> (N, C), (V, C)
         grad_x, grad_weight, count = ctx.gradients
         factor = grad / count
         return grad_x.to(ctx.x_dtype) * factor, grad_weight * factor, None, None, None, None

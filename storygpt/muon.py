@@ -4,8 +4,6 @@ With the normalization of NorMuon (Li et al. 2025, arXiv 2510.05491): the rows o
 layer, are brought to about the same size.
 """
 
-from functools import cache
-
 import torch
 
 from storygpt.system.hardware import pick_dtype
@@ -80,19 +78,14 @@ def normalize_rows(updates, mean_squares, beta2):
     return normalized * (norms / new_norms.clamp_min(1e-10))
 
 
-@cache
-def product_dtype(device):
-    """The torch.dtype of the products on a device."""
-    return pick_dtype("auto", device) if device.type == "cpu" else torch.bfloat16
-
-
 def orthogonalize(matrices):
     """Bring the singular values of matrices (N, rows, columns) near 1 (mostly 0.2 to 1.9), by Newton-Schulz iterations.
 
     In bfloat16, which is precise enough for a direction, or in float32 on a CPU that computes bfloat16 in software: on
     an EPYC without AVX-512 that is three times as fast.
     """
-    x = matrices.to(product_dtype(matrices.device))
+    device = matrices.device
+    x = matrices.to(pick_dtype("auto", device) if device.type == "cpu" else torch.bfloat16)
     if transposed := x.size(1) > x.size(2):  # the products are of the smaller side
         x = x.mT
     x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True)).clamp_min(1e-7)  # 1.02: a value of 1.05 would diverge
