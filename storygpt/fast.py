@@ -115,29 +115,24 @@ class FastLinear(nn.Linear):
 
     def forward(self, x):
         """(…, in) -> (…, out), or (…, U + 1) in `distinct_logits`"""
-        if self.packed is None:
-            y = linear(x, self.row_weight, self.row_bias)
-        elif x.dim() == 1:  # which the kernel refuses
-            return self.forward(x[None])[0]
-        else:
+        weight, bias = self.row_weight, self.row_bias
+        if self.packed is not None:
+            if x.dim() == 1:  # which the kernel refuses
+                return self.forward(x[None])[0]
             y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
+        elif x.numel() == x.size(-1) and x.dtype == weight.dtype:
+            # For a single token, torch's matrix product reads bfloat16 weights at a third of the memory bandwidth, its
+            # matrix-vector product at nearly all of it.
+            y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, weight, bias)
         return y if self.distinct_rows is None or (self.is_output and distinct_logits.get()) else self.expand(y)
 
     def expand(self, y):
         """(…, U + 1) -> (…, out)"""
         full = y[..., -1:].expand(*y.shape[:-1], self.out_features).contiguous()
         return full.index_copy_(-1, self.distinct_rows, y[..., :-1])
-
-
-def linear(x, weight, bias=None):
-    """F.linear that computes a matrix-vector product for a single token: x (…, in), weight (out, in), bias (out).
-
-    There torch's matrix product reads bfloat16 weights at a third of the memory bandwidth, `addmv` at nearly all of it.
-    """
-    if x.numel() != x.size(-1) or x.dtype != weight.dtype:
-        return F.linear(x, weight, bias)
-    y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())  # (out)
-    return y.view(*x.shape[:-1], -1)
 
 
 # Each int8 product rounds its input to 8 bits, with one scale and offset for all of it (dynamic quantization). On an

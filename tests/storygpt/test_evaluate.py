@@ -32,21 +32,6 @@ def test_evaluation_has_no_dropout_and_does_not_depend_on_the_batch_size(with_da
     assert window_losses(model, split, [], batch_size=5).shape == (0,) and not model.training
 
 
-def test_ignored_targets_do_not_count_in_the_loss_of_a_window(with_data):
-    class MaskedSplit(Split):
-        def windows(self, starts):
-            x, y = super().windows(starts)
-            y = y.copy()
-            y[:, :10] = -1  # as for a prompt
-            return x, y
-
-    torch.manual_seed(0)
-    model = GPT(TINY_MODEL).eval()
-    split = MaskedSplit("data/nursery-bpe300", "validation", 16)
-    x, y = map(torch.from_numpy, split.windows([0]))
-    assert window_losses(model, split, [0], batch_size=1).item() == pytest.approx(model(x, y).item(), rel=1e-5)
-
-
 def test_bits_per_byte(with_data):
     split = Split("data/nursery-bpe300", "validation", 16)
     meta = json.loads(Path("data/nursery-bpe300/meta.json").read_text())["splits"]["validation"]

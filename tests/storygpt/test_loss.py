@@ -127,6 +127,15 @@ def test_gradient_of_a_frequent_token_does_not_overflow_in_float16(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(mean, weight)[0], torch.tensor([[-9.8], [9.8]]), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("used", [None, torch.arange(50) < 40])
+@pytest.mark.parametrize("target", [-100, -2, 50])
+def test_a_target_that_is_no_token_is_an_error(model, target, used):
+    model, (x, y) = fused(model, used=used), batch()
+    y[0, 0] = target
+    with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+        model(x, y, mean_loss)
+
+
 def test_loss_of_nan_is_nan():
     x, weight, y = torch.full((3, 2), math.nan), torch.ones(5, 2), torch.zeros(3, dtype=torch.long)
     assert fused_linear_cross_entropy(x, weight, y)[0].isnan()
