@@ -5,7 +5,7 @@
     python prepare.py my_stories.txt                      your own text
 
 Stories are streamed, stripped of outer white space and encoded on all cores, each followed by one end-of-text token.
-Memory use grows by about 40 bytes per story, to find duplicates. data/<name>/ appears only when it is complete.
+Memory use grows by about 50 bytes per story, to find duplicates. data/<name>/ appears only when it is complete.
 """
 
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from storygpt.corpus import sources
-from storygpt.corpus.dataset import with_checksum
-from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.corpus.dataset import read_meta, with_checksum
+from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
 
@@ -42,18 +42,20 @@ def main(argv=None):
     args = parse_args(argv)
     made_with = {name: value for name, value in vars(args).items() if name not in ("name", "force")}
     folder = Path("data", args.name)
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    partial = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(exist_ok=True)
     files.acquire_lock(folder.with_name(f".{folder.name}.lock"), folder)
-    if old.exists() and not folder.exists():  # an earlier run with --force died between the two renames below
-        files.rename(old, folder)
     if folder.exists():
-        check_existing(folder, made_with, args.force)  # with --force too: it must be a dataset
+        before = read_meta(folder)["made_with"]  # with --force too: what is not a dataset is never replaced
+        changed = [f"{key} {old!r}, now {made_with.get(key)!r}" for key, old in before.items()
+                   if made_with.get(key) != old]
+        if changed and not args.force:
+            raise UserError(f"{folder} already exists, created with {', '.join(changed)}: replace it with --force, or "
+                            "choose another --name")
         if not args.force:
             return print(f"{folder} already exists: use --force to create it again")
 
-    for leftover in (partial, old):  # of a run that died
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that died
     trained = args.tokenizer.startswith("bpe:")
     if not trained:  # opened before the corpus is read, to fail early
         is_folder = Path(args.tokenizer, "tokenizer.tiktoken").exists()
@@ -63,16 +65,15 @@ def main(argv=None):
     if trained:
         tokenizer = train_tokenizer(corpus, int(args.tokenizer.removeprefix("bpe:")), characters)
     try:
-        partial.mkdir()
-        meta = write_dataset(partial, corpus, tokenizer, findings | {"made_with": made_with})
+        Path(partial, "new").mkdir(parents=True)
+        meta = write_dataset(partial / "new", corpus, tokenizer, findings | {"made_with": made_with})
         if folder.exists():
-            files.rename(folder, old)
-        files.rename(partial, folder)
+            files.rename(folder, partial / "old")
+        files.rename(partial / "new", folder)
     except OSError as error:  # of writing: those of reading stories are UserErrors
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     print_table(folder, meta)
 
 
@@ -103,37 +104,17 @@ def parse_args(argv):
     for name, low in (("max_stories", 1), ("seed", 0)):
         if (value := getattr(args, name)) is not None and value < low:
             parser.error(f"--{name} must be at least {low}, not {value}")
-    if args.name is None:
-        args.name = default_name(args.source, args.tokenizer)
+    if args.name is None:  # tinystories, or nursery-bpe2048 for nursery and bpe:2048
+        path = Path(args.source)
+        args.name = (path.stem if path.suffix in sources.FORMATS else path.resolve().name).lower()
+        if args.tokenizer != "gpt2":
+            args.name += f"-{Path(args.tokenizer).name.replace(':', '')}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):  # hidden, a path, or special in a shell
         raise UserError(f"{args.name!r} is not a valid folder name: set --name to letters, digits, '.', '_' and '-'")
     size = args.tokenizer.removeprefix("bpe:")
-    if args.tokenizer.startswith("bpe:") and not (size.isdecimal() and int(size) > 256):
-        raise UserError(f"--tokenizer {args.tokenizer!r}: the vocabulary size must be at least 257 (256 bytes and end "
-                        "of text), as in bpe:4096")
+    if args.tokenizer.startswith("bpe:") and not (size.isdecimal() and int(size) > 256):  # bytes and end of text
+        raise UserError(f"--tokenizer {args.tokenizer!r}: the vocabulary size must be at least 257, as in bpe:4096")
     return args
-
-
-def default_name(source, tokenizer):
-    """The default name of a dataset: `nursery-bpe2048` for nursery and bpe:2048."""
-    path = Path(source)
-    name = (path.stem if path.suffix in sources.FORMATS else path.resolve().name).lower()
-    return name if tokenizer == "gpt2" else f"{name}-{Path(tokenizer).name.replace(':', '')}"
-
-
-def check_existing(folder, made_with, force):
-    """Raise UserError if a folder is not a dataset or, unless `force`, was created with other arguments."""
-    try:
-        before = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["made_with"]
-        before = {"drop_duplicates": False} | before  # older datasets do not have this key
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} exists without a valid meta.json and is left unchanged: remove it, or choose "
-                        "another --name") from error
-    changed = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in made_with.items()
-               if value != before.get(key)]
-    if changed and not force:
-        raise UserError(f"{folder} already exists, created with {', '.join(changed)}: replace it with --force, or "
-                        "choose another --name")
 
 
 def train_tokenizer(corpus, vocab_size, characters):
@@ -156,15 +137,13 @@ def write_dataset(folder, corpus, tokenizer, findings):
             (train if split == "train" else validation).write(tokens)
             hashes[split].update(tokens)
             sizes[split].update(counts)
-    tokenizer.save(folder)
-    meta = {"source": corpus.source, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size,
+    meta = {"source": corpus.source, "tokenizer": tokenizer.save(folder), "vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.end_of_text, "dtype": dtype,
-            "splits": {split: {**sizes[split], "sha256": hashes[split].hexdigest()} for split in sizes},
-            "empty_stories_dropped": corpus.empty_stories, **findings}
+            "splits": {split: {**sizes[split], "sha256": hashes[split].hexdigest()} for split in sizes}, **findings}
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with open(path, "r+b") as file:
-            files.sync(file.fileno())  # the data must be on disk before the folder is renamed
+            os.fsync(file.fileno())  # the data must be on disk before the folder is renamed
     return meta
 
 
@@ -184,15 +163,14 @@ def encode_batches(batches, tokenizer, dtype):
     """Encode batches on all cores; yield (split, tokens, sizes for meta.json) of each, in the given order."""
     local, pending = threading.local(), deque()  # threads are enough, because tiktoken releases the GIL
 
-    def copy_tokenizer():  # threads that share one wait for its regular expressions
-        local.tokenizer = copy.deepcopy(tokenizer)
-
     def encode(split, stories):
+        if not hasattr(local, "tokenizer"):  # threads that share one wait for its regular expressions
+            local.tokenizer = copy.deepcopy(tokenizer)
         tokens = local.tokenizer.encode_stories(stories).astype(np.dtype(dtype).newbyteorder("<"))
         size = sum(len(story.encode()) for story in stories)
         return split, tokens, {"stories": len(stories), "tokens": len(tokens), "bytes": size}
 
-    with ThreadPoolExecutor(os.cpu_count(), initializer=copy_tokenizer) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches:
             pending.append(pool.submit(encode, *batch))
             if len(pending) > 2 * os.cpu_count():  # enough to keep every core busy; more would only use memory
@@ -205,10 +183,7 @@ def print_table(folder, meta):
     """Print the size of each split: stories, tokens, bytes of text, bytes per token, and the token file."""
     splits, duplicates = meta["splits"], meta["duplicates"]
     print(f"{folder}: {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens in the vocabulary, "
-          f"{meta['empty_stories_dropped']:,} empty stories dropped")
-    if meta["validation_split"] == "end of the text":
-        print(f"{meta['source']} has only one text: its last {splits['validation']['bytes']:,} bytes are the "
-              f"validation split (in a .txt file, lines of {END_OF_TEXT} separate stories)")
+          f"{meta['empty_stories_dropped']:,} empty stories dropped, validation split: {meta['validation_split']}")
     print(f"duplicates: {duplicates['within_train']:,} training stories repeat an earlier one, "
           f"{duplicates['validation_in_train']:,} validation stories are also in training; "
           f"dropped by --drop_duplicates: {duplicates['dropped']:,}")

@@ -46,31 +46,32 @@ def main(argv=None):
     if start := window_start(len(tokens), model.config.block_size):
         print(f"the prompt has {len(tokens)} tokens, more than the context window of {model.config.block_size}: the "
               f"model reads the last {len(tokens) - start}", file=sys.stderr)
-    generator = torch.Generator(device)
-    if args.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(torch.seed() if args.seed is None else args.seed)
     steps = generate(model, torch.tensor([tokens] * args.num_samples, device=device), args.max_new_tokens,
                      args.temperature, args.top_k, args.top_p, generator, tokenizer.end_of_text)
 
     started = time.perf_counter()
     if args.num_samples == 1:
-        lengths = [print_story(prompt, tokenizer, map(int, steps))]
+        stories = [map(int, steps)]
     else:
         bar = tqdm(steps, "generating", args.max_new_tokens, unit=" tokens each", leave=False, disable=None)
-        lengths = print_stories(prompt, tokenizer, [step.tolist() for step in bar])
+        stories = zip(*[step.tolist() for step in bar])
+    generated = 0
+    for i, tokens in enumerate(stories):
+        print(f"{END_OF_TEXT}\n" * (i > 0) + prompt, end="", flush=True)
+        story = itertools.takewhile(lambda token: token != tokenizer.end_of_text, tokens)
+        for length, piece in enumerate(tokenizer.stream(story)):  # a piece for each token, and one after the last
+            print(piece, end="", flush=args.num_samples == 1)
+        print(flush=True)
+        generated += min(length + 1, args.max_new_tokens)  # with the end-of-text token, unless the story was cut short
     seconds = time.perf_counter() - started
-    # Stories that max_new_tokens did not cut short also have an end-of-text token.
-    generated = sum(min(length + 1, args.max_new_tokens) for length in lengths)
     print(f"{generated} tokens in {seconds:.1f} s, {generated / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def parse_args(argv):
     """Parse the command line; exits with code 2 for an invalid flag."""
     common = ("start", "out_dir", "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
-    parser = Parser(common, usage="%(prog)s [--flag ...]",
-                    description="Generate stories with a trained model.")
+    parser = Parser(common, usage="%(prog)s [--flag ...]", description="Generate stories with a trained model.")
     parser.add_argument("--start", default="", help="the prompt, or FILE:prompt.txt (default: no prompt)")
     parser.add_argument("--out_dir", help="the run's folder (default: the newest under out/, by its checkpoint)")
     parser.add_argument("--num_samples", type=number(int, 1, 1000, "from 1 to 1000"), default=1,
@@ -107,36 +108,14 @@ def number(kind, low, high, allowed):
 
 
 def read_prompt(start):
-    """The prompt of --start: the text itself, or that of a file, FILE:path. Raises UserError if it cannot be read."""
+    """The prompt of --start: the text itself, or that of a UTF-8 file, FILE:path. Raises UserError or OSError."""
     if not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
         return path.read_text(encoding="utf-8").rstrip("\n")  # the last line's end is not part of the prompt
     except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
-
-
-def print_story(prompt, tokenizer, tokens):
-    """Print a story while its tokens are generated; returns its length in tokens, without the end of text."""
-    print(prompt, end="", flush=True)
-    story = itertools.takewhile(lambda token: token != tokenizer.end_of_text, tokens)
-    for length, piece in enumerate(tokenizer.stream(story)):  # a piece for each token, and one after the last
-        print(piece, end="", flush=True)
-    print(flush=True)
-    return length
-
-
-def print_stories(prompt, tokenizer, steps):
-    """Print the stories of a batch, given each step's list of tokens; returns their lengths as `print_story` does."""
-    lengths = []
-    for i, tokens in enumerate(zip(*steps)):
-        story = list(itertools.takewhile(lambda token: token != tokenizer.end_of_text, tokens))
-        lengths.append(len(story))
-        print(f"{END_OF_TEXT}\n" * (i > 0) + prompt + tokenizer.decode(story))
-    return lengths
+        raise UserError(f"the prompt file {path} is not UTF-8 text: convert it") from error
 
 
 if __name__ == "__main__":

@@ -36,14 +36,20 @@ def cooccurrence_embeddings(sequences, vocab_size, width):
     token with the neighbours at each distance to the left and to the right.
     """
     counts = np.bincount(sequences.ravel(), minlength=vocab_size)
-    column_of = np.full(vocab_size, -1)
-    contexts = np.argsort(-counts, kind="stable")[:CONTEXTS]
-    column_of[contexts] = np.arange(len(contexts))
-    blocks = []  # (vocab_size, CONTEXTS) each
+    rank_of = np.argsort(np.argsort(-counts, kind="stable"))  # of each token in the order of frequency
+    blocks = []  # (vocab_size, CONTEXTS) each, sparse
     for distance in DISTANCES:
         left, right = sequences[:, :-distance].ravel(), sequences[:, distance:].ravel()
-        blocks += [mutual_information(left, column_of[right], vocab_size),
-                   mutual_information(right, column_of[left], vocab_size)]
+        for tokens, columns in ((left, rank_of[right]), (right, rank_of[left])):
+            used = columns < CONTEXTS
+            pairs, n = np.unique(tokens[used] * CONTEXTS + columns[used], return_counts=True)
+            row, column = np.divmod(pairs, CONTEXTS)
+            p_column = np.bincount(column, n) ** CONTEXT_POWER
+            p_column /= p_column.sum()
+            values = np.log(n / (np.bincount(row, n)[row] * p_column[column]))
+            blocks.append(torch.sparse_coo_tensor(
+                np.stack([row, column])[:, values > 0], values[values > 0], (vocab_size, CONTEXTS),
+                dtype=torch.float32, check_invariants=True))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the random start of the decomposition
         rank = min(width, vocab_size)
@@ -53,18 +59,3 @@ def cooccurrence_embeddings(sequences, vocab_size, width):
     embeddings /= embeddings.square().mean(1, keepdim=True).sqrt().clamp_min(1e-9)
     embeddings[counts == 0] = 0
     return embeddings
-
-
-def mutual_information(tokens, columns, vocab_size):
-    """The positive pointwise mutual information of pairs of a token and a column; -1 stands for a column left out.
-
-    Returns a sparse tensor (vocab_size, CONTEXTS).
-    """
-    pairs, n = np.unique(tokens[columns >= 0] * CONTEXTS + columns[columns >= 0], return_counts=True)
-    row, column = np.divmod(pairs, CONTEXTS)
-    p_column = np.bincount(column, n) ** CONTEXT_POWER
-    p_column /= p_column.sum()
-    values = np.log(n / (np.bincount(row, n)[row] * p_column[column]))
-    indices = torch.from_numpy(np.stack([row, column])[:, values > 0])
-    return torch.sparse_coo_tensor(indices, torch.from_numpy(values[values > 0]).float(), (vocab_size, CONTEXTS),
-                                   check_invariants=True)

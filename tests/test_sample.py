@@ -86,8 +86,8 @@ def test_dtype_of_the_weights(run, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--out_dir", "out/none"], "no checkpoint in out/none"),
-    (["--start", "FILE:none.txt"], "cannot read the prompt file none.txt: No such file"),
-    (["--start", "FILE:."], "cannot read the prompt file .:"),
+    (["--start", "FILE:none.txt"], "error: none.txt: No such file"),
+    (["--start", "FILE:."], "error: .: Is a directory"),
     (["--device", "tpu"], "device = 'tpu' cannot be used"),
 ])
 def test_missing_files_and_devices(run, fails, flags, message):

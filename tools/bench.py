@@ -33,7 +33,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -476,9 +475,7 @@ def write_random_dataset(folder, config):
     folder.mkdir(parents=True)
     size = config.vocab_size
     ranks = {bytes([i]) if i < 256 else bytes(divmod(i, 256)): i for i in range(size - 1)}  # single bytes, then pairs
-    tokenizer = Tokenizer(tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                            special_tokens={END_OF_TEXT: size - 1}))
-    tokenizer.save(folder)
+    tokenizer = Tokenizer("bench", GPT2_PATTERN, ranks, {END_OF_TEXT: size - 1})
     splits = {}
     for split, count in (("train", 4_000_000), ("validation", 100_000)):
         tokens = np.random.default_rng(0).integers(size // VOCABULARY_PER_USED_TOKEN, size=count, dtype=np.uint16)
@@ -486,7 +483,7 @@ def write_random_dataset(folder, config):
         splits[split] = {"stories": 1, "tokens": count, "bytes": 4 * count,
                          "sha256": hashlib.sha256(tokens).hexdigest()}
     meta = {"vocab_size": size, "end_of_text": size - 1, "dtype": "uint16", "splits": splits,
-            "tokenizer": tokenizer.describe()}
+            "tokenizer": tokenizer.save(folder)}
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta)))
 
 

@@ -14,7 +14,7 @@ def check_gguf(model, dtype, tokenizer):
     """Raise UserError if GGUF cannot hold a GPT in this dtype, or its tokenizer."""
     if dtype == "q8_0" and model.config.n_embd % 32:
         raise UserError(f"q8_0 stores blocks of 32 weights, but n_embd = {model.config.n_embd}: use --dtype f16")
-    if tokenizer.encoding._pat_str != GPT2_PATTERN:
+    if tokenizer.pattern != GPT2_PATTERN:
         raise UserError(f"the tokenizer {tokenizer.name} cannot be written as GGUF, because it splits text into words "
                         "in another way than GPT-2: train a model with gpt2 or a trained vocabulary (bpe:4096)")
 
@@ -91,7 +91,7 @@ def add_vocabulary(writer, tokenizer, vocab_size):
     tokens, types = [f"[UNUSED{i}]" for i in range(vocab_size)], [TokenType.UNUSED] * vocab_size
     for text, token in vocab.items():
         tokens[token] = text
-        types[token] = TokenType.CONTROL if text in tokenizer.encoding._special_tokens else TokenType.NORMAL
+        types[token] = TokenType.CONTROL if text in tokenizer.special_tokens else TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre("gpt-2")  # the pattern
     writer.add_token_list(tokens)
@@ -112,9 +112,8 @@ def vocab_and_merges(tokenizer):
     def to_text(token):
         return "".join(character_of[byte] for byte in token)
 
-    ranks = tokenizer.encoding._mergeable_ranks
-    vocab = {to_text(token): rank for token, rank in ranks.items()} | tokenizer.encoding._special_tokens
-    return vocab, [(to_text(left), to_text(right)) for left, right in merges_from_ranks(ranks)]
+    vocab = {to_text(token): rank for token, rank in tokenizer.ranks.items()} | tokenizer.special_tokens
+    return vocab, [(to_text(left), to_text(right)) for left, right in merges_from_ranks(tokenizer.ranks)]
 
 
 def merges_from_ranks(ranks):

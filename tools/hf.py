@@ -28,7 +28,6 @@ from importlib.util import find_spec
 from logging import CRITICAL, getLogger
 from pathlib import Path
 
-import tiktoken
 import torch
 
 import sample
@@ -291,21 +290,20 @@ def to_hf_tokenizer(tokenizer, block_size):
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
-    encoding = tokenizer.encoding
     vocab, merges = vocab_and_merges(tokenizer)
     options = dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=block_size,
-                   extra_special_tokens=sorted(set(encoding._special_tokens) - {END_OF_TEXT}))
-    if encoding._pat_str == GPT2_PATTERN:
+                   extra_special_tokens=sorted(set(tokenizer.special_tokens) - {END_OF_TEXT}))
+    if tokenizer.pattern == GPT2_PATTERN:
         return GPT2Tokenizer(vocab=vocab, merges=merges, **options)
     # In the regular expressions of `tokenizers` a + after {1,3} is not possessive, and $ also matches before a line
     # end. Possessive quantifiers only make matching faster, so they are removed.
-    pattern = re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", encoding._pat_str).replace("$", r"\z")
+    pattern = re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", tokenizer.pattern).replace("$", r"\z")
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in encoding._special_tokens])
+    bpe.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in tokenizer.special_tokens])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
 
 
@@ -523,7 +521,7 @@ def from_hf_tokenizer(source, hf_tokenizer, end_of_text):
         raise UserError(f"the tokens of {source} are not the 256 bytes and one token for each merge, in order: use a "
                         "model with a tokenizer like GPT-2's")
     name = "gpt2" if len(ranks) == 50256 else f"bpe{len(ranks) + len(special)}"
-    return Tokenizer(tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special))
+    return Tokenizer(name, GPT2_PATTERN, ranks, special)
 
 
 def check_tokenizer_type(source, description):
@@ -545,11 +543,10 @@ def write_run(out_dir, model, tokenizer, overwrite):
     """
     c = model.config
     no_data = {"stories": 0, "tokens": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
-    meta = {"tokenizer": tokenizer.describe(), "vocab_size": c.vocab_size, "end_of_text": tokenizer.end_of_text,
-            "dtype": "uint16" if c.vocab_size <= 1 << 16 else "uint32",
-            "splits": {"train": no_data, "validation": no_data}}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
+        meta = {"tokenizer": tokenizer.save(folder), "vocab_size": c.vocab_size, "end_of_text": tokenizer.end_of_text,
+                "dtype": "uint16" if c.vocab_size <= 1 << 16 else "uint32",
+                "splits": {"train": no_data, "validation": no_data}}
         Path(folder, "meta.json").write_text(json.dumps(with_checksum(meta), indent=2) + "\n", encoding="utf-8")
         claim_run_folder(out_dir, overwrite)
         start_run_folder(out_dir, Path(folder))

@@ -1,29 +1,22 @@
 """Reading data/<name>/: token files, the sampling order of training sequences, and fixed evaluation windows."""
 
+import functools
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from storygpt.system.errors import QUICKSTART, UserError
+
+RESTORE = "remove the dataset and prepare it again; a run needs meta.json and tokenizer.tiktoken of its dataset"
 
 
 def prepare_command(name):
     """The command that creates a dataset, guessed from its name: `nursery-bpe1024` needs `--tokenizer bpe:1024`."""
-    encodings = "|".join(tiktoken.list_encoding_names())
-    source, tokenizer = re.fullmatch(rf"(.*?)(?:-(bpe\d+|{encodings}))?", name, re.DOTALL).groups()
+    source, bpe, size = name.partition("-bpe")
     words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {name}")
-    return f"python prepare.py{words}" + (f" --tokenizer {tokenizer.replace('bpe', 'bpe:')}" if tokenizer else "")
-
-
-def recovery_hint(folder):
-    """How to restore meta.json or tokenizer.tiktoken of a dataset or run folder, as a phrase."""
-    if folder.parent.name == "data":
-        return f"remove {folder} and create it again with  {prepare_command(folder.name)}"
-    return "copy meta.json and tokenizer.tiktoken from the dataset of the run"
+    return f"python prepare.py{words}" + (f" --tokenizer bpe:{size}" if bpe else "")
 
 
 def with_checksum(meta):
@@ -36,19 +29,15 @@ def read_meta(folder):
     """meta.json of a dataset or run folder, as a dict. Raises UserError if it is missing or damaged."""
     folder, path = Path(folder), Path(folder, "meta.json")
     if not folder.exists():
-        hint = f"create it with  {prepare_command(folder.name)}"
-        if folder.name == "tinystories" and not any(folder.parent.glob("*/meta.json")):  # a new user
-            hint += f", or begin with a small model on synthetic stories:  {QUICKSTART}"
-        raise UserError(f"no data in {folder}: {hint}")
-    if not path.exists():
-        raise UserError(f"{path} is missing: {recovery_hint(folder)}")
+        raise UserError(f"no data in {folder}: create it with  {prepare_command(folder.name)}, or begin with a small "
+                        f"model on synthetic stories:  {QUICKSTART}")
     try:
         meta = json.loads(path.read_bytes())
-    except ValueError:
-        meta = None
-    if not isinstance(meta, dict) or meta != with_checksum(meta):
-        raise UserError(f"{path} is damaged, or from an older version of this program: {recovery_hint(folder)}")
-    return meta
+        if meta == with_checksum(meta):
+            return meta
+    except (FileNotFoundError, ValueError, AttributeError):  # AttributeError: not a dict
+        pass
+    raise UserError(f"{path} is missing, damaged or from an older version of this program: {RESTORE}")
 
 
 def data_sha256(meta):
@@ -66,18 +55,18 @@ class Split:
     """One split of a dataset, memory-mapped, read in windows: `block_size` tokens, and the targets one token later."""
 
     def __init__(self, folder, split, block_size, verify=True):
-        """Raises UserError if the file is missing or does not have the size and, if `verify`, the hash in meta.json."""
+        """Raises UserError if the file is missing or empty or, if `verify`, does not have the hash in meta.json."""
         meta = read_meta(folder)
         self.path, self.block_size, self.vocab_size = Path(folder, f"{split}.bin"), block_size, meta["vocab_size"]
-        self.remedy = f"create it again with  {prepare_command(self.path.parent.name)} --force"
         sizes = meta["splits"][split]
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")  # little-endian on every machine
         try:
+            if verify and file_sha256(self.path) != sizes["sha256"]:
+                raise ValueError("not the hash in meta.json")
             self.tokens = np.memmap(self.path, mode="r", dtype=dtype)
-        except (FileNotFoundError, ValueError) as error:  # ValueError: empty, or not a multiple of the dtype's size
-            raise UserError(f"{self.path} is missing or damaged: {self.remedy}") from error
-        if len(self.tokens) != sizes["tokens"] or (verify and file_sha256(self.path) != sizes["sha256"]):
-            raise UserError(f"{self.path} is damaged, it does not match meta.json: {self.remedy}")
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{self.path} is missing or damaged ({error}): create it again with  "
+                            f"{prepare_command(self.path.parent.name)} --force") from error
         self.bytes_per_token = sizes["bytes"] / len(self.tokens)
 
     def used_tokens(self):
@@ -88,12 +77,9 @@ class Split:
         return used
 
     def windows(self, starts):
-        """Inputs and targets, int64 (B, T), of the windows at positions `starts` (B,). UserError: an unknown token."""
+        """Inputs and targets, int64 (B, T), of the windows at positions `starts` (B,)."""
         positions = np.asarray(starts)[:, None] + np.arange(self.block_size + 1)  # (B, T + 1)
         window = self.tokens[positions].astype(np.int64)  # (B, T + 1)
-        if window.max() >= self.vocab_size:
-            raise UserError(f"{self.path} is damaged: it contains token {window.max()}, but the vocabulary has only "
-                            f"{self.vocab_size}; {self.remedy}")
         return window[:, :-1], window[:, 1:]
 
 
@@ -112,7 +98,7 @@ class TrainingOrder:
         if self.windows_per_epoch < 1:
             raise UserError(f"{split.path} has only {len(split.tokens)} tokens: block_size = {split.block_size} "
                             "needs at least twice as many; use more text or a smaller block_size")
-        self._epoch, self._starts = None, None
+        self._starts_of = functools.lru_cache(maxsize=1)(self._starts_of)  # of the current epoch
 
     def sequences(self, first, count):
         """Sequences first … first + count - 1 of the run: inputs and targets, int64 arrays (count, T)."""
@@ -122,20 +108,17 @@ class TrainingOrder:
 
     def _starts_of(self, epoch):
         """The start positions of an epoch's windows, in the order of visits: (windows_per_epoch,)."""
-        if self._epoch != epoch:
-            rng = np.random.default_rng([self.seed, int(epoch)])
-            offset = rng.integers(self.split.block_size)
-            self._starts = offset + self.split.block_size * rng.permutation(self.windows_per_epoch)
-            self._epoch = epoch
-        return self._starts
+        rng = np.random.default_rng([self.seed, int(epoch)])
+        offset = rng.integers(self.split.block_size)
+        return offset + self.split.block_size * rng.permutation(self.windows_per_epoch)
 
 
 def evaluation_windows(split, count=None):
     """Start positions of `count` windows (None: all), evenly spaced, always the same. UserError: there is none."""
     available = (len(split.tokens) - 1) // split.block_size
     if available < 1:
-        raise UserError(f"{split.path} has only {len(split.tokens)} tokens, less than one window of block_size = "
-                        f"{split.block_size} and the next token: use more text or a smaller block_size")
+        raise UserError(f"{split.path} has only {len(split.tokens)} tokens: block_size = {split.block_size} needs at "
+                        "least one more than that; use more text or a smaller block_size")
     count = min(count or available, available)
     return np.arange(count) * available // count * split.block_size
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import torch.nn as nn
 
@@ -489,10 +488,10 @@ def test_export_and_import_of_gpt2s_vocabulary(here):
 
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, CL100K, O200K], ids=["gpt2", "cl100k_base", "o200k_base"])
 def test_export_of_tokenizers_with_other_patterns(here, pattern):
-    ranks = Tokenizer.named("gpt2").encoding._mergeable_ranks
+    ranks = Tokenizer.named("gpt2").ranks
     ranks = {token: rank for token, rank in ranks.items() if rank < 5000}
     specials = {END_OF_TEXT: 5002, "<|fim_prefix|>": 5004}  # with gaps between the ids, like cl100k_base
-    tokenizer = Tokenizer(tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+    tokenizer = Tokenizer("x", pattern, ranks, specials)
     hf.to_hf_tokenizer(tokenizer, 64).save_pretrained("model")
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained("model")
     code = (ROOT / "train.py").read_text()
@@ -611,9 +610,8 @@ def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     assert "invalid choice: 'q4'" in error("out/tiny", "x.gguf", "--dtype=q4", code=2)
     train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
     assert "no model of the architecture 'modern'" in error("out/modern", "x.gguf")
-    encoding = Tokenizer.load("out/tiny").encoding
-    other = Tokenizer(tiktoken.Encoding("x", pat_str=CL100K, mergeable_ranks=encoding._mergeable_ranks,
-                                        special_tokens=encoding._special_tokens))
+    tokenizer = Tokenizer.load("out/tiny")
+    other = Tokenizer("x", CL100K, tokenizer.ranks, tokenizer.special_tokens)
     hf.write_run(Path("out/x"), GPT(GPTConfig(**SHAPE)), other, overwrite=False)
     assert "the tokenizer x cannot be written as GGUF" in error("out/x", "x.gguf")
     state = torch.load("out/tiny/ckpt.pt")

@@ -230,10 +230,8 @@ def test_a_model_that_writes_nothing(here, fails):
 
 def test_a_vocabulary_that_cannot_spell_the_opening(here, fails):
     tokenizer = Tokenizer.load("out/tiny")
-    encoding = tokenizer.encoding
-    ranks = {token: rank for token, rank in encoding._mergeable_ranks.items() if token != b"\xc3"}
-    lacking = Tokenizer(type(encoding)("lacking", pat_str=encoding._pat_str, mergeable_ranks=ranks,
-                                       special_tokens={END_OF_TEXT: 299}))
+    ranks = {token: rank for token, rank in tokenizer.ranks.items() if token != b"\xc3"}
+    lacking = Tokenizer("lacking", tokenizer.pattern, ranks, {END_OF_TEXT: 299})
     judge.check_vocabulary(lacking, ["Once"])
     with pytest.raises(judge.UserError, match="the vocabulary lacking cannot spell 'Café': it lacks the byte 195"):
         judge.check_vocabulary(lacking, ["Once", "Café"])

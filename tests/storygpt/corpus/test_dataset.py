@@ -17,11 +17,6 @@ def write_dataset(folder, n, dtype="uint16"):
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         np.arange(n, dtype=dtype).tofile(folder / f"{split}.bin")
-    return write_meta(folder, n, dtype)
-
-
-def write_meta(folder, n, dtype="uint16"):
-    """Write a meta.json for token files of n tokens, with the hashes of the files as they are."""
     splits = {split: {"tokens": n, "bytes": 4 * n,
                       "sha256": hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()}
               for split in ("train", "validation")}
@@ -99,7 +94,7 @@ def test_a_missing_dataset_is_reported_with_the_command_that_creates_it(here):
     with pytest.raises(UserError, match="no data in data/tinystories-bpe4096: create it with  python prepare.py --tok"):
         Dataset(Config(dataset="tinystories-bpe4096"))
     (write_dataset(here / "data/x", 1000) / "validation.bin").unlink()
-    with pytest.raises(UserError, match="validation.bin is missing or damaged: create it again with"):
+    with pytest.raises(UserError, match="validation.bin is missing or damaged .*: create it again with"):
         Dataset(Config(dataset="x"))
 
 
@@ -127,14 +122,6 @@ def test_a_damaged_token_file_is_refused_by_name(tmp_path, damage):
         Split(path.parent, "train", 16)
 
 
-def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
-    path = write_dataset(tmp_path / "x", 100) / "train.bin"
-    np.full(100, 100, "uint16").tofile(path)
-    write_meta(path.parent, 100)
-    with pytest.raises(UserError, match="train.bin is damaged: it contains token 100, but the vocabulary has only 100"):
-        Split(path.parent, "train", 16).windows([0])
-
-
 def test_a_flipped_bit_in_meta_json_is_detected_or_has_no_effect(tmp_path):
     path = write_dataset(tmp_path / "x", 100) / "meta.json"
     original = path.read_bytes()
@@ -145,7 +132,7 @@ def test_a_flipped_bit_in_meta_json_is_detected_or_has_no_effect(tmp_path):
         try:
             assert read_meta(tmp_path / "x") == json.loads(original)  # for example, a space has become a tab
         except UserError as error:
-            assert "meta.json is damaged" in str(error)
+            assert "meta.json is missing, damaged or from" in str(error)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"splits": 3}', "\xff", json.dumps(
@@ -153,7 +140,7 @@ def test_a_flipped_bit_in_meta_json_is_detected_or_has_no_effect(tmp_path):
 def test_a_damaged_meta_json_is_refused_by_name(tmp_path, text):
     folder = write_dataset(tmp_path / "x", 100)
     (folder / "meta.json").write_text(text, encoding="latin1")
-    with pytest.raises(UserError, match="meta.json is damaged"):
+    with pytest.raises(UserError, match="meta.json is missing, damaged or from"):
         Split(folder, "train", 16)
 
 
@@ -161,7 +148,6 @@ def test_prepare_command_is_guessed_from_the_name_of_a_dataset():
     assert prepare_command("tinystories") == "python prepare.py"
     assert prepare_command("tinystories-bpe4096") == "python prepare.py --tokenizer bpe:4096"
     assert prepare_command("nursery-bpe1024") == "python prepare.py nursery --tokenizer bpe:1024"
-    assert prepare_command("tinystories-cl100k_base") == "python prepare.py --tokenizer cl100k_base"
     assert prepare_command("mine-bpe300") == "python prepare.py SOURCE --name mine-bpe300 --tokenizer bpe:300"
     assert prepare_command("mine") == "python prepare.py SOURCE --name mine"
     assert prepare_command("\n") == "python prepare.py SOURCE --name \n"

@@ -1,12 +1,10 @@
 """Reading stories: every kind of source yields the same stories, and every bad source raises a UserError."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,7 +68,7 @@ def test_folder_with_the_layout_of_the_hub(here):
 def test_dataset_that_is_not_streamed(here):
     """The hub cannot be reached in tests; `load_dataset` returns the same kind of object for a local folder."""
     write(here / "repo/data/train-00000-of-00001.parquet", STORIES)
-    splits = sources.load_dataset("repo", "repo", cache_dir=str(here / "cache"))
+    splits = datasets.load_dataset("repo", cache_dir=str(here / "cache"))
     assert list(sources.read_column(splits["train"], "text", "repo")) == STORIES
 
 
@@ -96,7 +94,8 @@ def test_text_files_in_a_hub_folder_are_not_stories(here):
 
 
 def test_white_space_line_endings_and_empty_stories(here):
-    text = f"\ufeff{END_OF_TEXT}\r\n  One.\r\n\r\nMore. \r\n{END_OF_TEXT} \r\n\r\n{END_OF_TEXT}\r\nTwo.\r\nThree.\r\n"
+    text = (f"\ufeff{END_OF_TEXT}\r\n\r\n{END_OF_TEXT}\r\n  One.\r\n\r\nMore. \r\n"
+            f"{END_OF_TEXT} \r\n\r\n{END_OF_TEXT}\r\nTwo.\r\nThree.\r\n")
     (here / "a.txt").write_bytes(text.encode())
     write(here / "b.jsonl", ["One.\n\nMore.", "  ", None, "\n", "Two.\nThree.  "])
     for source, empty_stories in (("a.txt", 2), ("b.jsonl", 3)):
@@ -106,18 +105,11 @@ def test_white_space_line_endings_and_empty_stories(here):
             assert corpus.empty_stories == empty_stories
 
 
-def test_text_without_separators_is_not_read_into_memory(here, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_STORY_CHARACTERS", 1000)
-    (here / "a.txt").write_text("A line.\n" * 1000)
-    with pytest.raises(UserError, match=r"a.txt has 1,00\d characters without a line of <\|endoftext\|>"):
-        read("a.txt")
-
-
 def test_validation_split(here):
-    corpus = Corpus(write(here / "a.txt", STORIES))
     for count, fraction, size in ((len(STORIES), 0.2, 4), (10, 1e-6, 1), (10, 0.999, 9)):  # at least one story in each
-        assert corpus.split_validation(count, fraction, seed=1) == "random stories"
-        assert corpus.in_validation.shape == (count,) and corpus.in_validation.sum() == size
+        corpus = Corpus(write(here / "a.txt", STORIES[:count]))
+        assert corpus.examine(fraction, 1, False)[1]["validation_split"] == "random stories"
+        assert [split for split, _ in corpus].count("validation") == size and len(list(corpus)) == corpus.count == count
 
 
 @pytest.mark.parametrize("text, fraction, size", [
@@ -129,12 +121,13 @@ def test_validation_split(here):
 ])
 def test_one_text_is_cut_between_words(here, text, fraction, size):
     corpus = Corpus(write(here / "a.txt", [" ", text]))
-    assert corpus.split_validation(1, fraction, seed=1) == "end of the text"
+    found = corpus.examine(fraction, 1, False)[1]
+    assert (found["validation_split"], found["empty_stories_dropped"]) == ("end of the text", 1)
     for _ in range(2):
         (_, train), (_, validation) = corpus
         assert (train, validation) == (train.strip(), validation.strip())
         assert train.split() + validation.split() in (text.split(), [train, validation])
-        assert abs(len(validation) - size) <= 5 and corpus.empty_stories == 1
+        assert abs(len(validation) - size) <= 5
 
 
 @pytest.mark.parametrize("size", [3071, 3072])
@@ -142,17 +135,24 @@ def test_the_shortest_text_that_can_be_cut(here, size):
     corpus = Corpus(write(here / "a.txt", ["x" * size]))
     if size < 3072:
         with pytest.raises(UserError, match="of 3,071 characters, but training and validation need 3,072"):
-            corpus.split_validation(1, 0.01, seed=1)
+            corpus.examine(0.01, 1, False)
     else:
-        assert corpus.split_validation(1, 0.01, seed=1) == "end of the text"
+        assert corpus.examine(0.01, 1, False)[1]["validation_split"] == "end of the text"
 
 
-def test_repeats_and_occurs_in():
+def test_duplicates(here):
     rng = np.random.default_rng(0)
-    for size, others_size in ((300, 20), (20, 300), (1, 0), (0, 1)):
-        values, others = rng.integers(-50, 50, size), rng.integers(-50, 50, others_size)
-        assert sources.repeats(values).tolist() == [value in values[:i] for i, value in enumerate(values)]
-        assert sources.occurs_in(values, others).tolist() == [value in others for value in values]
+    for train_size, validation_size in ((300, 40), (40, 300)):
+        train = rng.integers(200, size=train_size).astype(str).tolist()
+        validation = rng.integers(200, size=validation_size).astype(str).tolist()
+        write(here / "books/train.txt", train)
+        write(here / "books/valid.txt", validation)
+        corpus = Corpus("books")
+        kept = [story for story in dict.fromkeys(train) if story not in validation]
+        assert corpus.examine(0.01, 1, True)[1]["duplicates"] == {
+            "within_train": len(train) - len(set(train)), "dropped": len(train) - len(kept),
+            "validation_in_train": sum(story in train for story in validation)}
+        assert list(corpus) == [("train", story) for story in kept] + [("validation", story) for story in validation]
 
 
 def bad_utf8(folder):
@@ -210,29 +210,6 @@ def csv(folder):
     return "a.csv"
 
 
-def test_a_hub_that_does_not_answer_is_asked_only_once(here):
-    """Its library alone would retry five times, in 25 seconds."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_OFFLINE": "0",
-                                    "HF_HOME": str(here)}
-        process = subprocess.Popen([sys.executable, ROOT / "prepare.py"], env=environment, stderr=subprocess.PIPE,
-                                   text=True)
-        requests = b""
-        server.settimeout(0.1)
-        while process.poll() is None:
-            with suppress(TimeoutError):
-                with server.accept()[0] as connection:
-                    requests += connection.recv(1000)
-    *_, line = process.stderr.read().splitlines()
-    assert process.returncode == 1 and requests.count(b"roneneldan/TinyStories") == 1
-    assert line.startswith("error: cannot reach roneneldan/TinyStories") and "python prepare.py nursery" in line
-
-
-def test_a_name_that_the_hub_does_not_allow_is_left_to_load_dataset_to_report(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    sources.use_only_the_cache_if_offline("a--b")
-
-
 @pytest.mark.parametrize("source, column, message", [
     ("nothing.txt", "text", "nothing.txt does not exist"),
     ("../nothing", "text", "does not exist"),
@@ -245,9 +222,9 @@ def test_a_name_that_the_hub_does_not_allow_is_left_to_load_dataset_to_report(mo
     (parquet_with_bytes, "text", "raw.parquet is not UTF-8 text"),
     (bad_parquet, "text", "cannot read bad.parquet"),
     (bad_jsonl, "text", "cannot read bad.jsonl"),
-    (empty_file("empty.txt"), "text", "empty.txt is empty"),
-    (empty_file("empty.jsonl"), "text", "empty.jsonl is empty"),
-    (empty_file("empty.parquet"), "text", "empty.parquet is empty"),
+    (empty_file("empty.txt"), "text", "empty.txt: the train split has no stories, or only empty ones"),
+    (empty_file("empty.jsonl"), "text", "empty.jsonl"),
+    (empty_file("empty.parquet"), "text", "cannot read empty.parquet"),
     (no_rows, "text", "none.parquet"),
     (empty_folder, "text", "a folder must contain .txt, .jsonl or .parquet files"),
     (only_test_split, "text", "repo has no split 'train', only test"),
@@ -255,5 +232,5 @@ def test_a_name_that_the_hub_does_not_allow_is_left_to_load_dataset_to_report(mo
 ], ids=str)
 def test_bad_sources_raise_user_errors(here, source, column, message):
     with pytest.raises(UserError) as error:
-        read(source(here) if callable(source) else source, column)
+        Corpus(source(here) if callable(source) else source, column).examine(0.01, 1, False)
     assert message in str(error.value)

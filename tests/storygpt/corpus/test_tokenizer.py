@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 
 import numpy as np
 import pytest
@@ -20,9 +19,8 @@ TEXTS = ["Once upon a time, there was a fox.", "", " \n\n\t ", "naïve café –
 def saved(tokenizer, folder):
     """Save a tokenizer to a folder the way prepare.py does; return the folder."""
     folder.mkdir(exist_ok=True)
-    tokenizer.save(folder)
     (folder / "meta.json").write_text(json.dumps(with_checksum(
-        {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text,
+        {"tokenizer": tokenizer.save(folder), "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text,
          "dtype": "uint16",
          "splits": dict.fromkeys(("train", "validation"), {"tokens": 1, "bytes": 1, "sha256": ""})})))
     return folder
@@ -82,29 +80,14 @@ def test_too_little_text_for_a_vocabulary_names_the_largest_size():
 
 
 def test_unknown_name_and_no_network_raise_user_errors(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="unknown tokenizer 'gpt5': use one of .*gpt2"):
+    with pytest.raises(UserError, match="cannot load tokenizer 'gpt5' .*: use one of .*gpt2"):
         Tokenizer.named("gpt5")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match="cannot load tokenizer 'r50k_base'.*TIKTOKEN_CACHE_DIR"):
         Tokenizer.named("r50k_base")
 
 
-def test_a_network_that_does_not_answer_raises_a_user_error(monkeypatch, tmp_path):
-    """A proxy that accepts the connection and is silent."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("storygpt.corpus.tokenizer.DOWNLOAD_SECONDS", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        for name in ("HTTPS_PROXY", "https_proxy"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(UserError, match="cannot load tokenizer 'p50k_base'.*python prepare.py nursery"):
-            Tokenizer.named("p50k_base")
-
-
-def test_only_extreme_runs_of_white_space_are_rejected(tokenizer):
-    for text in ("The end." + " " * 400_000, "\n" * 400_000):
-        for encode in (tokenizer.encode, lambda text: tokenizer.encode_stories(["One.", text])):
-            with pytest.raises(UserError, match="more than 300,000 consecutive white-space characters"):
-                encode(text)
+def test_long_run_of_white_space(tokenizer):
     assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
 
 
@@ -123,15 +106,9 @@ def test_damaged_file_is_rejected_by_name(tokenizer, tmp_path, damage):
         Tokenizer.load(folder)
 
 
-def test_a_bug_is_not_reported_as_a_damaged_file(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("storygpt.corpus.tokenizer._encoding", lambda *args: {}["bug"])
-    with pytest.raises(KeyError):
-        Tokenizer.load(saved(tokenizer, tmp_path / "x"))
-
-
 def test_faster_gpt2_pattern_gives_the_same_tokens():
     published, ours = tiktoken.get_encoding("gpt2"), Tokenizer.named("gpt2")
-    assert ours.encoding._pat_str != published._pat_str
+    assert ours.pattern != published._pat_str
     rng = random.Random(0)
     parts = [" ", "  ", "\n", "\n\n\n", "\t", "\r\n", "\xa0", "\u2028", "'s", "'ll", "'", "’t", "a", "Word", "é",
              "中文", "12", "٣", "!", "...", "\0", "🙂", "_", "-"]
