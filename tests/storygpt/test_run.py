@@ -201,7 +201,7 @@ OLD_NAMES = {"step": "update", "metrics": "figures", "world_size": "ranks", "mic
 
 
 def make_old(out_dir):
-    """Give the files of a run the names of earlier versions, whose checkpoints had no tied head."""
+    """Give the files of a run the names of earlier versions, whose checkpoints had no tied head and a setting more."""
     def old_names(record):
         return {OLD_NAMES.get(name, name): value for name, value in record.items()}
 
@@ -210,6 +210,7 @@ def make_old(out_dir):
     for name, required in (("ckpt.pt", checkpoint.REQUIRED_KEYS), ("last.pt", checkpoint.LAST_REQUIRED_KEYS)):
         state = checkpoint.load(Path(out_dir, name), required)
         del state["model"]["lm_head.weight"]
+        state["config"]["patience"] = 0
         if "sizes" in state:
             state["sizes"]["log.jsonl"] = Path(out_dir, "log.jsonl").stat().st_size
         torch.save(old_names(state), Path(out_dir, name))
