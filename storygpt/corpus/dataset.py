@@ -29,8 +29,9 @@ def read_meta(folder):
     """meta.json of a dataset or run folder, as a dict. Raises UserError if it is missing or damaged."""
     folder, path = Path(folder), Path(folder, "meta.json")
     if not folder.exists():
-        raise UserError(f"no data in {folder}: create it with  {prepare_command(folder.name)}, or begin with a small "
-                        f"model on synthetic stories:  {QUICKSTART}")
+        quickstart = f", or begin with a small model on synthetic stories:  {QUICKSTART}"
+        raise UserError(f"no data in {folder}: create it with  {prepare_command(folder.name)}"
+                        + quickstart * (folder.name == "tinystories"))
     try:
         meta = json.loads(path.read_bytes())
         if meta == with_checksum(meta):
