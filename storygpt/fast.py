@@ -119,7 +119,7 @@ class FastLinear(nn.Linear):
         if self.packed is not None:
             if x.dim() == 1:  # which the kernel refuses
                 return self.forward(x[None])[0]
-            y = torch.ops.quantized.linear_dynamic.default(x, self.packed, REDUCE_RANGE)
+            y = linear_int8(x, self.packed, REDUCE_RANGE)
         elif x.numel() == x.size(-1) and x.dtype == weight.dtype:
             # For a single token, torch's matrix product reads bfloat16 weights at a third of the memory bandwidth, its
             # matrix-vector product at nearly all of it.
@@ -137,6 +137,7 @@ class FastLinear(nn.Linear):
 
 # Each int8 product rounds its input to 8 bits, with one scale and offset for all of it (dynamic quantization). On an
 # x86 CPU without AVX-512 VNNI it uses 7 bits, because the kernel then adds pairs of products in 16 bits.
+linear_int8 = torch.ops.quantized.linear_dynamic.default
 REDUCE_RANGE = (torch.backends.quantized.engine in ("x86", "fbgemm")
                 and not torch.cpu.get_capabilities().get("avx512_vnni", False))
 
@@ -153,13 +154,25 @@ def pack_int8(weight, bias):
 
 
 def call_directly(model):
-    """Make calls of a model's modules skip nn.Module's search for hooks, a tenth of the time of a token on a CPU.
+    """Make calls of a model's modules skip nn.Dropout and nn.Module's searches, for hooks and for children by name: a
+    sixth of the time of a token on a CPU. The model is in eval mode.
 
     Modules that have hooks, now or later, are called as before.
     """
     for module in model.modules():
+        vars(module).update(module._modules)  # where Python looks first; nn.Module removes a child that is replaced
+        if is_plain(module, nn.Dropout):
+            module.__class__ = NoDropout
         if type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None:
             module.__class__ = _direct_class(type(module))
+
+
+class NoDropout(nn.Dropout):
+    """nn.Dropout in eval mode."""
+
+    def forward(self, x):
+        """The identity."""
+        return x
 
 
 @cache

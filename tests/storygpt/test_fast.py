@@ -243,6 +243,18 @@ def test_direct_calls_skip_no_hook_and_no_forward():
     assert torch.equal(model(x), expected) and calls[4:] == ["hook", "later", "pre-hook"]
 
 
+def test_a_child_that_is_replaced_after_the_conversion_is_used():
+    model, x = make_model(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=30)).eval(), seeded(1, 8)
+    fast.call_directly(model)
+    block = model.transformer.h[0]
+    block.mlp, model.transformer["ln_f"] = nn.Identity(), nn.Identity()
+    assert block.mlp(x) is x and model.transformer.ln_f(x) is x
+    masked = nn.Sequential(nn.Dropout(0.5))
+    masked[0].register_forward_hook(lambda *_: x + 1)  # such as dropout in generation, for the uncertainty of a model
+    fast.call_directly(masked.eval())
+    assert torch.equal(masked(x), x + 1)
+
+
 # ---- loading ----
 
 
