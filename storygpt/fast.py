@@ -160,7 +160,8 @@ def call_directly(model):
     Modules that have hooks, now or later, are called as before.
     """
     for module in model.modules():
-        vars(module).update(module._modules)  # where Python looks first; nn.Module removes a child that is replaced
+        if not isinstance(module, nn.ModuleDict):  # all others remove a child from there when it is replaced
+            vars(module).update(module._modules)  # where Python looks first
         if is_plain(module, nn.Dropout):
             module.__class__ = NoDropout
         if type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None:
