@@ -45,8 +45,9 @@ def main(argv=None):
     partial = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(exist_ok=True)
     files.acquire_lock(folder.with_name(f".{folder.name}.lock"), folder)
-    if folder.exists():
-        before = read_meta(folder)["made_with"]  # with --force too: what is not a dataset is never replaced
+    clean_up(partial, folder)  # after a run that died
+    if folder.exists():  # with --force too: what is not a dataset is never replaced
+        before = {"drop_duplicates": False} | read_meta(folder).get("made_with", {})  # older datasets lack the former
         changed = [f"{key} {old!r}, now {made_with.get(key)!r}" for key, old in before.items()
                    if made_with.get(key) != old]
         if changed and not args.force:
@@ -55,7 +56,6 @@ def main(argv=None):
         if not args.force:
             return print(f"{folder} already exists: use --force to create it again")
 
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that died
     trained = args.tokenizer.startswith("bpe:")
     if not trained:  # opened before the corpus is read, to fail early
         is_folder = Path(args.tokenizer, "tokenizer.tiktoken").exists()
@@ -73,8 +73,15 @@ def main(argv=None):
     except OSError as error:  # of writing: those of reading stories are UserErrors
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        clean_up(partial, folder)
     print_table(folder, meta)
+
+
+def clean_up(partial, folder):
+    """Remove temporary files; a dataset that was about to be replaced gets its name back."""
+    if Path(partial, "old").exists() and not folder.exists():
+        files.rename(partial / "old", folder)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def parse_args(argv):

@@ -415,7 +415,7 @@ def evaluate_and_log(state, tokenizer):
                      "val_bpb": val_bpb}
     tqdm.write(f"iteration {state.iteration:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
                f"{val_bpb:.4f} bits per byte")
-    state.log("eval", **state.metrics, seconds=state.elapsed())
+    state.log({"kind": "eval", **state.metrics, "seconds": state.elapsed()})
     if state.rank == 0:
         files.append(state.out_dir / "samples.md", f"## iteration {state.iteration}: validation loss {val_loss:.4f}\n\n"
                                                    f"{story}\n\n")
@@ -428,11 +428,12 @@ def evaluate_and_log(state, tokenizer):
 
 def log_run(state, resumed_at):
     """Log the settings, data, machine and versions of the run, and the iteration at which it is resumed or None."""
-    state.log("run", config=asdict(state.cfg), resumed_at=resumed_at, parameters=state.model.num_parameters(),
-              device=describe_device(state.device), dtype=str(state.dtype).removeprefix("torch."),
-              micro_batch_size=state.micro_batch_size, world_size=state.world_size, threads=torch.get_num_threads(),
-              git=git_commit(), data_sha256=state.data.sha256, seed=state.cfg.seed, python=platform.python_version(),
-              torch=torch.__version__, numpy=np.__version__)
+    state.log(dict(kind="run", config=asdict(state.cfg), resumed_at=resumed_at, parameters=state.model.num_parameters(),
+                   device=describe_device(state.device), dtype=str(state.dtype).removeprefix("torch."),
+                   micro_batch_size=state.micro_batch_size, world_size=state.world_size,
+                   threads=torch.get_num_threads(), git=git_commit(), data_sha256=state.data.sha256,
+                   seed=state.cfg.seed, python=platform.python_version(), torch=torch.__version__,
+                   numpy=np.__version__))
 
 
 def log_step(state, loss, lr, grad_norm, bar):
@@ -441,10 +442,10 @@ def log_step(state, loss, lr, grad_norm, bar):
     training_seconds = now - state.logged_at - state.excluded_seconds
     tokens_per_s = (state.step - state.logged_step) * state.cfg.tokens_per_step / training_seconds
     state.logged_step, state.logged_at, state.excluded_seconds = state.step, now, 0.0
-    state.log("step", iter=state.iteration, step=state.step, tokens=state.tokens,
-              epoch=state.tokens / state.data.tokens_per_epoch, loss=loss.item(), lr=lr,
-              grad_norm=grad_norm.item() if math.isfinite(grad_norm) else None,  # JSON has no infinity
-              skipped=state.skipped, tokens_per_s=tokens_per_s, seconds=state.elapsed())
+    state.log(dict(kind="step", iter=state.iteration, step=state.step, tokens=state.tokens,
+                   epoch=state.tokens / state.data.tokens_per_epoch, loss=loss.item(), lr=lr,
+                   grad_norm=grad_norm.item() if math.isfinite(grad_norm) else None,  # JSON has no infinity
+                   skipped=state.skipped, tokens_per_s=tokens_per_s, seconds=state.elapsed()))
     summary = f"loss {loss.item():.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s"
     bar.set_postfix_str(summary)
     if bar.disable:
@@ -456,7 +457,7 @@ def log_step(state, loss, lr, grad_norm, bar):
 
 def log_end(state):
     """Log how the run ended: it has finished, or was stopped and can be resumed."""
-    state.log("end", iter=state.iteration, reason="finished" if is_finished(state) else "stopped")
+    state.log({"kind": "end", "iter": state.iteration, "reason": "finished" if is_finished(state) else "stopped"})
 
 
 # ---- what is printed at the start and at the end ----

@@ -86,9 +86,10 @@ def load(path, required=REQUIRED_KEYS):
     if not all(isinstance(checkpoint.get(key), kind) for key, kind in required.items()):
         raise DamagedCheckpoint(f"{path} is not a checkpoint, or was saved by an incompatible version of the program: "
                                 f"{hint}")
-    if is_old:  # without the tied head, and with a setting that is gone
+    if is_old:  # without the tied head
         checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
-        checkpoint["config"].pop("patience", None)
+    if "config" in required:
+        checkpoint["config"].pop("patience", None)  # a setting that is gone
     return checkpoint
 
 

@@ -160,8 +160,10 @@ def call_directly(model):
     Modules that have hooks, now or later, are called as before.
     """
     for module in model.modules():
-        if not isinstance(module, nn.ModuleDict):  # all others remove a child from there when it is replaced
-            vars(module).update(module._modules)  # where Python looks first
+        # Python looks there first. A child that is replaced is removed from there, but not by nn.ModuleDict.
+        if type(module).__getattr__ is nn.Module.__getattr__ and not isinstance(module, nn.ModuleDict):
+            vars(module).update({name: child for name, child in module._modules.items()
+                                 if not hasattr(type(module), name)})
         if is_plain(module, nn.Dropout):
             module.__class__ = NoDropout
         if type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None:
@@ -169,11 +171,11 @@ def call_directly(model):
 
 
 class NoDropout(nn.Dropout):
-    """nn.Dropout in eval mode."""
+    """nn.Dropout that does nothing in eval mode, not even a call of torch."""
 
     def forward(self, x):
-        """The identity."""
-        return x
+        """(…) -> (…)"""
+        return super().forward(x) if self.training else x
 
 
 @cache

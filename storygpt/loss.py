@@ -88,8 +88,9 @@ class Logits(torch.Tensor):
             args, kwargs = tree_map_only(Logits, Logits.connected, (args, kwargs))
         if function is F.cross_entropy and (result := fused_cross_entropy(*args, **kwargs)) is not None:
             return result
-        if function in VIEWS and isinstance(args[0], Logits) and not kwargs:
-            logits = args[0]
+        logits = args[0] if args and isinstance(args[0], Logits) else None
+        # Not in torch.no_grad(): logits and their views share what is computed, with its graph.
+        if function in VIEWS and logits is not None and not kwargs and logits.requires_grad <= torch.is_grad_enabled():
             shape = function(torch.empty(logits.shape, device="meta"), *args[1:]).shape
             if shape[-1:] == logits.shape[-1:]:
                 return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens,

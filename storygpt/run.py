@@ -99,10 +99,10 @@ class TrainState:
         """Give all ranks the same `seconds` and `stop`, so that they take the same decisions."""
         self.stop, self.seconds = sync_stop_and_time(stop, self.elapsed())
 
-    def log(self, kind, **record):
+    def log(self, record):
         """Append a record to log.jsonl, on rank 0."""
         if self.rank == 0:
-            files.append_line(self.out_dir / "log.jsonl", {"kind": kind, **record})
+            files.append_line(self.out_dir / "log.jsonl", record)
 
     def model_dict(self):
         """The content of ckpt.pt. Metrics may be of numpy or torch, and are stored as numbers of Python."""

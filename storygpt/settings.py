@@ -76,7 +76,7 @@ class Config(ModelSettings):
     compile: Literal["auto"] | bool = setting(
         "auto", "use torch.compile; auto: on CUDA, if it works there", resume=True)
     device_batch_size: Literal["auto"] | int = setting(
-        "auto", "micro-batch size; must divide a process's sequences per step; auto: 4,096 tokens, on CUDA 65,536",
+        "auto", "micro-batch size; must divide a process's sequences per step; auto: 4,096 tokens, on CUDA 32,768",
         low=1, resume=True)
 
     def __post_init__(self):
@@ -166,7 +166,7 @@ def read_config_file(path):
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")  # the latter of a SyntaxError
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-    values = {name: value for name, value in names.items()
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in names.items()  # of numpy
               if not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
     check_values(values, f"{path}: ")
     return values

@@ -19,6 +19,7 @@ from conftest import ROOT, launch
 from storygpt.corpus import nursery
 from storygpt.corpus.dataset import with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
+from storygpt.system import files
 
 STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", f"He said {END_OF_TEXT} and left."]
 BOOK = "Ein naïver Fuchs 🦊 läuft über die Straße. " * 200  # 8,600 characters
@@ -249,6 +250,26 @@ def test_dataset_of_a_version_with_fewer_flags_is_kept(here, capsys):
     Path("data/nursery/meta.json").write_text(json.dumps(with_checksum(meta)))
     prepare.main(["nursery", "--max_stories", "30"])
     assert "data/nursery already exists" in capsys.readouterr().out
+
+
+def test_a_dataset_gets_its_name_back_if_replacing_it_fails(here, monkeypatch, capsys):
+    words, rename = ["nursery", "--max_stories", "30"], files.rename
+    prepare.main(words)
+
+    def fail_at_the_second(source, target):
+        rename(source, target)
+        if Path(target).name == "old":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "rename", fail_at_the_second)
+    with pytest.raises(SystemExit):
+        prepare.main([*words, "--force"])
+    assert prepared("nursery")
+    Path("data/.nursery.partial").mkdir()
+    rename("data/nursery", "data/.nursery.partial/old")  # as after a kill there
+    prepare.main(words)
+    assert "data/nursery already exists" in capsys.readouterr().out and prepared("nursery")
+    assert not Path("data/.nursery.partial").exists()
 
 
 def test_folder_that_is_not_a_dataset_is_never_replaced(here, fails):

@@ -562,7 +562,7 @@ def generate_stories(model, idx, new_tokens):
 
 def generate_without_graph(model, idx, new_tokens):
     """`generate_stories` without a CUDA graph, which is captured once per call."""
-    with patch.object(generation, "capture_graph", lambda model, cache: partial(model, cache=cache)):
+    with patch.object(generation, "capture_graph", lambda forward, cache: forward):
         generate_stories(model, idx, new_tokens)
 
 

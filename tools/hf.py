@@ -35,7 +35,7 @@ from model import GPT, GPTConfig, ModelSettings
 from storygpt import checkpoint
 from storygpt.corpus.dataset import data_sha256, with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_decoder
-from storygpt.run import best_checkpoint, claim_run_folder, checkpoints, start_run_folder
+from storygpt.run import best_checkpoint, checkpoints, claim_run_folder, start_run_folder
 from storygpt.settings import Config
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from sample import number
 from storygpt.corpus.dataset import data_sha256, read_meta
-from storygpt.run import read_log, checkpoints
+from storygpt.run import checkpoints, read_log
 from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line

@@ -3,20 +3,22 @@
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from storygpt.system.errors import QUICKSTART, UserError
 
-RESTORE = "remove the dataset and prepare it again; a run needs meta.json and tokenizer.tiktoken of its dataset"
+RESTORE = ("if it is a run, copy meta.json and tokenizer.tiktoken from its dataset; if it is a dataset, remove it and "
+           "prepare it again; for other files, choose another --name")
 
 
 def prepare_command(name):
     """The command that creates a dataset, guessed from its name: `nursery-bpe1024` needs `--tokenizer bpe:1024`."""
-    source, bpe, size = name.partition("-bpe")
+    source, size = re.fullmatch(r"(.*?)(?:-bpe(\d+))?", name, re.DOTALL).groups()
     words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {name}")
-    return f"python prepare.py{words}" + (f" --tokenizer bpe:{size}" if bpe else "")
+    return f"python prepare.py{words}" + (f" --tokenizer bpe:{size}" if size else "")
 
 
 def with_checksum(meta):
@@ -98,7 +100,7 @@ class TrainingOrder:
         self.windows_per_epoch = (len(split.tokens) - split.block_size) // split.block_size
         if self.windows_per_epoch < 1:
             raise UserError(f"{split.path} has only {len(split.tokens)} tokens: block_size = {split.block_size} "
-                            "needs at least twice as many; use more text or a smaller block_size")
+                            f"needs at least {2 * split.block_size}; use more text or a smaller block_size")
         self._starts_of = functools.lru_cache(maxsize=1)(self._starts_of)  # of the current epoch
 
     def sequences(self, first, count):
@@ -119,7 +121,7 @@ def evaluation_windows(split, count=None):
     available = (len(split.tokens) - 1) // split.block_size
     if available < 1:
         raise UserError(f"{split.path} has only {len(split.tokens)} tokens: block_size = {split.block_size} needs at "
-                        "least one more than that; use more text or a smaller block_size")
+                        f"least {split.block_size + 1}; use more text or a smaller block_size")
     count = min(count or available, available)
     return np.arange(count) * available // count * split.block_size
 

@@ -133,16 +133,32 @@ def open_source(source, text_column="text", max_stories=None, seed=0):
         arguments = {"path": str(path), "streaming": True}
     else:
         print(f"loading {source} from the Hugging Face hub", file=sys.stderr)
+        use_only_the_cache_if_offline(source)
         arguments = {"path": source}  # not streamed: the downloaded files stay in the cache of `datasets`
     import datasets  # not at the top: it takes seconds, and --help, .txt files and nursery do not need it
 
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its warnings only precede an error
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # their warnings only precede an error
     with reading_source(source):
         splits = datasets.load_dataset(**arguments)
     if "train" not in splits:
         raise UserError(f"{source} has no split 'train', only {', '.join(splits)}")
     return {split: partial(read_column, splits[split], text_column, source)
             for split in ("train", "validation") if split in splits}
+
+
+def use_only_the_cache_if_offline(source):
+    """Switch the hub's library to its offline mode if the hub does not answer: it would retry for 25 seconds."""
+    from huggingface_hub import HfApi, constants  # not at the top, as `datasets` above
+
+    try:
+        HfApi().dataset_info(source, timeout=10)  # seconds; does not retry
+    except Exception as error:
+        module = type(error).__module__
+        if module.startswith(("requests", "httpx")):  # depends on the version of the hub's library
+            constants.HF_HUB_OFFLINE = True  # `datasets` reads it when it is imported
+        elif not module.startswith("huggingface_hub"):  # an answer of the hub, or offline: load_dataset will report it
+            raise
 
 
 def text_files(path):
@@ -192,5 +208,6 @@ def reading_source(source):
         library_error = type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow"))
         if not library_error and not isinstance(error, (OSError, ValueError, StopIteration)):  # the last: no lines
             raise
-        raise UserError(f"cannot read {source}: {error} (a file may be empty or damaged, or of another type than its "
-                        "name says; a folder must contain .txt, .jsonl or .parquet files)") from error
+        raise UserError(f"cannot read {source}: {str(error) or type(error).__name__} (a file may be empty or damaged, "
+                        "or of another type than its name says; a folder must contain .txt, .jsonl or .parquet files)"
+                        ) from error

@@ -3,6 +3,7 @@
 import base64
 import codecs
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,14 @@ class Tokenizer:
         return all(getattr(self, part) == getattr(other, part) for part in ("pattern", "ranks", "special_tokens"))
 
     def encode(self, text):
-        """Encode text as a list of token ids."""
+        """Encode text as a list of token ids. Raises UserError as `check_whitespace` does."""
+        check_whitespace(text)
         return self.encoding.encode_ordinary(text)
 
     def encode_stories(self, stories):
-        """Encode a list of stories, each followed by an end-of-text token: uint32 (tokens,)."""
+        """Encode a list of stories, each followed by an end-of-text token: uint32 (tokens,). UserError as `encode`."""
+        for story in stories:
+            check_whitespace(story)
         if any(END_OF_TEXT in story for story in stories):
             tokens = [token for story in stories for token in (*self.encode(story), self.end_of_text)]
             return np.array(tokens, np.uint32)
@@ -109,6 +113,13 @@ class Tokenizer:
             except KeyError:  # an id that the vocabulary does not use (cl100k_base has such gaps)
                 yield ""
         yield decoder.decode(b"", final=True)
+
+
+def check_whitespace(text, limit=300_000):
+    """Raise UserError for a run of white space so long that tiktoken's regular expressions overflow the stack."""
+    if len(text) > limit and (run := re.search(rf"\s{{{limit}}}", text)):
+        raise UserError(f"a text has more than {limit:,} consecutive white-space characters, after "
+                        f"{text[:run.start()][-30:]!r}: remove them")
 
 
 def byte_decoder():

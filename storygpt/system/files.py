@@ -12,7 +12,6 @@ from storygpt.system.errors import UserError
 
 RENAME_SECONDS = 5  # for another process to close the file, on Windows
 _locked = {}  # path → the open file whose lock this process has: it must stay open
-sync = os.fsync
 
 
 def atomic_write(path, write, previous=None):

@@ -15,7 +15,7 @@ from storygpt.system.errors import UserError, out_of_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
 # By device type; 4,096 for others. On a CPU, larger micro-batches are no faster (docs/speed.md).
-TOKENS_PER_MICRO_BATCH = {"cpu": 4_096, "cuda": 65_536}
+TOKENS_PER_MICRO_BATCH = {"cpu": 4_096, "cuda": 32_768}
 # Signals that ask a run to stop: of Ctrl-C, of job schedulers and, on Windows, of Ctrl-Break.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 

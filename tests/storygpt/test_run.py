@@ -230,6 +230,9 @@ def test_a_run_of_an_earlier_version_is_evaluated_and_resumed_as_a_new_one(with_
     make_old("out/x")
     assert b'"update"' in Path("out/x/log.jsonl").read_bytes() and run.read_log("out/x/log.jsonl") == log[:-1]
     assert eval_only() == expected
+    train.main(["--out_dir=out/x", "--resume", "--max_iters=16"])
+    last = load_last("out/x")
+    torch.save(last | {"config": last["config"] | {"patience": 0}}, "out/x/last.pt")  # as of a few days in November
     train.main(["--out_dir=out/x", "--resume", "--max_iters=24"])
     whole, resumed = load_last("out/whole"), load_last("out/x")
     assert whole["model"].keys() == resumed["model"].keys() and whole["metrics"] == resumed["metrics"]

@@ -91,6 +91,14 @@ def test_long_run_of_white_space(tokenizer):
     assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
 
 
+def test_only_extreme_runs_of_white_space_are_rejected(tokenizer):
+    for text in ("The end." + " " * 400_000, "\n" * 400_000):
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_stories(["One.", text])):
+            with pytest.raises(UserError, match="more than 300,000 consecutive white-space characters"):
+                encode(text)
+    assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "twice", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n",
                                     b"YQ==\n"])
 def test_damaged_file_is_rejected_by_name(tokenizer, tmp_path, damage):
