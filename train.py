@@ -42,9 +42,9 @@ from storygpt.system import files
 from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
                                          init_distributed, is_first_on_machine, rank_0_first, rank_0_result)
 from storygpt.system.errors import UserError, exit_with_one_line
-from storygpt.system.hardware import (StopSignals, autocast, describe_device, describe_threads, git_commit,
-                                      out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
-                                      pick_micro_batch_size, to_device)
+from storygpt.system.hardware import (StopSignals, autocast, check_memory, describe_device, describe_threads,
+                                      git_commit, out_of_memory_errors, pick_compile, pick_device, pick_dtype,
+                                      pick_fused, pick_micro_batch_size, to_device)
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
@@ -77,9 +77,11 @@ def main(argv=None):
         dtype = pick_dtype(cfg.dtype, device)
         use_compile, reason = pick_compile(cfg.compile, device)
         model_config = cfg.model_config(data.vocab_size)
+        sequences_per_rank = cfg.sequences_per_step // world_size
+        parameters = 12 * cfg.n_layer * cfg.n_embd**2 + data.vocab_size * cfg.n_embd  # about: those of matrices
+        check_memory(parameters, sequences_per_rank * cfg.block_size)
     if broadcast_object(data.sha256) != data.sha256:
         raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
-    sequences_per_rank = cfg.sequences_per_step // world_size
     micro_batch_size = pick_micro_batch_size(cfg.device_batch_size, sequences_per_rank, cfg.block_size, device,
                                              equal_sizes=use_compile)
 

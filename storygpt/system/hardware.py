@@ -118,6 +118,19 @@ def largest_divisor(number, limit):
     return max(n for n in range(1, min(limit, number) + 1) if number % n == 0)
 
 
+def check_memory(parameters, tokens):
+    """Raise UserError if a model of so many parameters, or a step of so many tokens, cannot fit into this machine's
+    memory at all: Linux would kill the process without a message.
+    """
+    # Windows needs another package for this.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    # Bytes: float32 weight, gradient and AdamW's two moments; int64 index, window, input and target.
+    if 16 * parameters + 32 * tokens > memory:
+        raise UserError(f"{parameters:,} parameters and {tokens:,} tokens per step and process need more than the "
+                        f"{memory / 2**30:.0f} GiB of this machine: lower n_layer, n_embd, block_size, batch_size or "
+                        "gradient_accumulation_steps")
+
+
 @contextmanager
 def out_of_memory_errors(device, micro_batch_size, sequences):
     """Turn an out-of-memory error into a UserError that names a smaller divisor of the rank's `sequences`."""

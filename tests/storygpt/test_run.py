@@ -320,6 +320,7 @@ def test_an_existing_run_is_replaced_only_with_overwrite(with_data, fails):
 
 
 @pytest.mark.parametrize("failure, error, message", [
+    ("before the first step", SystemExit, "parameters and 128 tokens"),
     ("exception", RuntimeError, "shapes cannot be multiplied"),
     ("loss", SystemExit, "the loss is nan at iteration 2"),
     ("gradient", SystemExit, "the gradient norm is nan at iteration 2"),
@@ -339,6 +340,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_done_a_step(with_data
         return loss * float("nan") if failure == "loss" else loss
 
     monkeypatch.setattr(train, "forward_backward", fail)
+    words += ["--n_layer=50", "--n_embd=1000000"] * (failure == "before the first step")
     with pytest.raises(error) as raised:
         train.main([*words, "--overwrite", "--seed=3"])
     assert message in f"{raised.value} {capsys.readouterr().err}" and contents("out/x") == before

@@ -12,7 +12,7 @@ import torch
 
 from storygpt.system import hardware
 from storygpt.system.errors import UserError
-from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, describe_device, git_commit,
+from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, describe_device, git_commit,
                                       out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
                                       pick_inference_dtype, pick_micro_batch_size, to_device)
 
@@ -85,6 +85,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="which has 2 CUDA GPUs: .* at most one process for each GPU"):
         pick_device("cuda")
+
+
+def test_models_and_steps_larger_than_the_memory_are_refused():
+    check_memory(29_995_392, 1024 * 128)
+    with pytest.raises(UserError, match="10,000,000,000,000 parameters .* lower n_layer, n_embd, block_size, batch_s"):
+        check_memory(10**13, 1024 * 128)
+    with pytest.raises(UserError, match="12,800,000,000,000 tokens per step and process"):
+        check_memory(29_995_392, 12_800_000_000_000)
 
 
 MACHINES = {
