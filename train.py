@@ -76,7 +76,6 @@ def main(argv=None):
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         use_compile, reason = pick_compile(cfg.compile, device)
-        model_config = cfg.model_config(data.vocab_size)
         sequences_per_rank = cfg.sequences_per_step // world_size
         parameters = 12 * cfg.n_layer * cfg.n_embd**2 + data.vocab_size * cfg.n_embd  # about: those of matrices
         check_memory(parameters, sequences_per_rank * cfg.block_size)
@@ -90,7 +89,7 @@ def main(argv=None):
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays in float32
     torch.manual_seed(cfg.seed)
-    model = make_model(model_config).to(device)
+    model = make_model(cfg.model_config(data.vocab_size)).to(device)
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients underflow
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
