@@ -5,7 +5,7 @@
     python prepare.py my_stories.txt                      your own text
 
 Stories are streamed, stripped of outer white space and encoded on all cores, each followed by one end-of-text token.
-Memory use grows by about 50 bytes per story, to find duplicates. data/<name>/ appears only when it is complete.
+Memory use grows with the number of stories, to find duplicates. data/<name>/ appears only when it is complete.
 """
 
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
@@ -48,8 +48,8 @@ def main(argv=None):
     clean_up(partial, folder)  # after a run that died
     if folder.exists():  # with --force too: what is not a dataset is never replaced
         before = {"drop_duplicates": False} | read_meta(folder).get("made_with", {})  # older datasets lack the former
-        changed = [f"{key} {old!r}, now {made_with.get(key)!r}" for key, old in before.items()
-                   if made_with.get(key) != old]
+        changed = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in made_with.items()
+                   if value != before.get(key)]
         if changed and not args.force:
             raise UserError(f"{folder} already exists, created with {', '.join(changed)}: replace it with --force, or "
                             "choose another --name")

@@ -88,8 +88,7 @@ def load(path, required=REQUIRED_KEYS):
                                 f"{hint}")
     if is_old:  # without the tied head
         checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
-    if "config" in required:
-        checkpoint["config"].pop("patience", None)  # a setting that is gone
+    checkpoint.get("config", {}).pop("patience", None)  # a setting that is gone
     return checkpoint
 
 

@@ -154,8 +154,8 @@ def pack_int8(weight, bias):
 
 
 def call_directly(model):
-    """Make calls of a model's modules skip nn.Dropout and nn.Module's searches, for hooks and for children by name: a
-    sixth of the time of a token on a CPU. The model is in eval mode.
+    """Make calls of a model's modules skip nn.Dropout and nn.Module's searches, for hooks and for children by name,
+    which take much of the time of a token on a CPU (docs/speed.md). The model is in eval mode.
 
     Modules that have hooks, now or later, are called as before.
     """
