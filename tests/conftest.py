@@ -31,10 +31,20 @@ TINY = ("--dataset=nursery-bpe300 --n_layer=2 --n_head=2 --n_embd=16 --block_siz
 
 
 def pytest_configure(config):
-    """Register the `cuda` marker; hide GPUs from all other tests."""
-    config.addinivalue_line("markers", "cuda: on a GPU, or on TEST_DEVICE; run with  python -m pytest -m cuda")
+    """Hide GPUs from all tests but those marked `cuda`: they test the CPU, where results can be exact."""
     if config.option.markexpr != "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they test the CPU, where results can be exact
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Count the slow tests for the summary; a worker of pytest-xdist sends its `workeroutput` to the main process."""
+    getattr(config, "workeroutput", vars(config))["slow_tests"] = sum("slow" in item.keywords for item in items)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node):
+    """Take over what a worker has counted; one that crashed has counted nothing."""
+    node.config.slow_tests = getattr(node, "workeroutput", {}).get("slow_tests", 0)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -48,6 +58,9 @@ def pytest_terminal_summary(terminalreporter):
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
     for reason, count in reasons.most_common():
         terminalreporter.line(f"skipped: {count} test{'s' * (count > 1)} ({reason})")
+    count = getattr(terminalreporter.config, "slow_tests", 0)
+    if count and terminalreporter.config.option.markexpr == "not slow":
+        terminalreporter.line(f"{count} slow test{'s' * (count > 1)} not run: python -m pytest -m slow")
 
 
 def use_gpt2_vocabulary(cache):
