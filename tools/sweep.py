@@ -7,38 +7,33 @@ The first is a grid: it trains the config as it is and every combination of the 
 compares each combination with the config, seed by seed. The second is a search with Optuna (Akiba et al. 2019, arXiv
 1907.10902).
 
-    out/<sweep>/study.db                         the Optuna study: which runs there are, and their results
     out/<sweep>/learning_rate=0.003,seed=1337/   a run like any other, and output.log with what train.py printed
 
-Ctrl-C stops all runs; the same command resumes them. Several of these commands at the same time, also on several
-machines (--storage), share the work. docs/experiments.md has examples.
+What is done is read from these folders. Ctrl-C stops all runs; the same command resumes them. docs/experiments.md has
+examples.
 """
 
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import itertools
-import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.parse
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sample import number
-from storygpt.corpus.dataset import data_sha256, read_meta
+from storygpt.corpus.dataset import read_meta
 from storygpt.run import checkpoints, read_log
 from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
 from storygpt.system import files
@@ -50,17 +45,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = "learning_rate=1e-3,2e-3 (values) or learning_rate=1e-3..2e-2:log (a range)"
 SIGNIFICANCE = 0.05  # probability of at least one wrong "better" or "worse" in a table where nothing differs
 MAX_SEEDS = 1_000  # the largest number of additional seeds that a verdict names
-HEARTBEAT_SECONDS = 15
-GRACE_SECONDS = 60  # after the last heartbeat of a trial, until another process takes it up
 POLL_SECONDS = 0.5
-WAITING_SECONDS = 5  # without work, until a note about that is printed
 PLOTTED = 10  # curves in a plot, as many as matplotlib has colors
-SKIPPED = "not a run of this command, or the same run as another trial"
-STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # of trials of the same run, the first of these counts
-
-
-class NoResult(Exception):
-    """Raised in a trial whose run has no result: it failed, or was stopped."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +57,28 @@ class Range:
     high: float
     log: bool
 
-    def __contains__(self, value):
-        return self.low <= value <= self.high
+
+@dataclass
+class Run:
+    """A run of the sweep: what was asked for, and what became of it."""
+
+    settings: dict  # those that vary
+    seed: int
+    folder: Path
+    log: dict = None  # from `compare.read_run`; None: it has not begun
+    state: str = "not finished"  # or "finished", "pruned", "failed"
+    error: str = ""  # why it failed
+    trial: object = None  # of Optuna, in a search, for the first seed
+    reported: int = 0  # evaluations that `trial` knows
+
+    def loss(self, metric):
+        """Its lowest validation loss, under this key in the log."""
+        return min(record[metric] for record in self.log["evals"])
 
 
 @dataclass
 class Sweep:
-    """A sweep: its command line, the Optuna study, and what the threads that train its runs share."""
+    """A sweep: its command line, and what the threads that train its runs share."""
 
     settings: dict  # of the config file and the flags, for train.py
     base: Config  # all settings of the config as it is: the baseline
@@ -86,15 +87,12 @@ class Sweep:
     trials: int  # settings to try in a search; 0: a grid
     prune: bool  # whether a search stops runs early that are worse than the median
     jobs: int
-    storage: str  # the URL of Optuna's database
-    study: object = None  # optuna.Study
-    stop: threading.Event = field(default_factory=threading.Event)  # set once the sweep is to stop
+    study: object = None  # optuna.Study of a search, in memory
+    runs: dict = field(default_factory=dict)  # name of the folder → Run
+    slots: list = field(default_factory=list)  # numbers of the jobs that train no run now
     processes: set = field(default_factory=set)  # of train.py, running
-
-    @property
-    def out_dir(self):
-        """The folder of the sweep."""
-        return Path(self.base.out_dir)
+    signals: StopSignals = None
+    lock: threading.RLock = field(default_factory=threading.RLock)  # for study and runs
 
     @property
     def metric(self):
@@ -112,25 +110,18 @@ class Sweep:
         combinations = [dict(zip(self.varied, values)) for values in itertools.product(*self.varied.values())]
         return [self.baseline, *(settings for settings in combinations if settings != self.baseline)]
 
-    def searches(self, settings):
-        """Whether this is a search, and the settings are within its values and ranges."""
-        return self.trials > 0 and all(settings[name] in values for name, values in self.varied.items())
-
 
 @exit_with_one_line
 def main(argv=None):
     """Train the runs of a sweep that are missing, and print the comparison; `argv` as on the command line."""
     sweep, picture = parse_args(argv)
     check_settings(sweep)
-    with storage_errors(sweep.storage):
-        sweep.study = open_study(sweep)
-        enqueue_missing(sweep, at_start=True)
-        print_plan(sweep)
-        stopped = train_all(sweep)
-        runs = best_trials(sweep)
-        print_results(sweep, runs)
-        if picture:
-            plot(sweep, runs)
+    find_runs(sweep)
+    print_plan(sweep)
+    stopped = train_all(sweep)
+    print_results(sweep)
+    if picture:
+        plot(sweep)
     if stopped:
         print("stopped: the same command resumes the sweep", file=sys.stderr)
         sys.exit(130)
@@ -142,7 +133,7 @@ def main(argv=None):
 def make_parser():
     """The parser of the flags that are not settings."""
     parser = Parser(prog="python -m tools.sweep", usage="%(prog)s [CONFIG] [--setting=value ...] --vary SETTING=VALUES "
-                    "[--vary ...] [--seeds N] [--trials N] [--no_prune] [--jobs N] [--storage URL] [--picture]",
+                    "[--vary ...] [--seeds N] [--trials N] [--no_prune] [--jobs N] [--picture]",
                     description="Train with several values of settings and several seeds, and compare the losses. Each "
                     "run is a folder in --out_dir, by default out/<config>-<the settings that vary>.")
     positive = number(int, 1, 10**6, "1 or more")
@@ -154,34 +145,29 @@ def make_parser():
                         "that are worse than the median are stopped in their second half)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N",
                         help="runs at a time, each on its part of the CPU's threads, or on its own GPU (default: 1)")
-    parser.add_argument("--storage", metavar="URL", help="a database that several machines share, such as "
-                        "postgresql://USER:PASSWORD@HOST/DATABASE (default: study.db in the folder of the sweep)")
     parser.add_argument("--picture", action="store_true", help="plot the losses, into the folder of the sweep")
     return parser
 
 
 def parse_args(argv):
-    """The Sweep of a command line, without its study, and whether to plot. Exits with code 2 for a wrong flag."""
+    """The Sweep of a command line, and whether to plot. Exits with code 2 for a wrong flag."""
     parser = make_parser()
     settings, flags, args = read_command_line(argv, {}, parser)
     try:
         varied = parse_varied(args.vary)
-        if not varied and (args.seeds or 1) == 1:
+        if not varied and (args.trials or (args.seeds or 1) == 1):
             raise UserError(f"nothing to compare: give --vary {EXAMPLE}, or --seeds 2 or more")
         if not args.trials and any(isinstance(values, Range) for values in varied.values()):
             raise UserError("a range needs --trials N, the number of settings to try")
-        if args.trials and not varied:
-            raise UserError(f"--trials needs --vary {EXAMPLE}")
     except UserError as error:
         parser.error(str(error))
     flags.setdefault("out_dir", f"{settings.get('out_dir', Config.out_dir)}-{'-'.join(varied) or 'seeds'}")
     settings = apply_overrides(settings, flags)
     base = Config(**settings)
     seeds = [base.seed + i for i in range(args.seeds or (1 if args.trials else 3))]
-    storage = args.storage or f"sqlite:///{urllib.parse.quote(Path(base.out_dir, 'study.db').as_posix(), safe='/:')}"
     # Runs of different or unknown lengths have no evaluations at comparable iterations.
     prune = bool(args.trials) and not args.no_prune and not base.max_minutes and not varied.keys() & set(BUDGETS)
-    return Sweep(settings, base, varied, seeds, args.trials, prune, args.jobs, storage), args.picture
+    return Sweep(settings, base, varied, seeds, args.trials, prune, args.jobs), args.picture
 
 
 def parse_varied(texts):
@@ -214,10 +200,8 @@ def parse_range(name, text):
     low, high, log = parse_value(name, match[1]), parse_value(name, match[2]), match[3] is not None
     if isinstance(low, bool):
         raise UserError(f"--vary {name}={text}: {name} is no number, so give its values, separated by commas")
-    if low >= high:
-        raise UserError(f"--vary {name}={text}: the low end is not below the high end")
-    if log and low <= 0:
-        raise UserError(f"--vary {name}={text}: the low end of a logarithmic range must be above 0")
+    if low >= high or (log and low <= 0):
+        raise UserError(f"--vary {name}={text}: the low end must be below the high end and, with :log, above 0")
     return Range(low, high, log)
 
 
@@ -228,161 +212,74 @@ def check_settings(sweep):
         import scipy.stats  # noqa: F401
     except ImportError as error:
         raise UserError("sweeps need optuna and scipy:  pip install -r requirements-extra.txt") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # this program prints one line per trial itself
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # this program prints one line per run itself
     for settings in [sweep.baseline] if sweep.trials else sweep.grid:
         try:
             cfg = Config(**apply_overrides(sweep.settings, settings))
         except UserError as error:
             raise UserError(f"{settings_name(settings)}: {error}") from error
         read_meta(Path("data", cfg.dataset))
-    if checkpoints(sweep.out_dir):
-        raise UserError(f"{sweep.out_dir} contains a run: choose another folder for the sweep (--out_dir)")
+    if checkpoints(sweep.base.out_dir):
+        raise UserError(f"{sweep.base.out_dir} contains a run: choose another folder for the sweep (--out_dir)")
 
 
-# ---- the study: which runs there are ----
+# ---- which runs there are ----
 
 
-@contextmanager
-def storage_errors(url):
-    """Turn errors of Optuna's database into a UserError, which shows no password."""
-    import sqlalchemy
-
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        cause = error  # Optuna raises other errors while it handles one of the database, even an UnboundLocalError
-        while cause and not isinstance(cause, sqlalchemy.exc.SQLAlchemyError | ImportError):
-            cause = cause.__cause__ or cause.__context__
-        if not cause:
-            raise
-        reason = str(getattr(cause, "orig", None) or cause).partition("\n")[0]
-        if isinstance(cause, ImportError):
-            reason = f"{cause.__cause__ or cause}: install the driver of the database (docs/experiments.md)"
-        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-        raise UserError(f"the storage {shown} cannot be used: {reason}") from error
-
-
-def open_study(sweep):
-    """Create or load the Optuna study of a sweep. Raises UserError if that one is of another sweep."""
+def find_runs(sweep):
+    """Fill `runs`, of a search with those that it has begun. UserError: the folder is in use, or of another sweep."""
+    out_dir = Path(sweep.base.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files.acquire_lock(out_dir / ".lock", out_dir)
+    if not sweep.trials:
+        for seed, settings in itertools.product(sweep.seeds, sweep.grid):
+            add_run(sweep, settings, seed)
+        return
     import optuna
 
-    sweep.out_dir.mkdir(parents=True, exist_ok=True)
     # Not in the first half of a run: a high learning rate is worse there, also where it is better in the end.
-    pruner = optuna.pruners.MedianPruner(n_warmup_steps=sweep.base.max_iters // 2)
-    study = optuna.create_study(storage=open_storage(sweep.storage), study_name=sweep.out_dir.name, pruner=pruner,
-                                load_if_exists=True)
-    identity = {name: value for name, value in asdict(sweep.base).items() if name != "out_dir"}
-    identity |= {"data": data_sha256(read_meta(Path("data", sweep.base.dataset)))}
-    identity |= {f"--vary {name}": str(values) if sweep.trials else "" for name, values in sweep.varied.items()}
-    identity = json.loads(json.dumps(identity))  # as it is stored
-    stored = study.user_attrs.get("identity", identity)
-    for name in identity | stored:
-        if identity.get(name) != stored.get(name):
-            raise UserError(f"{sweep.out_dir} is another sweep (its {name} differs): repeat its command, or choose "
-                            "another folder (--out_dir)")
-    study.set_user_attr("identity", identity)
-    return study
+    sweep.study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_warmup_steps=sweep.base.max_iters // 2))
+    add_run(sweep, sweep.baseline, sweep.seeds[0])
+    for log in sorted(out_dir.glob("*/log.jsonl")):
+        config = compare.read_run(str(log.parent))["config"]
+        settings = {name: config[name] for name in sweep.varied}
+        if config["seed"] == sweep.seeds[0] and is_searched(sweep, settings):
+            add_run(sweep, settings, sweep.seeds[0])
 
 
-def open_storage(url):
-    """Optuna's storage at a database URL. Raises UserError if that is none, or that of a database in memory."""
-    import optuna
-    import sqlalchemy
-
-    try:
-        parsed = sqlalchemy.make_url(url)
-        if not parsed.database:
-            raise ValueError
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
-        raise UserError("--storage is not the URL of a database, such as postgresql://USER:PASSWORD@HOST/DATABASE"
-                        ) from error
-    sqlite = parsed.get_backend_name() == "sqlite"
-    for attempt in range(10):
-        try:
-            storage = optuna.storages.RDBStorage(
-                url.replace("{", "{{").replace("}", "}}"),  # Optuna calls format() on it
-                {"pool_pre_ping": True, "connect_args": {"timeout": 60} if sqlite else {}},
-                heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
-                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback())
-            break
-        except sqlalchemy.exc.DBAPIError as error:  # perhaps another process creates the tables at the same time
-            created = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
-            if attempt == 9 or not created:
-                raise
-            time.sleep(0.2)
-    if sqlite:
-        # Without these, two jobs can take the same trial: SQLite has no SELECT … FOR UPDATE, and Python starts a
-        # transaction only at the first change (docs.sqlalchemy.org, dialects/sqlite, "Transactions with SQLite").
-        sqlalchemy.event.listen(storage.engine, "connect", lambda connection, _: setattr(
-            connection, "isolation_level", None))
-        sqlalchemy.event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql(
-            "BEGIN IMMEDIATE"))
-        storage.engine.dispose()  # the connections made before
-    threading.excepthook = print_thread_error
-    return storage
+def add_run(sweep, settings, seed, trial=None):
+    """Add a run, with Optuna's trial if that suggested it; returns the Run. Raises UserError as `read` does."""
+    name = run_name(settings, seed)
+    if name not in sweep.runs:
+        run = Run(settings, seed, Path(sweep.base.out_dir, name), trial=trial)
+        read(sweep, run)
+        if sweep.trials and not trial and seed == sweep.seeds[0] and is_searched(sweep, settings):
+            sweep.study.enqueue_trial(settings)
+            run.trial, _ = new_trial(sweep)
+            tell_result(sweep, run)
+        sweep.runs[name] = run
+    return sweep.runs[name]
 
 
-def print_thread_error(error):
-    """Print an exception that ended a thread, but not of Optuna's heartbeat: other threads report the same error."""
-    if "heartbeat" not in error.thread.name:
-        threading.__excepthook__(error)
+def read(sweep, run):
+    """Set what the folder of a run tells. Raises UserError if it is of another sweep, or its log is damaged."""
+    if not Path(run.folder, "log.jsonl").exists():
+        return
+    run.log = compare.read_run(str(run.folder))
+    expected = asdict(Config(**train_settings(sweep, run)))
+    for name, value in run.log["config"].items():
+        if name not in ("out_dir", "device") and value not in (expected.get(name), "–"):
+            raise UserError(f"{run.folder} is of another sweep ({name} = {value!r}, not {expected.get(name)!r}): "
+                            "repeat its command, or choose another folder (--out_dir)")
+    if (run.folder / "pruned").exists():
+        run.state = "pruned"
+    elif read_log(run.folder / "log.jsonl")[-1].get("reason") == "finished":
+        run.state = "finished"
 
 
-def enqueue_missing(sweep, at_start=False):
-    """Add the runs of a sweep that its study lacks, at the start also those that failed, to Optuna's queue.
-
-    The seeds after the first of a search are for the settings that were not pruned.
-    """
-    runs = best_trials(sweep)
-    known = {name for name, trial in runs.items() if not (at_start and trial.state.name == "FAIL")}
-    if sweep.trials:
-        wanted = [sweep.baseline, *(trial.user_attrs["settings"] for trial in runs.values()
-                                    if trial.state.name == "COMPLETE" and trial.user_attrs["seed"] == sweep.seeds[0])]
-    else:
-        wanted = sweep.grid
-    for seed, settings in itertools.product(sweep.seeds, wanted):
-        if run_name(settings, seed) not in known:
-            known.add(run_name(settings, seed))
-            params = settings if sweep.searches(settings) else {}  # what Optuna learns from
-            sweep.study.enqueue_trial(params, {"settings": settings, "seed": seed})
-    if at_start:
-        for _ in range(sweep.trials - len(counted_trials(sweep))):
-            sweep.study.enqueue_trial({}, {"seed": sweep.seeds[0]})  # Optuna suggests the settings when it is its turn
-
-
-def counted_trials(sweep):
-    """The numbers of the trials that count towards --trials: those of the first seed that did not fail.
-
-    A suggestion that was skipped, because the search has had it, counts, or a small space could be searched forever.
-    """
-    return [trial.number for trial in sweep.study.get_trials(deepcopy=False)
-            if trial.user_attrs.get("seed") == sweep.seeds[0]
-            and (trial.state.name != "FAIL" or trial.user_attrs.get("error") == SKIPPED)]
-
-
-def best_trials(sweep):
-    """The trials of a sweep, name of the run → trial. Of several for one run, the one whose state is first in STATES.
-
-    There are several if a run was stopped or failed, or if two processes queued it at the same time. Of those that
-    failed it is the last one, of others the first one. Runs that an earlier command wanted and this one does not, as
-    after a typo, are left out.
-    """
-    found, grid = {}, [] if sweep.trials else sweep.grid
-    trials = sorted(sweep.study.get_trials(deepcopy=False), key=lambda trial: (
-        STATES.index(trial.state.name), -trial.number if trial.state.name == "FAIL" else trial.number))
-    for trial in trials:
-        settings, seed = trial.user_attrs.get("settings"), trial.user_attrs.get("seed")
-        if seed in sweep.seeds and (sweep.trials or settings in grid) and trial.user_attrs.get("error") != SKIPPED:
-            found.setdefault(f"trial {trial.number}" if settings is None else run_name(settings, seed), trial)
-    return dict(sorted(found.items(), key=lambda item: item[1].number))
-
-
-def count_finished(runs):
-    """How many of these trials, name of the run → trial, are complete, pruned or failed."""
-    return sum(trial.state.is_finished() for trial in runs.values())
+def train_settings(sweep, run):
+    """The settings of a run, as train.py gets them."""
+    return apply_overrides(sweep.settings, run.settings | {"seed": run.seed, "out_dir": str(run.folder)})
 
 
 def settings_name(settings):
@@ -395,119 +292,30 @@ def run_name(settings, seed):
     return settings_name(settings | {"seed": seed})
 
 
-# ---- training ----
+# ---- a search ----
 
 
-def train_all(sweep):
-    """Train until no run is left, also in other processes; returns whether a signal has stopped that."""
-    runs = best_trials(sweep)
-    with (StopSignals(rank=0) as signals, ThreadPoolExecutor(sweep.jobs) as pool,
-          tqdm(total=len(runs), initial=count_finished(runs), unit=" runs", dynamic_ncols=True,
-               disable=not sys.stderr.isatty()) as bar):
-        workers = [pool.submit(work, sweep, slot, bar) for slot in range(sweep.jobs)]
-        try:
-            while not all(worker.done() for worker in workers):
-                if signals.received or any(worker.done() and worker.exception() for worker in workers):
-                    sweep.stop.set()
-                time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:  # the second Ctrl-C
-            for process in sweep.processes.copy():
-                process.kill()
-            raise
-        finally:
-            sweep.stop.set()
-    for worker in workers:
-        worker.result()  # raises its exception
-    return signals.received
+def is_searched(sweep, settings):
+    """Whether settings are within the values and ranges of a search."""
+    return all(values.low <= settings[name] <= values.high if isinstance(values, Range) else settings[name] in values
+               for name, values in sweep.varied.items())
 
 
-def work(sweep, slot, bar):
-    """Train runs of the queue, one after the other, until no process trains any; `slot` numbers the job from 0."""
-    import optuna
-
-    polls = 0  # in a row without a run in this process
-    while not sweep.stop.is_set():
-        optuna.storages.fail_stale_trials(sweep.study)  # queues the runs of processes that died again
-        states = {trial.state.name for trial in best_trials(sweep).values()}
-        if not states & {"WAITING", "RUNNING"}:
-            return
-        if "WAITING" in states:
-            try:
-                sweep.study.optimize(lambda trial: train_run(sweep, slot, trial), n_trials=1, catch=NoResult,
-                                     callbacks=[lambda study, trial: after_trial(sweep, trial, bar)])
-            except ValueError as error:
-                if not str(error).startswith("Cannot tell a "):
-                    raise
-                # This process did not run for a while, as when a laptop sleeps, so that another took the trial up.
-        else:
-            polls = 0 if sweep.processes else polls + 1
-            if slot == 0 and polls * POLL_SECONDS == WAITING_SECONDS:
-                tqdm.write(f"waiting for runs of other processes; those of one that was killed are taken up within "
-                           f"{GRACE_SECONDS} s")
-            sweep.stop.wait(POLL_SECONDS)
+def new_trial(sweep):
+    """A new trial of Optuna, and the settings that it suggests: those queued, if there are any."""
+    trial = sweep.study.ask()
+    return trial, {name: suggest(trial, name, values) for name, values in sweep.varied.items()}
 
 
-def train_run(sweep, slot, trial):
-    """Train the run of an Optuna trial, or resume it; returns its lowest validation loss.
+def suggest_run(sweep):
+    """The Run that Optuna suggests, None if the sweep has it already."""
+    from optuna.trial import TrialState
 
-    Raises TrialPruned if the run was pruned and NoResult if it has no result.
-    """
-    import optuna
-
-    trial.set_user_attr("error", "")  # of an earlier trial of this run, which Optuna copies
-    settings, seed = choose_settings(sweep, trial), trial.user_attrs.get("seed")
-    trial.set_user_attr("settings", settings)
-    best = best_trials(sweep).get(run_name(settings, seed))
-    if best is None or best.number != trial.number:
-        no_result(trial, SKIPPED)
-    folder = sweep.out_dir / run_name(settings, seed)
-    try:
-        pruned, code, printed = run_training(sweep, slot, trial, folder)
-        if pruned:
-            raise optuna.TrialPruned
-        check_finished(sweep, trial, code, printed, folder / "log.jsonl")
-        run = compare.read_run(folder)
-    except (UserError, OSError) as error:  # such as a damaged log
-        no_result(trial, str(error))
-    trial.set_user_attr("tokens_per_s", run["tokens"] / run["seconds"])
-    return min(record[sweep.metric] for record in run["evals"])
-
-
-def run_training(sweep, slot, trial, folder):
-    """Run train.py for a trial until it ends, is pruned, or the sweep stops; what it prints goes to output.log.
-
-    Returns whether the run was pruned, the exit code, and the lines that were printed.
-    """
-    while files.is_locked(folder / ".lock") and not sweep.stop.is_set():  # by a process whose sweep was killed
-        sweep.stop.wait(POLL_SECONDS)
-    folder.mkdir(exist_ok=True)
-    with open(folder / "output.log", "ab") as output:
-        start = output.tell()
-        settings = trial.user_attrs["settings"] | {"seed": trial.user_attrs["seed"], "out_dir": str(folder)}
-        process = start_training(sweep, slot, settings, output)
-        try:
-            pruned = report_losses(sweep, trial, process, folder / "log.jsonl")
-        finally:
-            process.terminate()  # train.py then saves and exits
-            process.wait()
-            sweep.processes.discard(process)
-    printed = (folder / "output.log").read_bytes()[start:].decode("utf-8", "replace")
-    return pruned, process.returncode, printed.strip().splitlines()
-
-
-def choose_settings(sweep, trial):
-    """The varied settings of a trial: those that it was queued with, otherwise Optuna's suggestions.
-
-    Raises NoResult if the trial is none of the queue, because another job took that one, or more than --trials.
-    """
-    queued = trial.user_attrs.get("settings")
-    if "seed" not in trial.user_attrs or (
-            queued is None and sum(number < trial.number for number in counted_trials(sweep)) >= sweep.trials):
-        no_result(trial, SKIPPED)
-    if queued is not None and not sweep.searches(queued):
-        return queued
-    suggested = {name: suggest(trial, name, values) for name, values in sweep.varied.items()}  # Optuna learns from it
-    return queued or suggested
+    with sweep.lock:
+        trial, settings = new_trial(sweep)
+        if run_name(settings, sweep.seeds[0]) not in sweep.runs:
+            return add_run(sweep, settings, sweep.seeds[0], trial)
+        sweep.study.tell(trial, state=TrialState.FAIL)
 
 
 def suggest(trial, name, values):
@@ -519,188 +327,186 @@ def suggest(trial, name, values):
     return float(f"{trial.suggest_float(name, values.low, values.high, log=values.log):g}")
 
 
-def start_training(sweep, slot, settings, output):
-    """Start train.py with these settings in a process that has its share of the machine; it prints to a file."""
+def report_losses(sweep, run):
+    """Report new evaluations of a run to Optuna; returns whether the run is to be pruned.
+
+    Only runs of the first seed are: without its unlucky seeds, a setting would look better than it is.
+    """
+    with suppress(compare.NoLogYet):
+        evals = compare.read_run(str(run.folder))["evals"]
+        for record in evals[run.reported:]:
+            run.trial.report(record[sweep.metric], record["iter"])
+        run.reported = len(evals)
+    return sweep.prune and run.settings != sweep.baseline and run.trial.should_prune()
+
+
+def tell_result(sweep, run):
+    """Tell Optuna how a run of a search has ended, if it has."""
+    from optuna.trial import TrialState
+
+    states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+    if run.trial and run.state in states:
+        report_losses(sweep, run)
+        loss = run.loss(sweep.metric) if run.state == "finished" else None
+        sweep.study.tell(run.trial, loss, state=states[run.state])
+
+
+# ---- training ----
+
+
+def train_all(sweep):
+    """Train until no run is left; returns whether a signal has stopped that."""
+    sweep.slots = list(range(sweep.jobs))
+    with StopSignals(rank=0) as sweep.signals, ThreadPoolExecutor(sweep.jobs) as pool:
+        tasks = [pool.submit(work, sweep, run) for run in sweep.runs.values()]
+        tasks += [pool.submit(work, sweep) for _ in range(sweep.trials - len(sweep.runs))]
+        try:
+            for task in as_completed(tasks):
+                task.result()  # raises its exception
+        except BaseException:  # a bug, or the second Ctrl-C
+            sweep.signals.received = True
+            for process in sweep.processes.copy():
+                process.kill()
+            raise
+    return sweep.signals.received
+
+
+def work(sweep, run=None):
+    """Train a run, by default one that the search suggests; in a search, also with the other seeds if it finishes."""
+    if run := run or suggest_run(sweep):
+        train_run(sweep, run)
+        if sweep.trials and run.state == "finished":
+            for seed in sweep.seeds[1:]:
+                train_run(sweep, add_run(sweep, run.settings, seed))
+
+
+def train_run(sweep, run):
+    """Train a run, or resume it, unless it has ended; sets its state. What train.py prints goes to output.log."""
+    while files.is_locked(run.folder / ".lock") and not sweep.signals.received:
+        time.sleep(POLL_SECONDS)  # train.py goes on if only the sweep is killed
+    if run.state != "not finished" or sweep.signals.received:
+        return
+    run.folder.mkdir(exist_ok=True)
+    slot = sweep.slots.pop()
+    with open(run.folder / "output.log", "ab") as output:
+        start = output.tell()
+        process = start_training(sweep, slot, run, output)
+        pruned = False
+        while process.poll() is None and not pruned and not sweep.signals.received:
+            time.sleep(POLL_SECONDS)
+            pruned = bool(run.trial) and report_losses(sweep, run)
+        process.terminate()  # train.py then saves and exits
+        code = process.wait()
+    sweep.processes.discard(process)
+    sweep.slots.append(slot)
+    if pruned:
+        (run.folder / "pruned").touch()
+    read(sweep, run)
+    if code and run.state == "not finished" and not sweep.signals.received:
+        printed = (run.folder / "output.log").read_bytes()[start:].decode("utf-8", "replace").strip().splitlines()
+        run.error = (printed or [f"train.py ended with code {code}"])[-1].removeprefix("error: ")
+        run.state = "failed"
+    with sweep.lock:
+        tell_result(sweep, run)
+    print_progress(sweep, run)
+
+
+def start_training(sweep, slot, run, output):
+    """Start train.py for a run in a process with its share of the threads, or its own GPU; it prints to a file."""
     command = [sys.executable, str(ROOT / "train.py"), "--resume=auto"]
-    command += [f"--{name}={value}" for name, value in apply_overrides(sweep.settings, settings).items()]
-    share = share_of_machine(slot, sweep.jobs, visible_gpus(sweep.base.device), torch.get_num_threads())
-    process = subprocess.Popen(command, env=os.environ | share, stdin=subprocess.DEVNULL, stdout=output,
+    command += [f"--{name}={value}" for name, value in train_settings(sweep, run).items()]
+    if sweep.base.device in ("auto", "cuda") and torch.cuda.is_available():
+        command += [f"--device=cuda:{slot % torch.cuda.device_count()}"]
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // sweep.jobs))}
+    process = subprocess.Popen(command, env=os.environ | threads, stdin=subprocess.DEVNULL, stdout=output,
                                stderr=subprocess.STDOUT)
     sweep.processes.add(process)
     return process
 
 
-def visible_gpus(device):
-    """The GPUs that runs with this setting of `device` can be given, as CUDA_VISIBLE_DEVICES names them."""
-    if device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
-def share_of_machine(slot, jobs, gpus, threads):
-    """The environment variables that give a job its GPU or, without GPUs, its part of the threads."""
-    if gpus:
-        return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-    return {"OMP_NUM_THREADS": str(max(1, threads // jobs))}
-
-
-def report_losses(sweep, trial, process, log):
-    """Report the evaluations in a run's log to Optuna until the run ends or is to be stopped.
-
-    Returns whether it is pruned. Only runs of the first seed are: without its unlucky seeds, a setting would look
-    better than it is.
-    """
-    settings, seed = trial.user_attrs["settings"], trial.user_attrs["seed"]
-    prune = sweep.prune and settings != sweep.baseline and seed == sweep.seeds[0]
-    reported, size = set(), 0
-    while True:
-        ended = process.poll() is not None  # before reading the log, which is then complete
-        previous, size = size, log.stat().st_size if log.exists() else 0
-        for record in read_log(log) if size != previous else []:
-            if record["kind"] == "eval" and record["iter"] not in reported:
-                reported.add(record["iter"])
-                trial.report(record[sweep.metric], record["iter"])
-                if prune and not ended and trial.should_prune():
-                    return True
-        if ended or sweep.stop.wait(POLL_SECONDS):
-            return False
-
-
-def check_finished(sweep, trial, code, printed, log):
-    """Raise NoResult if train.py did not finish its run: it exited with this code after it printed these lines."""
-    stopped = (code in (130, -signal.SIGINT, -signal.SIGTERM)
-               or (code == 0 and read_log(log)[-1].get("reason") == "stopped"))
-    if stopped or (code and sweep.stop.is_set()):
-        raise NoResult
-    if code < 0:
-        no_result(trial, f"train.py was killed by signal {-code} (9: perhaps for lack of memory)")
-    if code:
-        no_result(trial, printed[-1].removeprefix("error: ") if printed else f"train.py exited with code {code}")
-
-
-def no_result(trial, error):
-    """Raise NoResult, and record why: without a reason, `after_trial` queues the run again."""
-    trial.set_user_attr("error", error)
-    raise NoResult(error)
-
-
-def after_trial(sweep, trial, bar):
-    """Queue a stopped run again and, in a search, more seeds; show the progress."""
-    import optuna
-
-    if trial.state.name == "FAIL" and not trial.user_attrs.get("error"):
-        return optuna.storages.RetryHeartbeatStaleTrialCallback()(sweep.study, trial)
-    if trial.user_attrs.get("error") == SKIPPED:
-        return
-    if sweep.trials:
-        enqueue_missing(sweep)
-    runs = best_trials(sweep)
-    finished, name = count_finished(runs), run_name(trial.user_attrs["settings"], trial.user_attrs["seed"])
-    if trial.state.name == "FAIL":
-        result = f"failed: {trial.user_attrs['error']}"
-    elif trial.state.name == "PRUNED":
-        result = f"pruned at iteration {trial.last_step:,}, loss {trial.intermediate_values[trial.last_step]:.4f}"
-    else:
-        result = f"loss {trial.value:.4f}, {trial.user_attrs['tokens_per_s']:,.0f} tokens/s"
-    if bar.disable or trial.state.name == "FAIL":
-        tqdm.write(f"{finished}/{len(runs)} {name}: {result}")
-    best = min((run for run in runs.values() if run.value is not None), key=lambda run: run.value, default=None)
-    if best:
-        bar.set_postfix_str(f"best {best.value:.4f} {settings_name(best.user_attrs['settings'])}", refresh=False)
-    bar.total, bar.n = len(runs), finished
-    bar.refresh()
-
-
-# ---- results ----
+# ---- what is printed ----
 
 
 def print_plan(sweep):
     """Print what the sweep consists of, and how much of it is done."""
-    runs = best_trials(sweep)
     kind = f"search, {sweep.trials} settings" if sweep.trials else f"grid, {len(sweep.grid)} settings"
-    print(f"{sweep.out_dir}: {kind}, seeds {', '.join(map(str, sweep.seeds))}; {count_finished(runs)} of {len(runs)} "
-          f"runs are finished; {sweep.jobs} at a time", flush=True)
+    print(f"{sweep.base.out_dir}: {kind}, seeds {', '.join(map(str, sweep.seeds))}; {count_done(sweep)} runs are done",
+          flush=True)
 
 
-def print_results(sweep, runs):
+def count_done(sweep):
+    """How many runs are done, of how many, as text."""
+    number = sum(run.state != "not finished" for run in sweep.runs.values())
+    return f"{number} of {max(len(sweep.runs), sweep.trials)}"
+
+
+def print_progress(sweep, run):
+    """Print a line about a run that has ended."""
+    result = f"failed: {run.error}" if run.state == "failed" else run.state
+    if run.state == "finished":
+        result = f"loss {run.loss(sweep.metric):.4f}, {speed(run):,.0f} tokens/s"
+    print(f"{count_done(sweep)} {run.folder.name}: {result}", flush=True)
+
+
+def speed(run):
+    """The speed of a run, in tokens per second."""
+    return run.log["tokens"] / run.log["seconds"]
+
+
+def print_results(sweep):
     """Print the table of the settings, and why runs failed. Raises UserError if all runs failed."""
-    failed = {name: trial.user_attrs.get("error") or "its process ended" for name, trial in runs.items()
-              if trial.state.name == "FAIL"}
-    if failed and len(failed) == len(runs):
-        raise UserError(f"all {len(failed)} runs failed, the last one with: {list(failed.values())[-1]}")
-    rows = table_rows(sweep, runs)
+    failed = [run for run in sweep.runs.values() if run.state == "failed"]
+    if failed and len(failed) == len(sweep.runs):
+        raise UserError(f"all {len(failed)} runs failed, the last one with: {failed[-1].error}")
+    rows = table_rows(sweep)
     print(compare.markdown([list(rows[0]), *(list(row.values()) for row in rows)]))
-    for name, error in failed.items():
-        print(f"failed: {name}: {error}")
+    for run in failed:
+        print(f"failed: {run.folder.name}: {run.error}")
     print("difference: from the first row, seed by seed, ± its standard error\nbetter, worse: by a paired t-test, at "
           f"{SIGNIFICANCE:.0%} for the whole table (Bonferroni), if the number of seeds was fixed beforehand")
-    for warning in compare.comparability_warnings(read_runs(sweep, runs.values())):
+    for warning in compare.comparability_warnings([run.log for run in sweep.runs.values() if run.state == "finished"]):
         print(f"note: {warning}")
     if sweep.trials:
-        print(confirmation(sweep, runs))
+        print(confirmation(sweep))
 
 
-def group_trials(sweep, runs):
-    """The trials whose settings are known, as a dict: settings as text → list of trials. The baseline is the first.
-
-    The others are in the order of the grid or, in a search, from the lowest loss.
-    """
-    groups = {}
-    for trial in runs.values():
-        if "settings" in trial.user_attrs:
-            groups.setdefault(settings_name(trial.user_attrs["settings"]), []).append(trial)
-    baseline = settings_name(sweep.baseline)
-    names = sorted(groups, key=lambda name: mean_loss(groups[name])) if sweep.trials else map(settings_name, sweep.grid)
-    return {baseline: groups.get(baseline, [])} | {name: groups[name] for name in names if name in groups}
-
-
-def losses_of(trials):
-    """The losses of those of these trials that are complete, seed → loss."""
-    return {trial.user_attrs["seed"]: trial.value for trial in trials if trial.state.name == "COMPLETE"}
-
-
-def read_runs(sweep, trials):
-    """The logs of those of these trials that are complete and were trained on this machine (see compare.read_run)."""
-    folders = [sweep.out_dir / run_name(trial.user_attrs["settings"], trial.user_attrs["seed"])
-               for trial in trials if trial.state.name == "COMPLETE"]
-    return [compare.read_run(str(folder)) for folder in folders if (folder / "log.jsonl").exists()]
-
-
-def mean_loss(trials):
-    """The mean loss of those of these trials that are complete; infinity if none is."""
-    return float(np.mean(list(losses_of(trials).values()) or [math.inf]))
-
-
-def table_rows(sweep, runs):
+def table_rows(sweep):
     """The rows of the table, each heading → text."""
-    groups = group_trials(sweep, runs)
-    baseline = losses_of(next(iter(groups.values())))
-    comparisons = max(1, len(groups) - 1)
-    rows = []
-    for trials in groups.values():
-        losses = losses_of(trials)
-        speeds = [trial.user_attrs["tokens_per_s"] for trial in trials if trial.state.name == "COMPLETE"]
-        settings = trials[0].user_attrs["settings"] if trials else sweep.baseline
-        difference, verdict = "–", missing_result(trials)
+    groups = group_runs(sweep)
+    baseline, rows = losses_of(sweep, groups[0]), []
+    for runs in groups:
+        losses = losses_of(sweep, runs)
+        speeds = [speed(run) for run in runs if run.state == "finished"]
+        difference, verdict = "–", "no result of the baseline" if losses else runs[0].state
         if not rows:
             verdict = "baseline"
         elif losses.keys() & baseline.keys():
-            mean, error, verdict = paired_difference(losses, baseline, comparisons)
+            mean, error, verdict = paired_difference(losses, baseline, len(groups) - 1)
             difference = f"{mean:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
-        rows.append({name: str(value) for name, value in settings.items()} | {
+        rows.append({name: str(value) for name, value in runs[0].settings.items()} | {
             "seeds": str(len(losses)), "bits per byte" if sweep.metric == "val_bpb" else "validation loss":
             compare.mean_and_deviation(list(losses.values())), "difference": difference,
             "tokens/s": f"{np.mean(speeds):,.0f}" if speeds else "–", "verdict": verdict})
     return rows
 
 
-def missing_result(trials):
-    """Why settings with these trials cannot be compared with the baseline."""
-    states = {trial.state.name for trial in trials}
-    if "COMPLETE" in states:
-        return "no result of the baseline"
-    return "pruned" if "PRUNED" in states else "failed" if states == {"FAIL"} else "not finished"
+def group_runs(sweep):
+    """The runs as lists of the same settings: the baseline, then the others, in a search from the lowest mean loss."""
+    groups = {}
+    for run in sweep.runs.values():
+        groups.setdefault(settings_name(run.settings), []).append(run)
+    baseline, *others = groups.values()
+    return [baseline, *(sorted(others, key=lambda runs: mean_loss(sweep, runs)) if sweep.trials else others)]
+
+
+def losses_of(sweep, runs):
+    """The losses of those of these runs that are finished, seed → loss."""
+    return {run.seed: run.loss(sweep.metric) for run in runs if run.state == "finished"}
+
+
+def mean_loss(sweep, runs):
+    """The mean loss of those of these runs that are finished; infinity if none is."""
+    return float(np.mean(list(losses_of(sweep, runs).values()) or [math.inf]))
 
 
 def paired_difference(losses, baseline, comparisons):
@@ -730,45 +536,27 @@ def paired_difference(losses, baseline, comparisons):
     return mean, deviation / math.sqrt(n), verdict
 
 
-def confirmation(sweep, runs):
+def confirmation(sweep):
     """How to confirm the best settings of a search, as text."""
-    baseline, *others = group_trials(sweep, runs).values()  # from the lowest loss
-    if not others or mean_loss(others[0]) >= mean_loss(baseline):
+    baseline, *others = group_runs(sweep)  # from the lowest loss
+    if not others or mean_loss(sweep, others[0]) >= mean_loss(sweep, baseline):
         return "no settings have a lower loss than the config as it is"
-    flags = " ".join(f"--vary {name}={value}" for name, value in others[0][0].user_attrs["settings"].items())
+    flags = " ".join(f"--vary {name}={value}" for name, value in others[0][0].settings.items())
     return ("the lowest of many losses is partly luck; to confirm it with new seeds, run the same command with these "
             f"flags instead of its --vary and --trials:\n{flags} --seeds 5 --seed={sweep.seeds[-1] + 1} "
-            f"--out_dir={sweep.out_dir}-best")
+            f"--out_dir={sweep.base.out_dir}-best")
 
 
-def plot(sweep, runs):
-    """Plot the losses of the best settings and, of a search, Optuna's plots, into the folder of the sweep."""
-    path = sweep.out_dir / "losses.png"
-    baseline, *others = group_trials(sweep, runs).values()
-    groups = [read_runs(sweep, trials) for trials in [baseline, *sorted(others, key=mean_loss)]]
-    groups = [group for group in groups if group]  # the others have no result, or only on other machines
-    if not groups:
-        return print("no plot: no run on this machine is complete")
-    compare.plot(groups[:PLOTTED], path)
-    print(f"plot: {path}" + f", the baseline and the {PLOTTED - 1} best settings" * (len(groups) > PLOTTED))
-    if sweep.trials:
-        plot_search(sweep)
-
-
-def plot_search(sweep):
-    """Save Optuna's plots of a search: how much each setting matters, and all settings in parallel coordinates."""
-    from optuna.visualization import matplotlib as optuna_plots
-
-    for name, draw in (("importances", optuna_plots.plot_param_importances),
-                       ("parallel_coordinate", optuna_plots.plot_parallel_coordinate)):
-        path = sweep.out_dir / f"{name}.png"
-        try:
-            with warnings.catch_warnings(action="ignore"):  # where settings have too few values for a nice axis
-                compare.save_figure(draw(sweep.study).figure, path, bbox_inches="tight")  # or it cuts off long names
-        except (ValueError, RuntimeError) as error:
-            print(f"no plot {path}: {error}")  # too few trials
-        else:
-            print(f"plot: {path}")
+def plot(sweep):
+    """Plot the losses of the best settings into the folder of the sweep."""
+    path = Path(sweep.base.out_dir, "losses.png")
+    baseline, *others = group_runs(sweep)
+    groups = [baseline, *sorted(others, key=lambda runs: mean_loss(sweep, runs))][:PLOTTED]
+    groups = [[run.log for run in runs if run.state == "finished"] for runs in groups]
+    if not any(groups):
+        return print("no plot: no run is finished")
+    compare.plot([group for group in groups if group], path)
+    print(f"plot: {path}" + f", the baseline and the {PLOTTED - 1} best settings" * (len(others) >= PLOTTED))
 
 
 if __name__ == "__main__":
