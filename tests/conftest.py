@@ -80,6 +80,13 @@ def gpt2_vocabulary(tmp_path_factory):
         use_gpt2_vocabulary(tmp_path_factory.mktemp("tiktoken"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_samples():
+    """20 tokens in the story at each evaluation: 250 take most of the time of a run as small as TINY."""
+    from storygpt import evaluate  # not at the top: torch reads OMP_NUM_THREADS when it is imported
+    evaluate.SAMPLE_TOKENS = 20
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder, which is the current folder during the test."""

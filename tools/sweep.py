@@ -253,9 +253,12 @@ def add_run(sweep, settings, seed, trial=None):
     if name not in sweep.runs:
         run = Run(settings, seed, Path(sweep.base.out_dir, name), trial=trial)
         read(sweep, run)
-        if sweep.trials and not trial and seed == sweep.seeds[0] and is_searched(sweep, settings):
-            sweep.study.enqueue_trial(settings)
-            run.trial, _ = new_trial(sweep)
+        if sweep.trials and not trial and seed == sweep.seeds[0]:
+            if is_searched(sweep, settings):
+                sweep.study.enqueue_trial(settings)
+                run.trial, _ = new_trial(sweep)
+            else:  # the baseline: it counts for the median
+                run.trial = sweep.study.ask()
             tell_result(sweep, run)
         sweep.runs[name] = run
     return sweep.runs[name]

@@ -114,7 +114,7 @@ def bench(subject, harness):
 def run_tests(harness):
     """Run the tests marked `cuda`: the numbers of passed and skipped ones. Raises PartFailed also if none passed."""
     tests = ROOT / "tests" / "cuda" / "test_cuda.py"
-    text = harness.call("tests", ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs",
+    text = harness.call("tests", ["-m", "pytest", "-o", "addopts=", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-rs",
                                   f"--rootdir={ROOT}", tests], {"TEST_DEVICE": harness.device})
     counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", text.splitlines()[-1])}
     reasons = sorted(set(re.findall(r"^SKIPPED .*?: (.*)$", text, re.M)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch._inductor  # noqa: F401  imported by every training run: here once, as it takes two seconds
 from torch.distributed import TCPStore
 
-TIMEOUT = 60  # seconds, for what normally takes a few
+TIMEOUT = 300  # seconds, for what takes a few on a machine that is not busy
 
 
 class Failure(Exception):

@@ -19,6 +19,7 @@ from storygpt.run import read_log
 LONG = [*TINY, "--max_iters=100000", "--eval_interval=100000", "--out_dir=out/x"]
 
 
+@pytest.mark.slow  # a minute, and more on a busy machine
 def test_short_soak():
     flags = "--kills 8 --disks 1 --damages 30 --rank_kills 1 --cases 80 --seed 7".split()
     done = subprocess.run([sys.executable, "-m", "tests.faults.soak", *flags], cwd=ROOT, capture_output=True, text=True)
