@@ -51,6 +51,22 @@ def test_the_model_imports_torch_only():
         assert {name.split(".")[0] for name in ALL_IMPORTS[module]} - sys.stdlib_module_names == allowed
 
 
+def needed_by(module):
+    """The modules that a module imports, and those that these import, also inside functions."""
+    found, left = set(), {module}
+    while left:
+        found |= left
+        left = set().union(*(ALL_IMPORTS.get(each, set()) for each in left)) - found
+    return found
+
+
+def test_only_preparing_needs_datasets_and_tokenizers():
+    for module in ("train", "sample"):
+        files = {each for each in needed_by(module) if {"datasets", "tokenizers"} & ALL_IMPORTS.get(each, set())}
+        assert files == {"storygpt.corpus.tokenizer"}  # in `trained`, which only prepare.py calls
+    assert "storygpt.corpus.sources" in needed_by("prepare")
+
+
 def test_there_is_no_cycle_between_files():
     done = set()
     while ready := {module for module in MODULES - done if IMPORTS[module] <= done}:

@@ -5,8 +5,6 @@ import math
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 import sample
 import train
 from conftest import ROOT, TINY, launch
+from faults.processes import run as run_process, wait_for_steps
 from model import GPT, GPTConfig
 from modern import make_model
 from storygpt import checkpoint, run
@@ -561,14 +560,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(with_data, stop, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_current_step_and_the_run_can_be_resumed(with_data, number):
     words = [*TINY, "--lr_decay_iters=100000", "--dropout=0.1", "--eval_interval=100000"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *words, "--out_dir=out/x", "--max_iters=100000"],
-                               cwd=with_data, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (with_data / "out/x/log.jsonl").exists() or len(records("out/x", "step")) < 2:
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopping after this step or evaluation" in err and "Traceback" not in err
+    def send_signal(pid):
+        wait_for_steps("out/x", 2)
+        os.kill(pid, number)
+
+    code, out, err = run_process(train.main, [*words, "--out_dir=out/x", "--max_iters=100000"],
+                                 while_running=send_signal)
+    assert code == 0 and "stopping after this step or evaluation" in err and "Traceback" not in err
     assert "python train.py --out_dir=out/x --resume" in out and not (with_data / "out/x/ckpt.pt").exists()
     stopped = checkpoint.load("out/x/last.pt")["step"]
     assert f"stopped after step {stopped:,} of 50,000" in out
@@ -846,11 +844,3 @@ def test_train_py_as_a_script(with_data):
     assert done.returncode == 0 and done.stderr == ""
     assert "iteration 4: loss " in done.stdout and "tokens/s" in done.stdout  # plain lines without a terminal
     assert "on cpu, in float32, not compiled (compile = False), 1 thread (GOMP_SPINCOUNT=" in done.stdout
-
-
-def test_training_and_sampling_need_neither_datasets_nor_tokenizers(with_data):
-    code = ("import sys; sys.modules['datasets'] = sys.modules['tokenizers'] = None; sys.path.insert(0, sys.argv[1]); "
-            "import train, sample; train.main(sys.argv[2:]); sample.main(['--max_new_tokens=5'])")
-    done = subprocess.run([sys.executable, "-c", code, ROOT, *TINY, "--max_iters=2", "--out_dir=out/x"],
-                          cwd=with_data, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

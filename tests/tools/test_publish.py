@@ -14,7 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import train
 from conftest import ROOT, TINY
+from faults.processes import (ForkedProcess, check_one_line_error, check_success, limit_file_size, run as run_process,
+                              wait_for_steps)
 from storygpt.run import read_log
 from tools import publish
 
@@ -219,16 +222,18 @@ def test_wandb_receives_metrics_stories_and_settings(run, capfd):
                    f"upload: wandb sync {path.parent}\n") and not err
 
 
-def test_wandb_environment_variables(run, tmp_path):
+def test_wandb_environment_variables(run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb")
     (tmp_path / "elsewhere").mkdir()
-    subprocess.run([*PUBLISH, "out/x", "--to", "wandb"], check=True, env=os.environ | {
-        "WANDB_PROJECT": "mine", "WANDB_NAME": "another", "WANDB_DIR": str(tmp_path / "elsewhere")})
+    with monkeypatch.context() as context:
+        for name, value in {"PROJECT": "mine", "NAME": "another", "DIR": str(tmp_path / "elsewhere")}.items():
+            context.setenv(f"WANDB_{name}", value)
+        publish.main(["out/x", "--to", "wandb"])
     wandb = wandb_run(wandb_file(tmp_path / "elsewhere"))
     assert (wandb.name, wandb.project) == ("another", "mine") and not (run / "wandb").exists()
-    done = subprocess.run([*PUBLISH, "out/x", "--to", "wandb"], capture_output=True, text=True,
-                          env=os.environ | {"WANDB_MODE": "disabled"})
-    assert done.returncode == 0 and "nothing was kept, because WANDB_MODE=disabled" in done.stdout
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    publish.main(["out/x", "--to", "wandb"])
+    assert "nothing was kept, because WANDB_MODE=disabled" in capsys.readouterr().out
 
 
 def test_unusual_stories_are_published_unchanged(run):
@@ -280,43 +285,21 @@ def test_settings_changed_on_resume(run):
 
 # ---- a run that is still training ----
 
-def start(*words, **options):
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def wait_until(condition, description):
-    end = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < end, f"timeout: {description}"
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize("to", ["tensorboard", "wandb"])
-def test_publishing_continues_until_training_ends(to, with_data):
-    pytest.importorskip(to)
+def test_publishing_continues_until_training_ends(with_data):
+    """Two real processes; what W&B receives from a growing log is tested below."""
+    pytest.importorskip("tensorboard")
     run = Path("out/x")
-    with open("output", "w") as output:  # not a pipe, which would have to be read to keep it from filling up
-        training = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--out_dir=out/x", "--max_iters=1000000",
-                                     "--lr_decay_iters=1000", "--eval_interval=400", "--log_interval=40"],
-                                    stdout=output, stderr=output)
-    try:
-        wait_until((run / "log.jsonl").exists, "a log")
-        publishing = start(*PUBLISH, "out/x", "--to", to)
-        assert publishing.stdout.readline() == "publishing out/x until its training ends\n"
-        size = (run / "log.jsonl").stat().st_size
-        wait_until(lambda: (run / "log.jsonl").stat().st_size > size + 2000, "more of a log")
-        if to == "tensorboard":
-            wait_until(lambda: len(events(run)[0].get("eval/val_loss", [])) > 1, "two evaluations")
-        assert publishing.poll() is None
-    finally:
-        training.send_signal(signal.SIGINT)  # training ends after the current optimizer step
-        assert training.wait(timeout=60) == 0, Path("output").read_text()
-    out, _ = publishing.communicate(timeout=60)
-    assert publishing.returncode == 0 and out.startswith("published up to iteration "), out
-    if to == "tensorboard":
-        assert_events_equal_the_log(run)
-    else:
-        assert_wandb_equals_the_log(run, wandb_file(run))
+    flags = [*TINY, "--out_dir=out/x", "--max_iters=1000000", "--lr_decay_iters=1000", "--eval_interval=40"]
+    training = ForkedProcess(train.main, flags)
+    wait_for_steps(run, 1)
+    publishing = ForkedProcess(publish.main, ["out/x", "--to", "tensorboard"])
+    while not list(run.glob(EVENTS)) or len(events(run)[0].get("eval/val_loss", [])) < 2:
+        time.sleep(0.05)
+    os.kill(training.pid, signal.SIGINT)  # training ends after the current optimizer step
+    check_success(training.result())
+    out = check_success(publishing.result())
+    assert out.startswith("publishing out/x until its training ends\npublished up to iteration ")
+    assert_events_equal_the_log(run)
 
 
 def test_incomplete_log_lines_and_stories_are_published_when_complete(run, scripted, capsys):
@@ -495,10 +478,11 @@ def test_ctrl_c_leaves_everything_published(to, run):
     pytest.importorskip(to)
     process = LockingProcess(run)
     try:
-        publishing = start(*PUBLISH, "out/x", "--to", to, start_new_session=True)
+        publishing = subprocess.Popen([*PUBLISH, "out/x", "--to", to], start_new_session=True, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert publishing.stdout.readline() == "publishing out/x until its training ends\n"
         os.killpg(publishing.pid, signal.SIGINT)  # like a terminal: to all processes that the tool started
-        out, _ = publishing.communicate(timeout=60)
+        out, _ = publishing.communicate(timeout=300)
     finally:
         process.end()
     assert publishing.returncode == 130
@@ -546,33 +530,28 @@ def test_missing_packages_give_one_line(to, run, monkeypatch, fails):
     assert not (run / to).exists()
 
 
-def test_two_processes_cannot_publish_to_the_same_folder(run):
+def test_two_processes_cannot_publish_to_the_same_folder(run, fails):
     pytest.importorskip("tensorboard")
     (run / "tensorboard").mkdir()
     process = LockingProcess(run / "tensorboard")
-    done = subprocess.run([*PUBLISH, "out/x", "--to", "tensorboard"], capture_output=True, text=True)
+    assert "another process is using out/x/tensorboard: " in fails(publish.main, ["out/x", "--to", "tensorboard"])
     process.end()
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: another process is using out/x/tensorboard: ")
 
 
 def test_a_full_disk_gives_one_line(run):
     pytest.importorskip("tensorboard")
-    code = ("import resource; from tools import publish; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-            "publish.main(['out/x', '--to=tensorboard'])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: cannot write out/x/tensorboard (File too large): ") and not done.stdout
+    check_one_line_error(run_process(publish.main, ["out/x", "--to=tensorboard"], setup=lambda: limit_file_size(3000)),
+                         "cannot write out/x/tensorboard (File too large): ")
 
 
 @pytest.mark.parametrize("variables, complaint", [
     ({"WANDB_MODE": "online"}, "No API key configured"), ({"WANDB_MODE": "onlin"}, "onlin"),
-    ({"WANDB_PROJECT": "a/b"}, "a/b"), ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, "WANDB_API_KEY")])
-def test_wandb_errors_give_one_line(variables, complaint, run, here):
-    pytest.importorskip("wandb")
-    env = os.environ | {"HOME": str(here), "NETRC": str(here / "none")} | variables
-    done = subprocess.run([*PUBLISH, "out/x", "--to", "wandb"], capture_output=True, text=True, env=env,
-                          stdin=subprocess.DEVNULL)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: cannot create a W&B run: ")
-    assert complaint in done.stderr and "offline" in done.stderr
+    ({"WANDB_PROJECT": "a/b"}, "a/b"), ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, "WANDB_API_KEY")],
+    ids=["no key", "mode", "project", "key"])
+def test_wandb_errors_give_one_line(variables, complaint, run, here, monkeypatch, fails):
+    wandb = pytest.importorskip("wandb")
+    for name, value in ({"HOME": str(here), "NETRC": str(here / "none")} | variables).items():
+        monkeypatch.setenv(name, value)
+    line = fails(publish.main, ["out/x", "--to", "wandb"])
+    wandb.teardown()
+    assert line.startswith("error: cannot create a W&B run: ") and complaint in line and "offline" in line

@@ -1,4 +1,4 @@
-"""tools/sweep.py: the command line, the statistics, grids and searches, with runs that train and runs that are written."""
+"""tools/sweep.py: the command line, the statistics, grids and searches, with trained and written runs."""
 
 import functools
 import json
@@ -155,7 +155,7 @@ def test_fewer_values_and_seeds_are_a_part_of_the_grid(grid, capsys):
 
 
 def test_another_sweep_in_the_folder_is_refused(grid, fails):
-    for flag in ("--max_iters=40", "--dropout=0.1"):
+    for flag in ("--max_iters=40", "--dropout=0.2"):
         assert f"is of another sweep ({flag[2:].split('=')[0]} = " in fails(sweep.main, [*TINY, *GRID, flag])
     Path("out/grid/learning_rate=0.01,seed=1337/last.pt").touch()
     assert "contains a run" in fails(sweep.main, [*TINY, *GRID[:2], "--out_dir=out/grid/learning_rate=0.01,seed=1337"])
