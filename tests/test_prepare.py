@@ -310,7 +310,7 @@ def empty_validation(folder):
     ("nursery", ["--name", ""], "'' is not a valid folder name"),
     ("nursery", ["--name", ".."], "'..' is not a valid folder name"),
     (lambda f: write(f / "my tales.txt", STORIES), [], "'my tales' is not a valid folder name: set --name"),
-], ids=str)
+])
 def test_user_errors_print_one_line_and_leave_no_files(here, fails, monkeypatch, source, flags, message):
     if "r50k_base" in flags:
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(here / "none"))

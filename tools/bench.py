@@ -10,7 +10,6 @@ Each training variant runs in its own process, which also gives its own peak mem
 
 import storygpt  # noqa: F401, I001  (first: it prepares the process for importing torch)
 
-import collections
 import copy
 import hashlib
 import json
@@ -20,12 +19,11 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import chdir, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -36,8 +34,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import DeviceType
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import storygpt.generate as generation
 import train
@@ -52,7 +48,6 @@ from storygpt.generate import KVCache, generate, prepare_for_generation, sample_
 from storygpt.run import best_checkpoint
 from storygpt.settings import Config, read_config_file
 from storygpt.system import files
-from storygpt.system.distributed import all_reduce_sum, cleanup_distributed, init_distributed
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
 from storygpt.system.hardware import (autocast, describe_device, git_commit, pick_device, pick_dtype,
                                       pick_inference_dtype)
@@ -64,12 +59,10 @@ VOCABULARY_PER_USED_TOKEN = 4  # training data uses a quarter of it, as 8 millio
 TINY = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)  # for --tiny
 BATCH_SIZE = 32
 FAST = ROOT / "config" / "tinystories_fast.py"  # the config of the subject `small`
-RANK_BATCH_SIZE = {"cpu": 32, "cuda": 128}  # sequences per process in the subject `ranks`
 NURSERY_STORIES = 140_000  # 102 MB of text
 # Dense bf16 TFLOP/s from the vendors' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
 MORE_SINGLE_STORIES = 7  # after the first one, so that a measurement takes seconds
-LIBGOMP_SPIN_COUNT = "300000"  # the default of GNU's OpenMP, which torch's Linux builds use
 TABLES_WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}
 
 
@@ -190,8 +183,8 @@ def synchronize(device):
 
 
 @contextmanager
-def child_processes(targets, **environment):
-    """Spawn a process that calls target(pipe, *args) for each name → (target, *args), with these environment variables.
+def child_processes(targets):
+    """Spawn a process that calls target(pipe, *args) for each name → (target, *args).
 
     Yields name → pipe to it. The processes end with the `with` block.
     """
@@ -199,8 +192,7 @@ def child_processes(targets, **environment):
     for name, (target, *args) in targets.items():
         pipes[name], child_pipe = context.Pipe()
         processes.append(context.Process(target=target, args=(child_pipe, *args), daemon=True))
-        with patch.dict(os.environ, environment):
-            processes[-1].start()
+        processes[-1].start()
         child_pipe.close()
     try:
         yield pipes
@@ -214,15 +206,9 @@ def child_processes(targets, **environment):
 
 def ask(pipes, name, message="go"):
     """Send a message to one of `child_processes` and return the answer. Raises UserError if the process has failed."""
-    return ask_at_once(pipes, [name], message)[0]
-
-
-def ask_at_once(pipes, names, message="go"):
-    """Send a message to several of `child_processes` and return the list of their answers, as `ask` does."""
     try:
-        for name in names:
-            pipes[name].send(message)
-        return [pipes[name].recv() for name in names]
+        pipes[name].send(message)
+        return pipes[name].recv()
     except (EOFError, OSError) as error:
         raise UserError(f"the process of '{name}' failed: its error message is above") from error
 
@@ -670,169 +656,6 @@ def bench_prepare(args, device, ceilings, folder):
     return {"tokenizer": name, "mb_of_text": megabytes[None], **medians, "spreads": spreads}
 
 
-# ---- several processes ----
-
-
-def bench_ranks(args, device, ceilings, folder):
-    """The cost of all-reducing gradients between all GPUs, or two CPU processes, and of saving a checkpoint."""
-    world_size = torch.cuda.device_count() if device.type == "cuda" else 2
-    if world_size < 2:
-        return {"processes": "one GPU: no all-reduce"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with child_processes({f"rank {rank}": (run_rank, rank, world_size, port, device.type, args.config, args.rounds)
-                          for rank in range(world_size)}) as pipes:
-        seconds = [ask(pipes, name) for name in pipes][0]
-    medians, spreads = medians_and_spreads(seconds)
-    parameters = count_parameters(args.config)
-    weights = torch.zeros(3, parameters)  # the model and AdamW's two moments
-    saves = time_interleaved({"save": lambda: checkpoint.save(folder / "last.pt", {"model": weights})}, args.rounds)
-    return {"processes": world_size, "sequences_of_each": RANK_BATCH_SIZE[device.type],
-            "exchanged_mb": 4 * parameters / 1e6, "seconds": medians, "saved_mb": 12 * parameters / 1e6,
-            "save_seconds": float(np.median(saves["save"])), "spreads": spreads}
-
-
-def run_rank(pipe, rank, world_size, port, device_type, config, rounds):
-    """A child process of `bench_ranks`: time the variants and send name → list of seconds."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    init_distributed()
-    device = pick_device(device_type)
-    if device_type == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // world_size))
-    idx, targets = torch.randint(config.vocab_size, (2, RANK_BATCH_SIZE[device_type], config.block_size), device=device)
-    model, own_model = GPT(config).to(device), GPT(config).to(device)
-    for each in (model, own_model):
-        loss_module.fuse_loss(each)
-    own_model = train.prepare_for_training(own_model, use_compile=False)  # DistributedDataParallel
-
-    def time_step(model=None, all_reduce=()):
-        """Seconds of both passes of a model, if any, and of an all-reduce of parameters' gradients in one vector."""
-        synchronize(device)
-        all_reduce_sum(torch.zeros(1))  # a barrier: all ranks start together
-        started = time.perf_counter()
-        if model is not None:
-            model.zero_grad(set_to_none=True)
-            with autocast(device, torch.bfloat16):
-                loss = model(idx, targets)
-            loss.backward()
-        if gradients := [p.grad for p in all_reduce]:
-            vector_to_parameters(all_reduce_sum(parameters_to_vector(gradients)), gradients)
-        synchronize(device)
-        return time.perf_counter() - started
-
-    parameters = list(model.parameters())
-    with fast.faster_functions(device):
-        pipe.send(time_interleaved({
-            "forward and backward": partial(time_step, model),
-            "all-reduce": partial(time_step, all_reduce=parameters),
-            "forward, backward, all-reduce": partial(time_step, model, parameters),
-            "DistributedDataParallel": partial(time_step, own_model)}, rounds))
-    cleanup_distributed()
-
-
-# ---- two runs at once ----
-
-
-def bench_two_runs(args, device, ceilings, folder):
-    """Training speed on a CPU of one run and of two at once, by how long threads spin before they sleep."""
-    if device.type != "cpu":
-        return {"runs": "on a CPU only"}
-    workload = make_workload(folder, device, args.config, small=True)
-    tokens = workload.steps * workload.tokens_per_step
-    with two_processes(workload, storygpt.SPIN_COUNT) as own, two_processes(workload, LIBGOMP_SPIN_COUNT) as default:
-        medians, spreads = measure_rates({
-            "one run": (tokens, partial(slowest, own, ["first"])),
-            "one run, OpenMP's default": (tokens, partial(slowest, default, ["first"])),
-            "two runs": (2 * tokens, partial(slowest, own, ["first", "second"])),
-            "two runs, OpenMP's default": (2 * tokens, partial(slowest, default, ["first", "second"]))}, args.rounds)
-    one_default = medians["one run, OpenMP's default"]
-    return {"one_run_times_default": medians["one run"] / one_default,
-            "two_runs_times_one_default": medians["two runs"] / one_default, "tokens_per_s_of_each": medians,
-            "spreads": spreads}
-
-
-def two_processes(workload, spin_count):
-    """Two `child_processes` that train, with OpenMP's threads spinning so often before they sleep."""
-    return child_processes(dict.fromkeys(("first", "second"), (run_variant, "eager", workload)),
-                           GOMP_SPINCOUNT=spin_count)  # read when a process loads torch
-
-
-def slowest(pipes, names):
-    """Seconds of a round of `run_variant` in several processes at once."""
-    return max(seconds for seconds, _ in ask_at_once(pipes, names))
-
-
-# ---- profile ----
-
-
-def bench_profile(args, device, ceilings, folder):
-    """The most expensive kernels (on a CPU, operations) of a published step, a small step and a story."""
-    result = {}
-    for name, small in (("published step", False), ("small step", True)):
-        workload = make_workload(folder / name, device, args.config, small)
-        result |= summarize_profile(name, device, *profile_training(workload, 20 if small else 4))
-    model = prepare_for_generation(GPT(args.config), device, pick_inference_dtype("auto", device))
-    idx = torch.zeros(1, 1, dtype=torch.long, device=device)
-    generate_stories(model, idx, args.config.block_size)
-    with torch.profiler.profile() as profiler:
-        started = time.perf_counter()
-        generate_stories(model, idx, args.config.block_size)
-        seconds = time.perf_counter() - started
-    return result | summarize_profile("one story", device, profiler, seconds)
-
-
-def profile_training(workload, count, warmup=8):
-    """(profiler, seconds) of `count` optimizer steps of train.py after `warmup` others, compiled on a GPU."""
-    schedule = torch.profiler.schedule(wait=warmup - 2, warmup=2, active=count)
-    optimizer_step, last, times = train.optimizer_step, warmup + count, {}
-    flags = ["--log_interval=1000000", "--eval_iters=1", "--warmup_iters=0",
-             f"--max_iters={(last + 1) * workload.accumulation}",
-             f"--compile={workload.device.type == 'cuda' and workload.config != TINY}"]
-
-    def profiled_step(state):
-        """train.py's optimizer step, which ends a step of the profiler."""
-        grad_norm, step = optimizer_step(state), state.step + 1
-        if step in (warmup, last):
-            synchronize(workload.device)  # time the kernels, not only their launches
-        times[step, "before"] = time.perf_counter()
-        profiler.step()  # takes time itself when it starts
-        times[step, "after"] = time.perf_counter()
-        return grad_norm
-
-    with (chdir(workload.folder), torch.profiler.profile(schedule=schedule) as profiler,
-          patch.object(train, "optimizer_step", profiled_step), open(os.devnull, "w") as null, redirect_stdout(null)):
-        train.main([*workload.flags, *flags])
-    return profiler, times[last, "before"] - times[warmup, "after"]
-
-
-def summarize_profile(name, device, profiler, seconds, count=10):
-    """The `count` most expensive kernels of a profile, kernel → share of all kernels' time, and the GPU's idle share.
-
-    The GPU is idle while no kernel runs, which profiling itself increases. On a CPU, operations stand for kernels, and
-    the idle share is None. Raises UserError if the profiler recorded nothing on a GPU.
-    """
-    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA
-               and not event.is_user_annotation]
-    if device.type == "cuda" and not kernels:
-        raise UserError("torch.profiler recorded no kernels: CUDA's profiling library (CUPTI) does not work here")
-    times = collections.Counter()  # microseconds
-    for event in kernels:
-        times[event.name] += event.time_range.elapsed_us()
-    if not kernels:
-        times.update({row.key: row.self_cpu_time_total for row in profiler.key_averages()
-                      if not row.key.startswith("ProfilerStep")})
-    busy = end = 0.0  # microseconds; kernels may overlap
-    for span in sorted((event.time_range for event in kernels), key=lambda span: span.start):
-        busy += max(0.0, span.end - max(end, span.start))
-        end = max(end, span.end)
-    return {f"{name}: share of the kernels' time": {kernel: us / times.total() for kernel, us in
-                                                    times.most_common(count)},
-            f"{name}: milliseconds profiled": 1000 * seconds,
-            f"{name}: idle": 1 - busy / 1e6 / seconds if kernels else None}
-
-
 # ---- the speedrun ----
 
 TARGET_BITS_PER_BYTE = 0.815  # on the whole validation split (docs/speedrun.md)
@@ -897,8 +720,7 @@ def find_program(config, folder):
 
 
 SUBJECTS = {"train": bench_train, "small": bench_small, "loss": bench_loss, "generate": bench_generate,
-            "profile": bench_profile, "prepare": bench_prepare, "ranks": bench_ranks, "two-runs": bench_two_runs,
-            "race": bench_race}
+            "prepare": bench_prepare, "race": bench_race}
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,8 @@
 """The benchmark measures what it says, on a small model. No test depends on a timing."""
 
 import json
-import os
 import subprocess
 import sys
-import types
-from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.profiler_util import Interval
 
 import train
 from conftest import TINY
@@ -164,68 +160,12 @@ def test_wrong_arguments_are_named(fails, words, named):
     assert named in fails(bench.main, words, code=2)
 
 
-def test_two_ranks_all_reduce_gradients_in_both_ways(small, capsys):
-    bench.main(["ranks", "--tiny", "--json", "--rounds=1"])
-    result = json.loads(capsys.readouterr().out)["ranks"]
-    assert result["processes"] == 2 and result["exchanged_mb"] == 4 * bench.count_parameters(bench.TINY) / 1e6
-    assert list(result["seconds"]) == ["forward and backward", "all-reduce", "forward, backward, all-reduce",
-                                       "DistributedDataParallel"]
-    assert all(seconds > 0 for seconds in result["seconds"].values())
-
-
 def test_small_steps_are_those_of_the_fast_config(small, monkeypatch, capsys):
     monkeypatch.setattr(bench, "time_variants", fake_timings(0.5))
     bench.main(["small", "--tiny", "--json", "--rounds=1", "--device=cpu"])
     result = json.loads(capsys.readouterr().out)["small"]
     assert result["tokens_per_step"] == 8 * 16 and result["tokens_per_s"] == 2 * 8 * 16 / 0.5
     assert result["ms_per_step"] == 250
-
-
-def test_two_runs_at_once_are_compared_with_one(small, monkeypatch, capsys):
-    """The processes answer with their GOMP_SPINCOUNT as the seconds."""
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    monkeypatch.setattr(bench, "run_variant", send_spin_count)
-    bench.main(["two-runs", "--tiny", "--json", "--rounds=1", "--device=cpu"])
-    result = json.loads(capsys.readouterr().out)["two-runs"]
-    tokens = 2 * 8 * 16  # of two small steps
-    assert result["tokens_per_s_of_each"] == {
-        "one run": tokens / 2000, "one run, OpenMP's default": tokens / 300_000,
-        "two runs": 2 * tokens / 2000, "two runs, OpenMP's default": 2 * tokens / 300_000}
-    assert result["two_runs_times_one_default"] == 300
-    assert os.environ["GOMP_SPINCOUNT"] == "7"
-
-
-def send_spin_count(pipe, name, workload):
-    """A child process that answers with its GOMP_SPINCOUNT as the seconds."""
-    with suppress(EOFError):  # at the end
-        while pipe.recv():
-            pipe.send((float(os.environ["GOMP_SPINCOUNT"]), 0.0))
-
-
-def test_a_profile_lists_the_most_expensive_operations(small, capsys):
-    bench.main(["profile", "--tiny", "--json", "--rounds=1", "--device=cpu"])
-    result = json.loads(capsys.readouterr().out)["profile"]
-    for work in ("published step", "small step", "one story"):
-        operations = result[f"{work}: share of the kernels' time"]
-        shares = list(operations.values())
-        assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
-        assert any(name.startswith("aten::") for name in operations)
-        assert result[f"{work}: milliseconds profiled"] > 0 and result[f"{work}: idle"] is None
-
-
-def test_idle_is_the_share_of_time_without_a_kernel():
-    def event(name, start, end, kind=torch.autograd.DeviceType.CUDA, annotation=False):
-        return types.SimpleNamespace(name=name, device_type=kind, is_user_annotation=annotation,
-                                     time_range=Interval(start, end))
-
-    events = [event("a", 0, 300), event("b", 200, 400), event("a", 600, 700), event("step", 0, 1000, annotation=True),
-              event("launch", 0, 1000, torch.autograd.DeviceType.CPU)]
-    gpu = torch.device("cuda")
-    result = bench.summarize_profile("x", gpu, types.SimpleNamespace(events=lambda: events), 1e-3)
-    assert result["x: share of the kernels' time"] == pytest.approx({"a": 400 / 600, "b": 200 / 600})
-    assert result["x: idle"] == pytest.approx(0.5)
-    with pytest.raises(UserError, match="recorded no kernels"):
-        bench.summarize_profile("x", gpu, types.SimpleNamespace(events=lambda: events[3:]), 1e-3)
 
 
 # ---- the speedrun ----

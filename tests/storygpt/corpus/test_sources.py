@@ -229,7 +229,7 @@ def csv(folder):
     (empty_folder, "text", "a folder must contain .txt, .jsonl or .parquet files"),
     (only_test_split, "text", "repo has no split 'train', only test"),
     (csv, "text", "a.csv: unsupported file type, use one of .txt, .jsonl, .parquet"),
-], ids=str)
+])
 def test_bad_sources_raise_user_errors(here, source, column, message):
     with pytest.raises(UserError) as error:
         Corpus(source(here) if callable(source) else source, column).examine(0.01, 1, False)
