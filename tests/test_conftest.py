@@ -1,22 +1,19 @@
 """What pytest prints at its end for docs/platforms.md."""
 
-import os
 import platform
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import torch
 
-from conftest import ROOT
+import conftest
 
 
-def test_the_summary_names_the_platform_and_why_tests_were_skipped(tmp_path):
-    (tmp_path / "test_x.py").write_text(
-        "import pytest\n@pytest.mark.skipif(True, reason='needs a Mac')\n@pytest.mark.parametrize('i', range(3))\n"
-        "def test_a(i): pass\ndef test_b(): pytest.skip('no browser')\ndef test_c(): pass\n")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "test_x.py"],
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
-                          capture_output=True, text=True)
-    line, *skipped = done.stdout.split(" platform ==")[1].splitlines()[1:4]
-    assert line.startswith(platform.platform()) and f"PyTorch {torch.__version__}" in line
-    assert skipped == ["skipped: 3 tests (needs a Mac)", "skipped: 1 test (no browser)"]
+def test_the_summary_names_the_platform_why_tests_were_skipped_and_how_many_are_slow():
+    lines, reasons = [], ["needs a Mac", "no browser", "needs a Mac"]
+    conftest.pytest_terminal_summary(SimpleNamespace(
+        section=lambda title: None, line=lines.append,
+        config=SimpleNamespace(slow_tests=2, option=SimpleNamespace(markexpr="not slow")),
+        getreports=lambda kind: [SimpleNamespace(longrepr=("test_x.py", 1, f"Skipped: {reason}")) for reason in reasons]))
+    assert lines[0].startswith(platform.platform()) and f"PyTorch {torch.__version__}" in lines[0]
+    assert lines[1:] == ["skipped: 2 tests (needs a Mac)", "skipped: 1 test (no browser)",
+                         "2 slow tests not run: python -m pytest -m slow"]

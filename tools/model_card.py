@@ -1,8 +1,8 @@
 """What an exported model says about itself: the model card of the Hugging Face hub, and a line for GGUF files."""
 
+import io
 import shlex
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import sample
@@ -78,12 +78,15 @@ def sample_section(name, path):
     Raises UserError if sample.py fails.
     """
     run = shlex.quote(f"out/{name.split('/')[-1]}")
-    done = subprocess.run([sys.executable, sample.__file__, "--out_dir", path.parent, *SAMPLE_FLAGS],
-                          capture_output=True, encoding="utf-8")
-    if done.returncode:
-        reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"cannot generate the samples of the model card, as sample.py failed: {reason}")
-    stories = [story.strip("\n").replace("\n", "\n>\n> ") for story in done.stdout.split(END_OF_TEXT)]
+    printed, messages = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(messages):
+            sample.main(["--out_dir", str(path.parent), *SAMPLE_FLAGS])
+    except SystemExit as error:
+        raise UserError("cannot generate the samples of the model card, as sample.py failed: "
+                        f"{messages.getvalue().splitlines()[-1]}") from error
+    printed.seek(0)
+    stories = [story.strip("\n").replace("\n", "\n>\n> ") for story in printed.read().split(END_OF_TEXT)]
     return f"""
 ## Samples
 

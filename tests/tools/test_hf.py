@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.nn as nn
 
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extra.txt")
+from huggingface_hub import constants
 
 import prepare
 import sample
@@ -80,7 +80,7 @@ def test_exported_model_and_tokenizer_give_equal_results(run, capsys):
     assert hf_story[0, prompt.size(1):].tolist() == story
 
 
-def test_exported_files_and_model_card(run, fails):
+def test_exported_files_and_model_card(run, fails, capsys):
     _, hf_tokenizer = export("out/tiny", "model")
     assert sorted(os.listdir("model")) == ["README.md", "config.json", "generation_config.json", "model.safetensors",
                                            "tokenizer.json", "tokenizer_config.json"]
@@ -99,8 +99,9 @@ def test_exported_files_and_model_card(run, fails):
         assert text in card
     assert "python -m tools.hf import model out/NAME" in fails(sample.main, ["--out_dir=model"])
     code = card.split("```python")[1].split("```")[0].replace("max_length=16", "max_length=16, do_sample=False")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("Once upon a time")
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
 
 
 def edit(monkeypatch, cls, layers, **methods):
@@ -338,14 +339,13 @@ def test_missing_and_non_finite_weights_are_rejected(hf_tokenizer, fails):
         hf.main, ["import", "gpt2", "out/x"])
 
 
-def test_import_of_a_hub_model_from_the_cache(hf_tokenizer):
+def test_import_of_a_hub_model_from_the_cache(hf_tokenizer, monkeypatch, capsys):
     save_gpt2(hf_tokenizer, "cache/models--someone--stories/snapshots/0123abcd")
     Path("cache/models--someone--stories/refs").mkdir()
     Path("cache/models--someone--stories/refs/main").write_text("0123abcd")
-    done = subprocess.run([sys.executable, "-m", "tools.hf", "import", "someone/stories", "out/gpt2"],
-                          env=os.environ | {"HF_HUB_CACHE": "cache", "PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and "imported someone/stories" in done.stdout, done.stderr
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")  # huggingface_hub has read the environment already
+    hf.main(["import", "someone/stories", "out/gpt2"])
+    assert "imported someone/stories" in capsys.readouterr().out
     assert checkpoint.load_model(Path("out/gpt2/ckpt.pt"))[0].config.block_size == 24
 
 

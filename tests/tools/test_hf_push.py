@@ -7,8 +7,6 @@ import re
 import shlex
 import shutil
 import socket
-import subprocess
-import sys
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +20,7 @@ from huggingface_hub import constants
 
 import sample
 import train
-from conftest import ROOT, TINY
+from conftest import TINY
 from storygpt import checkpoint
 from storygpt.corpus.tokenizer import END_OF_TEXT
 from tools import hf, judge
@@ -149,20 +147,10 @@ def online(hub, monkeypatch):
     return hub
 
 
-def push_as_users_do(url):
-    """Run `tools.hf push out/tiny alice/tiny` in a process of its own; returns its stdout."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": url, "HF_HOME": "home", "HF_TOKEN": "hf_write",
-                    "HF_HUB_DISABLE_XET": "1"}  # the other protocol for large files, that of Git LFS
-    done = subprocess.run([sys.executable, "-m", "tools.hf", "push", "out/tiny", "alice/tiny"],
-                          env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_private_push_and_a_second_one_that_makes_it_public(run, hub, online, capsys):
-    printed = push_as_users_do(hub.url)
-    assert printed == (f"pushed out/tiny/ckpt.pt, 11,648 parameters; the repository is private: {hub.url}/alice/tiny\n")
+    hf.main(["push", "out/tiny", "alice/tiny"])
+    printed = capsys.readouterr().out
+    assert printed == f"pushed out/tiny/ckpt.pt, 11,648 parameters; the repository is private: {hub.url}/alice/tiny\n"
     assert hub.private == {"alice/tiny": True}
     (repository, message, files), = hub.commits
     assert (repository, message) == ("alice/tiny", "Upload out/tiny/ckpt.pt, 11,648 parameters")
