@@ -33,7 +33,7 @@ from storygpt.system.errors import Parser, UserError, exit_with_one_line
 from storygpt.system.hardware import autocast, pick_device, pick_dtype, pick_inference_dtype
 from sample import add_sampling_flags, number, read_prompt
 from tools.compare import markdown, save_figure
-from tools.judging import controls, grammar, novelty, pairs, scoring, text
+from tools.judging import controls, novelty, pairs, scoring, text
 
 BATCH = 256  # stories generated at once
 SAMPLE_TOKENS = 1_000_000  # of the training text, from which names are learned and the trigram model is made
@@ -60,9 +60,7 @@ MEASURES = {
         "names": ("names per story", MEAN),
         "names_not_introduced": ("names not introduced, %", PERCENT),
         "pronouns_agree": ("pronouns that agree with the hero, %", PERCENT),
-        "one_hero": ("stories with one consistent hero, %", PERCENT),
-        "possible": ("stories that the grammar allows, %", PERCENT),
-        "possible_with_any_names": ("... with any names and pronouns, %", PERCENT)},
+        "one_hero": ("stories with one consistent hero, %", PERCENT)},
     "Knows its language": {
         f"pairs_{kind.replace(' ', '_')}": (f"minimal pairs ({kind}), % right; chance 50", PERCENT)
         for kind in (*pairs.RULES, "name", "gender")},
@@ -113,7 +111,8 @@ def main(argv=None):
         training_text = novelty.TrainingText(dataset.train, dataset.tokenizer.end_of_text)
     names = dataset.names if dataset else text.learn_names([story for column in columns for story in column.stories])
     for column in tqdm(columns, "measuring", leave=False, disable=None):
-        measure_stories(column, names, is_nursery(dataset, checkpoints))
+        column.measures |= (text.variety(column.stories) | text.wholeness(column.stories, column.ended)
+                            | text.consistency(column.stories, names))
         if dataset:
             measure_novelty(column, dataset.tokenizer, training_text)
 
@@ -202,12 +201,6 @@ def split_stories(tokenizer, tokens):
     return [story for story in stories if story]
 
 
-def is_nursery(dataset, checkpoints):
-    """Whether the stories are of the synthetic corpus, whose grammar is known."""
-    folders = [Path("data", dataset.name)] if dataset else [Path(run) for run in checkpoints]
-    return bool(folders) and read_meta(folders[0]).get("source") == "nursery"
-
-
 def read_stories(path):
     """The column of a file of stories. Raises UserError if it cannot be read or has no story."""
     try:
@@ -247,7 +240,6 @@ def make_controls(dataset, max_tokens):
 def judge_model(run, path, dataset, args):
     """The column of a run: the stories of the checkpoint at `path`, and what is measured with the model itself."""
     model, tokenizer, checkpoint = load_model(path)
-    check_vocabulary(tokenizer, [args.start, *(dataset.stories if dataset else [])])
     model.to(args.device)
     column = Column(str(run), [], [], Path(run))
     if dataset:
@@ -262,15 +254,6 @@ def judge_model(run, path, dataset, args):
                     "val_loss": checkpoint["metrics"].get("val_loss"), "dataset": dataset and dataset.name,
                     **{name: getattr(args, name) for name in SETTINGS}}
     return column
-
-
-def check_vocabulary(tokenizer, texts):
-    """Raise UserError if a vocabulary lacks a byte of these texts: tiktoken panics then. Those of prepare.py do not."""
-    known = {token[0] for token in tokenizer.encoding.token_byte_values() if len(token) == 1}
-    for story in texts:
-        if unknown := set(story.encode()) - known:
-            raise UserError(f"the vocabulary {tokenizer.name} cannot spell {story[:40]!r}: it lacks the byte "
-                            f"{min(unknown)}; choose another --start or --dataset")
 
 
 def generate_stories(model, tokenizer, args):
@@ -296,20 +279,7 @@ def generate_stories(model, tokenizer, args):
     return stories, ended
 
 
-# ---- what needs only the stories ----
-
-
-def measure_stories(column, names, is_nursery):
-    """Measure a column's stories on their own."""
-    stories = column.stories
-    column.measures |= (text.variety(stories) | text.wholeness(stories, column.ended)
-                        | text.consistency(stories, names))
-    if is_nursery:
-        possible = np.array([grammar.is_possible(story) for story in stories])
-        with_any_names = [known or grammar.is_possible(story, one_cast=False)
-                            for known, story in zip(possible, stories)]
-        column.measures |= {"possible": text.per_story(possible),
-                            "possible_with_any_names": text.per_story(with_any_names)}
+# ---- what was copied ----
 
 
 def measure_novelty(column, tokenizer, training_text):

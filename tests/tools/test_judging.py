@@ -1,7 +1,6 @@
 """tools/judging: each measure on hand-made stories with known answers."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -12,13 +11,15 @@ pytest.importorskip("sacrebleu", reason="pip install -r requirements-extra.txt")
 from storygpt.checkpoint import load_model
 from storygpt.corpus import nursery
 from storygpt.corpus.tokenizer import Tokenizer
-from tools.judging import controls, grammar, novelty, pairs, scoring, text
+from tools.judging import controls, novelty, pairs, scoring, text
 
 # Enough uses of each name to learn it; Honey is also a word.
 LEARNED = ["One day, Lily sang and she was happy. Then Lily ran, and she fell. Soon Lily slept, and she dreamed.",
            "Once, Tom sang and he was happy. Then Tom ran, and he fell. Soon Tom slept, and he dreamed.",
            "He saw Honey and ate honey. He saw Honey, and Honey saw him. Mr. Wood met Mrs. Wood and little Mr. Wood."]
 NAMES = {"Lily": "she", "Tom": "he", "Honey": None}
+
+STORIES = list(nursery.stories(60, seed=9))
 
 
 def shares(measure):
@@ -132,47 +133,6 @@ def test_consistency():
     assert shares(measures["names_not_introduced"]) == [[0, 1, 0], [1, 2, 0]]
     assert shares(measures["pronouns_agree"]) == [[1, 0, 0], [1, 1, 0]]
     assert shares(measures["one_hero"]) == [[1, 0, 0], [1, 1, 0]]  # of the stories that have a name
-
-
-# ---- the grammar of the nursery corpus ----
-
-STORIES = list(nursery.stories(60, seed=9))
-
-
-def test_every_story_of_the_corpus_is_possible():
-    for story in STORIES:
-        assert grammar.is_possible(story) and grammar.is_possible(story, one_cast=False), story
-
-
-SANDWICH = """Once upon a time, in a small town near the mountains, there lived a curious boy named Tim. One summer
-day, his mom gave him a big sandwich. Tim walked to the meadow and found a nice spot among the flowers. Before he could
-take a bite, his friend Sara walked up. "I am so hungry," said Sara. "My tummy hurts." Tim wanted to eat it all. But he
-saw how sad Sara was. Tim cut the sandwich in two and gave Sara the bigger half. "Here, this is for you," Tim said.
-"Thank you!" said Sara. Tim and Sara hugged, and they stayed friends forever.""".replace("\n", " ")
-
-
-@pytest.mark.parametrize("old, new, with_any_names", [
-    ("Sara hugged", "Sara hugged", True),
-    ("Tim cut", "Max cut", True), ("Tim cut", "Sara cut", True),  # another hero
-    ("But he saw", "But she saw", True), ("sad Sara was", "sad Mia was", True),
-    ("Sara", "Tim", True),  # hero and friend have the same name
-    ("his mom", "her mom", True), ("curious boy", "curious girl", True),
-    (" Tim wanted", "\n\nTim wanted", True),  # a paragraph break where there may be one
-    (" But he saw", "\n\nBut he saw", False), ("Tim cut the sandwich", "Tim cut the cake", False),
-    ("wanted to eat", "wants to eat", False), ("forever.", "forever", False), ("forever.", "forever. The end.", False),
-    ("Tim wanted to eat it all. ", "", False), ("Tim cut", "Sandwich cut", False)])
-def test_a_changed_story(old, new, with_any_names):
-    story = SANDWICH.replace(old, new)
-    assert grammar.is_possible(SANDWICH)
-    assert grammar.is_possible(story) == (story == SANDWICH or "\n" in story and with_any_names)
-    assert grammar.is_possible(story, one_cast=False) == with_any_names
-
-
-def test_animals_that_are_friends_are_of_different_kinds():
-    story, kind, other = next(
-        (story, *match.groups()) for story in nursery.stories(500, seed=9)
-        if (match := re.search(r"Once .* (fox|bear|pig|goat|lion) named .* friend \w+ the (\w+)", story, re.DOTALL)))
-    assert grammar.is_possible(story) and not grammar.is_possible(story.replace(f" the {other}", f" the {kind}"))
 
 
 # ---- copied or new ----
