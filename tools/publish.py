@@ -12,11 +12,8 @@ where nothing can be replaced, it creates another run.
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import html
-import itertools
 import os
 import re
-import shlex
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +23,10 @@ from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
 from tools.compare import markdown
 
-METRICS = {"step": ("train", ("loss", "lr", "grad_norm", "tokens_per_s", "skipped")),
+METRICS = {"step": ("train", ("loss", "lr", "grad_norm", "tokens_per_s")),
            "eval": ("eval", ("train_loss", "val_loss", "val_bpb"))}  # kind of log record → prefix, keys
 STORY = re.compile(r"## iteration (\d+): validation loss \S+\n\n(.*?)\n\n(?=## iteration |\Z)", re.DOTALL)
-POLL_SECONDS = 1
+POLL_SECONDS = 5
 
 
 @exit_with_one_line
@@ -41,81 +38,57 @@ def main(argv=None):
                         help="event files in RUN/tensorboard, or a run on Weights & Biases")
     args = parser.parse_args(argv)
 
-    target = {"tensorboard": TensorBoard, "wandb": WandB}[args.to](Path(args.run))
-    published = []
-    try:
-        publish(Path(args.run), target, published)
-    except KeyboardInterrupt:
-        close(target, published)
-        raise  # exit code 130: the run may not be complete
-    close(target, published)
+    folder = Path(args.run)
+    locked = files.is_locked(folder / ".lock")
+    if not locked and not (folder / "log.jsonl").exists():
+        raise UserError(f"no log in {folder}: give a run folder, such as out/tinystories")
+    with {"tensorboard": tensorboard_writer, "wandb": wandb_writer}[args.to](folder) as write:
+        print(f"publishing {folder}" + " until its training ends, or Ctrl-C" * (locked is not False), flush=True)
+        publish(folder, write)
 
 
-def close(target, published):
-    """Close the target, and print how much was published and how to view it."""
-    steps, evals, stories = (sum(name in values for *_, values in published)
-                             for name in ("train/loss", "eval/val_loss", "story"))
-    how_to_view = target.close()
-    if published:
-        print(f"published up to iteration {published[-1][0]:,}: {steps:,} training records, {evals:,} evaluations, "
-              f"{stories:,} stories\n{how_to_view}")
+def publish(folder, write):
+    """Publish what a run has logged, polling for more until no process trains it.
 
-
-def publish(folder, target, published):
-    """Publish the events of a run, polling for new ones until no process trains it; append them to `published`.
-
-    Raises UserError if there is no log.
+    After a run is resumed, it logs again what came after its checkpoint; that is not published again. Raises UserError
+    if another run replaces this one.
     """
-    previous = None
-    for poll in itertools.count():
-        locked = files.is_locked(folder / ".lock")  # checked before reading, so that the last records are not missed
-        current = sizes_and_times(folder)
-        if current != previous or locked is False:
-            previous = current
-            publish_new_events(folder, target, published)
-            if not published and (locked is False or not folder.is_dir()):
-                raise UserError(f"no log in {folder}: give a run folder, such as out/tinystories")
-        if locked is False:
-            return
-        if not poll:
-            print(f"publishing {folder} until " + ("its training ends" if locked else "Ctrl-C"), flush=True)
+    first_record, published, iteration = [], set(), 0
+    while True:
+        locked = files.is_locked(folder / ".lock")  # before the log is read, so that its last records are not missed
+        records = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+        if first_record and records[:1] != first_record:
+            raise UserError(f"the run in {folder} was replaced by another one: publish that one")
+        first_record = records[:1]
+        for iteration, timestamp, values in read_events(folder, records) if records else []:
+            new = {name: value for name, value in values.items() if (iteration, name) not in published}
+            if new:
+                write(iteration, timestamp, new)
+            published.update((iteration, name) for name in new)
+        if locked is False:  # None: unknown, because the file system has no locks; then until Ctrl-C
+            return print(f"published up to iteration {iteration:,}")
         time.sleep(POLL_SECONDS)
 
 
-def publish_new_events(folder, target, published):
-    """Publish the events of a run that are not in `published` yet, and append them to it.
+def read_events(folder, records):
+    """Yield the events in the records of a run's log: (iteration, time in seconds since the epoch, {name: value}).
 
-    If the log does not begin with the published events, because the run was resumed from an earlier checkpoint or
-    overwritten, everything is published again.
+    A value is a metric, a story (str) or the settings (dict). Metrics that a record lacks are left out: grad_norm
+    after an overflow in float16, and what older versions did not log.
     """
-    records, stories, modified = read_run(folder)
-    events = events_of(folder, records, stories)
-    if events and published and events[:len(published)] != published:
-        print(f"note: the log of {folder} was truncated or replaced: publishing it again")
-        published.clear()
-    if events and not published:
-        target.begin(records[0], modified - events[-1][1])
-    if new := events[len(published):]:
-        target.add(new)
-        published += new
-
-
-def sizes_and_times(folder):
-    """Sizes and modification times of a run's log and samples, to skip reading unchanged ones (slow if long)."""
-    paths = [path for path in (folder / "log.jsonl", folder / "samples.md") if path.exists()]
-    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
-def read_run(folder):
-    """A run's log records, its stories (iteration → text), and the modification time of its log; empty if missing."""
-    records, stories, modified = [], {}, 0
-    try:
-        records, modified = read_log(folder / "log.jsonl"), (folder / "log.jsonl").stat().st_mtime
-        # Read after the log: a story is written before the records that follow its evaluation.
-        stories = read_stories(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    return records, stories, modified
+    stories = read_stories(folder) if (folder / "samples.md").exists() else {}  # after the log: stories are complete
+    start = (folder / "log.jsonl").stat().st_mtime - max(record.get("seconds", 0) for record in records)
+    seconds = 0
+    for record in records:
+        seconds = record.get("seconds", seconds)
+        if record["kind"] == "run":
+            yield record["resumed_at"] or 0, start + seconds, {"settings": record["config"]}
+        elif record["kind"] in METRICS:
+            prefix, keys = METRICS[record["kind"]]
+            values = {f"{prefix}/{key}": record[key] for key in keys if record.get(key) is not None}
+            if record["kind"] == "eval" and str(record["iter"]) in stories:
+                values["story"] = stories[str(record["iter"])]
+            yield record["iter"], start + seconds, values
 
 
 def read_stories(folder):
@@ -123,159 +96,60 @@ def read_stories(folder):
     return dict(STORY.findall((folder / "samples.md").read_bytes().decode("utf-8", "replace")))
 
 
-def events_of(folder, records, stories):
-    """The events of a run in order: (iteration, seconds since the start of the run, {name: value}).
+@contextmanager
+def tensorboard_writer(folder):
+    """Replace the event files in tensorboard/ in a run folder by new ones; yields a function that writes an event.
 
-    The values are metrics, a story (str) or settings (dict). Raises UserError if the log is of another program.
+    Raises UserError if tensorboard is not installed.
     """
-    events, seconds, settings = [], 0.0, None
     try:
-        if records and records[0]["kind"] != "run":
-            raise ValueError("the first record is not of kind run")
-        for record in records:
-            kind = record["kind"]
-            if kind == "run" and record["config"] != settings:
-                settings = dict(record["config"])
-                events.append((record["resumed_at"] or 0, seconds, {"settings": settings}))
-            elif kind in METRICS:
-                seconds = float(record["seconds"])
-                events.append((int(record["iter"]), seconds, metrics_of(record, *METRICS[kind])))
-                if kind == "eval" and str(record["iter"]) in stories:
-                    events.append((record["iter"], seconds, {"story": stories[str(record["iter"])]}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/log.jsonl is not a log of this program: give a run folder, such as out/tinystories"
-                        ) from error
-    return events
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--to tensorboard needs tensorboard:  pip install -r requirements-extra.txt") from error
+    for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        path.unlink()
+
+    def write(iteration, timestamp, values):
+        for name, value in values.items():
+            if name == "settings":
+                value = markdown([("setting", "value"), *((key, str(setting)) for key, setting in value.items())])
+            write_value = writer.add_text if isinstance(value, str) else writer.add_scalar
+            write_value(name, value, iteration, timestamp)
+
+    with SummaryWriter(folder / "tensorboard", flush_secs=POLL_SECONDS) as writer:
+        print(f"view: tensorboard --logdir {folder.parent}")
+        yield write
 
 
-def metrics_of(record, prefix, keys):
-    """The metrics of a log record as {"prefix/key": value}.
+@contextmanager
+def wandb_writer(folder):
+    """Create a run on Weights & Biases, which prints how to view or upload it; yields a function that logs an event.
 
-    Missing ones are left out (grad_norm after a float16 overflow, keys that older logs lack), and `skipped` if it is 0.
+    Raises UserError if wandb is not installed or the run cannot be created.
     """
-    return {f"{prefix}/{key}": float(record[key]) for key in keys
-            if record.get(key) is not None and (record[key] or key != "skipped")}
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--to wandb needs wandb:  pip install -r requirements-extra.txt") from error
+    try:
+        run = wandb.init(project=os.environ.get("WANDB_PROJECT", "tinystories"), name=folder.resolve().name, dir=folder,
+                         settings=wandb.Settings(console="off", x_disable_stats=True))  # stats: of this process
+    except (wandb.Error, ValueError) as error:  # ValueError: an invalid environment variable
+        raise UserError(f"cannot create a W&B run: {error} Fix that, or set WANDB_MODE=offline and upload it later "
+                        "with  wandb sync") from error
 
-
-class TensorBoard:
-    """Write event files to the folder tensorboard/ of a run, replacing existing ones."""
-
-    def __init__(self, folder):
-        """Raises UserError if tensorboard is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--to tensorboard needs tensorboard:  pip install -r requirements-extra.txt") from error
-        self.folder, self.make_writer, self.writer = folder / "tensorboard", SummaryWriter, None
-        threading.excepthook = lambda args: None  # the writer's thread would also print the errors it raises here
-
-    def begin(self, run_record, start_time):
-        """Replace all event files by a new one. `start_time`: when the run started, in seconds since the epoch.
-
-        Raises UserError if it cannot be written, or another process is publishing to this folder.
-        """
-        with self.errors_as_user_errors():
-            self.folder.mkdir(exist_ok=True)
-            files.acquire_lock(self.folder / ".lock", self.folder)  # two processes would delete each other's files
-            if self.writer:
-                self.writer.close()
-            for path in self.folder.glob("events.out.tfevents.*"):
-                path.unlink()
-            self.writer, self.start_time = self.make_writer(str(self.folder)), start_time
-
-    def add(self, events):
-        """Write events (see events_of). Raises UserError if the disk is full."""
-        with self.errors_as_user_errors():
-            for iteration, seconds, values in events:
-                for name, value in values.items():
-                    if name == "settings":
-                        value = markdown([("setting", "value"), *((key, str(value[key])) for key in value)])
-                    write = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
-                    write(name, value, iteration, self.start_time + seconds)
-            self.writer.flush()
-
-    @contextmanager
-    def errors_as_user_errors(self):
-        """Convert errors of writing, such as a full disk, into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write {self.folder} ({error.strerror or error}): fix that, then publish again"
-                            ) from error
-
-    def close(self):
-        """Close the event file. Returns a message for the user: where it is and how to view it."""
-        if self.writer:
-            with self.errors_as_user_errors():
-                self.writer.close()
-        root = shlex.quote(os.path.relpath(os.path.dirname(os.path.abspath(self.folder.parent))))
-        return f"event files: {self.folder}\nview: tensorboard --logdir {root}"
-
-
-class WandB:
-    """Log to a run on Weights & Biases, or with WANDB_MODE=offline to the folder wandb/ of the run."""
-
-    def __init__(self, folder):
-        """Raises UserError if wandb is not installed."""
-        os.environ.setdefault("WANDB_SILENT", "true")  # also disables the prompt for an API key
-        os.environ.setdefault("WANDB_CONSOLE", "off")
-        try:
-            import wandb
-            self.wandb, self.errors = wandb, (wandb.Error, ValueError)  # ValueError: an invalid environment variable
-        except (ImportError, AttributeError) as error:  # AttributeError: a folder named wandb was imported instead
-            raise UserError("--to wandb needs wandb:  pip install -r requirements-extra.txt") from error
-        self.folder, self.run, self.run_record, self.skipped, self.messages = folder, None, None, 0, []
-
-    def begin(self, run_record, start_time):
-        """Create a W&B run with the settings of `run_record`, the log's first record.
-
-        If the log was truncated but begins with the same record, the current W&B run is kept: the resumed run repeats
-        the same losses, and W&B accepts each step only once.
-        """
-        self.start_time = start_time
-        if run_record == self.run_record:
+    def write(iteration, timestamp, values):  # W&B ignores iterations before the latest one
+        if "settings" in values:
+            run.config.update(values["settings"], allow_val_change=True)
             return
-        if self.run:
-            self.run.finish()
-        name = os.path.basename(os.path.abspath(self.folder))
-        try:
-            self.run = self.wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "tinystories"), name=os.environ.get("WANDB_NAME", name),
-                dir=os.environ.get("WANDB_DIR", os.path.abspath(self.folder)), config=run_record["config"],
-                settings=self.wandb.Settings(x_disable_stats=True))  # it would measure this process, not training
-        except self.errors as error:
-            raise UserError(f"cannot create a W&B run: {error} Fix that, or set WANDB_MODE=offline and upload it later "
-                            "with  wandb sync") from error
-        self.run_record, self.added, self.last_step = run_record, set(), 0
-        upload = f"upload: wandb sync {shlex.quote(os.path.relpath(Path(self.run.dir).parent))}"
-        self.messages.append("note: nothing was kept, because WANDB_MODE=disabled" if self.run.disabled else
-                             upload if self.run.offline else f"view: {self.run.url}")
+        if "story" in values:
+            values["story"] = wandb.Html(f'<pre style="white-space:pre-wrap">{html.escape(values["story"])}</pre>')
+        run.log(values | {"_timestamp": timestamp}, step=iteration)
 
-    def add(self, events):
-        """Log events (see events_of), except those that the W&B run already has."""
-        for iteration, seconds, values in events:
-            is_new = any((iteration, name) not in self.added for name in values)
-            self.added.update((iteration, name) for name in values)
-            if "settings" in values:
-                self.run.config.update(values["settings"], allow_val_change=True)
-            elif is_new and iteration < self.last_step:
-                self.skipped += 1
-            elif is_new:
-                self.last_step = iteration
-                if "story" in values:
-                    text = f'<pre style="white-space:pre-wrap">{html.escape(values["story"])}</pre>'
-                    values = {"story": self.wandb.Html(text)}
-                self.run.log({**values, "_timestamp": self.start_time + seconds}, step=iteration)
-
-    def close(self):
-        """Finish the W&B run. Returns a message for the user: how to view or upload it."""
-        if self.run:
-            self.run.finish()
-            self.wandb.teardown()  # wait for its process, which may still be writing
-        if self.skipped:  # after a run was resumed with a different log_interval
-            self.messages.append(f"note: skipped {self.skipped} records, because W&B accepts steps only in increasing "
-                                 "order: publish again to get all of them in a new W&B run")
-        return "\n".join(self.messages)
+    try:
+        yield write
+    finally:
+        run.finish()  # as a success, also after Ctrl-C
 
 
 if __name__ == "__main__":
