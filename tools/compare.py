@@ -47,17 +47,17 @@ def watch(folders, picture):
     """Report on the runs when one begins and after each evaluation, until Ctrl-C. Runs without a log are waited for."""
     before = None
     while True:
-        groups, missing = [], []
+        groups, waiting = [], []
         for folder in folders:
             try:
                 groups += read_groups(folder)
             except NoLogYet:
-                missing.append(folder)
-        now = missing, [(run["name"], run["config"], run["evals"]) for group in groups for run in group]
+                waiting.append(f"waiting for a run in {folder}")
+        now = waiting, [(run["name"], run["config"], run["evals"]) for group in groups for run in group]
         if now != before:
             if groups:
                 report(groups, picture)
-            print(time.strftime("%H:%M:%S"), *(f"\nwaiting for a run in {folder}" for folder in missing), flush=True)
+            print(time.strftime("%H:%M:%S"), *waiting, sep="\n", flush=True)  # it may be a file or a pipe
         before = now
         time.sleep(2)
 
