@@ -1,8 +1,6 @@
 """Reading stories: every kind of source yields the same stories, and every bad source raises a UserError."""
 
 import json
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -10,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import ROOT
 from storygpt.corpus import nursery, sources
 from storygpt.corpus.sources import Corpus
 from storygpt.corpus.tokenizer import END_OF_TEXT
@@ -39,6 +36,9 @@ def read(*args, **options):
     return splits
 
 
+# ---- good sources ----
+
+
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 def test_files_of_every_format(here, suffix):
     corpus = Corpus(write(here / f"Mine.{suffix}", STORIES, "story"), "story")
@@ -46,30 +46,21 @@ def test_files_of_every_format(here, suffix):
         assert list(corpus) == [("train", story) for story in STORIES]
 
 
-def test_nursery_and_text_files_do_not_import_datasets(here):
-    write(here / "a.txt", STORIES)
-    code = ("import sys; from storygpt.corpus.sources import Corpus; list(Corpus('nursery')); list(Corpus('a.txt')); "
-            "sys.exit('datasets' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code], cwd=here, env={"PYTHONPATH": str(ROOT)}).returncode == 0
-
-
-def test_nursery():
+def test_nursery(monkeypatch):
     assert read("nursery", max_stories=7, seed=5) == {"train": list(nursery.stories(7, 5))}
-    assert sum(1 for _ in Corpus("nursery")) == sources.NURSERY_STORIES
+    monkeypatch.setattr(sources, "NURSERY_STORIES", 30)
+    assert len(read("nursery")["train"]) == 30
 
 
 def test_folder_with_the_layout_of_the_hub(here):
     write(here / "repo/data/train-00000-of-00002.parquet", STORIES[:10])
     write(here / "repo/data/train-00001-of-00002.parquet", STORIES[10:15])
     write(here / "repo/data/validation-00000-of-00001.parquet", STORIES[15:])
+    (here / "repo/LICENSE.txt").write_text("All rights reserved.")
     assert read("repo/", max_stories=12) == {"train": STORIES[:12], "validation": STORIES[15:]}
-
-
-def test_dataset_that_is_not_streamed(here):
-    """The hub cannot be reached in tests; `load_dataset` returns the same kind of object for a local folder."""
-    write(here / "repo/data/train-00000-of-00001.parquet", STORIES)
+    # The hub cannot be reached in tests; `load_dataset` returns the same kind of object for a local folder.
     splits = datasets.load_dataset("repo", cache_dir=str(here / "cache"))
-    assert list(sources.read_column(splits["train"], "text", "repo")) == STORIES
+    assert list(sources.read_column(splits["validation"], "text", "repo")) == STORIES[15:]
 
 
 def test_folder_of_text_files(here):
@@ -78,19 +69,8 @@ def test_folder_of_text_files(here):
     (here / "books/.DS_Store").write_bytes(b"\0\0\0\1Bud1")  # macOS creates one in folders opened in the Finder
     write(here / "books/.git/COMMIT_EDITMSG.txt", ["More books"])
     assert read("books") == {"train": STORIES[3:6] + STORIES[:3]}
-
-
-def test_folder_of_text_files_with_a_validation_split(here):
-    write(here / "books/My-train.txt", STORIES[:6])
     write(here / "books/My-valid.txt", STORIES[6:9])
-    assert read("books") == {"train": STORIES[:6], "validation": STORIES[6:9]}
-
-
-def test_text_files_in_a_hub_folder_are_not_stories(here):
-    write(here / "repo/data/train.jsonl", STORIES[:6])
-    write(here / "repo/data/validation.jsonl", STORIES[6:9])
-    (here / "repo/LICENSE.txt").write_text("All rights reserved.")
-    assert read("repo") == {"train": STORIES[:6], "validation": STORIES[6:9]}
+    assert read("books") == {"train": STORIES[3:6] + STORIES[:3], "validation": STORIES[6:9]}
 
 
 def test_white_space_line_endings_and_empty_stories(here):
@@ -118,7 +98,8 @@ def test_validation_split(here):
     ("word " * 2000, 1e-6, 1024),  # a window of the default block_size at least,
     ("word " * 2000, 0.999, 9999 - 2048),  # and two for training
     ("故" * 9999, 0.2, 1901),  # the search for the end of a word is bounded
-])
+    ("x" * 3072, 0.01, 1024 - 99),  # the shortest text that can be cut
+], ids=range(6))
 def test_one_text_is_cut_between_words(here, text, fraction, size):
     corpus = Corpus(write(here / "a.txt", [" ", text]))
     found = corpus.examine(fraction, 1, False)[1]
@@ -128,16 +109,6 @@ def test_one_text_is_cut_between_words(here, text, fraction, size):
         assert (train, validation) == (train.strip(), validation.strip())
         assert train.split() + validation.split() in (text.split(), [train, validation])
         assert abs(len(validation) - size) <= 5
-
-
-@pytest.mark.parametrize("size", [3071, 3072])
-def test_the_shortest_text_that_can_be_cut(here, size):
-    corpus = Corpus(write(here / "a.txt", ["x" * size]))
-    if size < 3072:
-        with pytest.raises(UserError, match="of 3,071 characters, but training and validation need 3,072"):
-            corpus.examine(0.01, 1, False)
-    else:
-        assert corpus.examine(0.01, 1, False)[1]["validation_split"] == "end of the text"
 
 
 def test_duplicates(here):
@@ -155,82 +126,54 @@ def test_duplicates(here):
         assert list(corpus) == [("train", story) for story in kept] + [("validation", story) for story in validation]
 
 
-def bad_utf8(folder):
-    (folder / "bad.txt").write_bytes(b"A story.\n<|endoftext|>\nA caf\xe9.\n")
-    return "bad.txt"
+# ---- bad sources ----
 
 
-def utf16(folder):
-    (folder / "utf16.txt").write_text("A story.", encoding="utf-16")
-    return "utf16.txt"
-
-
-def bad_parquet(folder):
-    (folder / "bad.parquet").write_bytes(b"PAR1 but no more than that")
-    return "bad.parquet"
-
-
-def parquet_with_bytes(folder):
+@pytest.fixture
+def bad(here):
+    """The current folder, with one source for each way to be wrong."""
+    Path = here.joinpath
+    Path("latin1.txt").write_bytes(b"A story.\n<|endoftext|>\nA caf\xe9.\n")
+    Path("utf16.txt").write_text("A story.", encoding="utf-16")
+    Path("bad.parquet").write_bytes(b"PAR1 but no more than that")
+    Path("bad.jsonl").write_text('{"text": "A story."}\n{"text": \n')
     offsets, text = pa.py_buffer(np.array([0, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")
-    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])}),
-                   folder / "raw.parquet")
-    return "raw.parquet"
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])}), "latin1.parquet")
+    for name in ("empty.txt", "empty.jsonl", "empty.parquet", "a.csv"):
+        Path(name).touch()
+    Path("hollow").mkdir()
+    write(Path("a.parquet"), STORIES)
+    write(Path("none.parquet"), [])
+    write(Path("repo/data/test-00000-of-00001.parquet"), STORIES)
+    write(Path("books/train.txt"), STORIES)
+    write(Path("books/valid.txt"), ["", "  "])
+    write(Path("short.txt"), ["x" * 3071])
+    write(Path("same.txt"), ["x"] * 9)
 
 
-def bad_jsonl(folder):
-    (folder / "bad.jsonl").write_text('{"text": "A story."}\n{"text": \n')
-    return "bad.jsonl"
-
-
-def numbers(folder):
-    pq.write_table(pa.table({"text": [1, 2, 3]}), folder / "numbers.parquet")
-    return "numbers.parquet"
-
-
-def no_rows(folder):
-    return write(folder / "none.parquet", [])
-
-
-def only_test_split(folder):
-    write(folder / "repo/data/test-00000-of-00001.parquet", STORIES)
-    return "repo"
-
-
-def empty_file(name):
-    return lambda folder: (folder / name).touch() or name
-
-
-def empty_folder(folder):
-    (folder / "hollow").mkdir()
-    return "hollow"
-
-
-def csv(folder):
-    (folder / "a.csv").write_text("A story.")
-    return "a.csv"
-
-
-@pytest.mark.parametrize("source, column, message", [
-    ("nothing.txt", "text", "nothing.txt does not exist"),
-    ("../nothing", "text", "does not exist"),
-    ("nobody/nothing", "text", "cannot reach nobody/nothing on the Hugging Face hub: check the name and the network"),
-    (lambda f: write(f / "a.jsonl", STORIES), "story", "no column 'story': choose one of id, text"),
-    (lambda f: write(f / "a.parquet", STORIES), "id", "story 1 of the train split is int, not text"),
-    (numbers, "text", "story 1 of the train split is int, not text"),
-    (bad_utf8, "text", "bad.txt is not UTF-8 text"),
-    (utf16, "text", "iconv -f utf-16"),
-    (parquet_with_bytes, "text", "raw.parquet is not UTF-8 text"),
-    (bad_parquet, "text", "cannot read bad.parquet"),
-    (bad_jsonl, "text", "cannot read bad.jsonl"),
-    (empty_file("empty.txt"), "text", "empty.txt: the train split has no stories, or only empty ones"),
-    (empty_file("empty.jsonl"), "text", "empty.jsonl"),
-    (empty_file("empty.parquet"), "text", "cannot read empty.parquet"),
-    (no_rows, "text", "none.parquet"),
-    (empty_folder, "text", "a folder must contain .txt, .jsonl or .parquet files"),
-    (only_test_split, "text", "repo has no split 'train', only test"),
-    (csv, "text", "a.csv: unsupported file type, use one of .txt, .jsonl, .parquet"),
+@pytest.mark.parametrize("source, message", [
+    ("nothing.txt", "nothing.txt does not exist"),
+    ("../nothing", "does not exist"),
+    ("nobody/nothing", "cannot reach nobody/nothing on the Hugging Face hub: check the name and the network"),
+    ("a.parquet story", "no column 'story': choose one of id, text"),
+    ("a.parquet id", "story 1 of the train split is int, not text"),
+    ("latin1.txt", "latin1.txt is not UTF-8 text"),
+    ("utf16.txt", "iconv -f utf-16"),
+    ("latin1.parquet", "latin1.parquet is not UTF-8 text"),
+    ("bad.parquet", "cannot read bad.parquet"),
+    ("bad.jsonl", "cannot read bad.jsonl"),
+    ("empty.txt", "empty.txt: the train split has no stories, or only empty ones"),
+    ("empty.jsonl", "empty.jsonl"),
+    ("empty.parquet", "cannot read empty.parquet"),
+    ("none.parquet", "none.parquet"),
+    ("hollow", "a folder must contain .txt, .jsonl or .parquet files"),
+    ("repo", "repo has no split 'train', only test"),
+    ("a.csv", "a.csv: unsupported file type, use one of .txt, .jsonl, .parquet"),
+    ("books", "books: the validation split has no stories"),
+    ("short.txt", "of 3,071 characters, but training and validation need 3,072"),
+    ("same.txt", "--drop_duplicates would leave none"),
 ])
-def test_bad_sources_raise_user_errors(here, source, column, message):
+def test_bad_sources_raise_user_errors(bad, source, message):
     with pytest.raises(UserError) as error:
-        Corpus(source(here) if callable(source) else source, column).examine(0.01, 1, False)
+        Corpus(*source.split()).examine(0.01, 1, drop_duplicates=True)
     assert message in str(error.value)

@@ -17,18 +17,15 @@ TEXTS = ["Once upon a time, there was a fox.", "", " \n\n\t ", "naïve café –
 
 
 def saved(tokenizer, folder):
-    """Save a tokenizer to a folder the way prepare.py does; return the folder."""
-    folder.mkdir(exist_ok=True)
-    (folder / "meta.json").write_text(json.dumps(with_checksum(
-        {"tokenizer": tokenizer.save(folder), "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text,
-         "dtype": "uint16",
-         "splits": dict.fromkeys(("train", "validation"), {"tokens": 1, "bytes": 1, "sha256": ""})})))
+    """Save a tokenizer to a folder with the part of meta.json that it needs; return the folder."""
+    folder.mkdir()
+    (folder / "meta.json").write_text(json.dumps(with_checksum({"tokenizer": tokenizer.save(folder)})))
     return folder
 
 
 @pytest.fixture(scope="module", params=["gpt2", "trained"])
 def tokenizer(request):
-    return Tokenizer.named("gpt2") if request.param == "gpt2" else Tokenizer.train(nursery.stories(200), 600)
+    return Tokenizer.named("gpt2") if request.param == "gpt2" else Tokenizer.train(nursery.stories(100), 400)
 
 
 def test_decode_inverts_encode(tokenizer):
@@ -60,20 +57,11 @@ def test_stream_yields_whole_characters(tokenizer):
     assert len(fox) > 1 and "".join(tokenizer.stream(fox[:-1])) == "\ufffd"  # an incomplete character
 
 
-def test_gpt2_encoding():
-    gpt2 = Tokenizer.named("gpt2")
-    assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
-    assert gpt2.encode("Once upon a time") == [7454, 2402, 257, 640]
-
-
 def test_training_is_deterministic_and_gives_the_requested_size():
-    one, two = (Tokenizer.train(nursery.stories(200), 600) for _ in range(2))
-    assert one.vocab_size == 600 and one.end_of_text == 599 and one == two
+    one, two = (Tokenizer.train(nursery.stories(100), 400) for _ in range(2))
+    assert one.vocab_size == 400 and one.end_of_text == 399 and one == two
     assert len(one.encode("Once upon a time")) <= 6
-    assert one != Tokenizer.train(nursery.stories(200), 601)
-
-
-def test_too_little_text_for_a_vocabulary_names_the_largest_size():
+    assert one != Tokenizer.train(nursery.stories(100), 401)
     with pytest.raises(UserError, match="bpe:258 or less"):
         Tokenizer.train(["abab"], 4096)
     assert Tokenizer.train(["abab"], 258).vocab_size == 258
@@ -87,10 +75,6 @@ def test_unknown_name_and_no_network_raise_user_errors(monkeypatch, tmp_path):
         Tokenizer.named("r50k_base")
 
 
-def test_long_run_of_white_space(tokenizer):
-    assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
-
-
 def test_only_extreme_runs_of_white_space_are_rejected(tokenizer):
     for text in ("The end." + " " * 400_000, "\n" * 400_000):
         for encode in (tokenizer.encode, lambda text: tokenizer.encode_stories(["One.", text])):
@@ -99,24 +83,23 @@ def test_only_extreme_runs_of_white_space_are_rejected(tokenizer):
     assert tokenizer.decode(tokenizer.encode("x" + " " * 200_000)) == "x" + " " * 200_000
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "twice", b"", b"not base64 1\n", b"\xff\xff", b"YQ== x\n",
-                                    b"YQ==\n"])
-def test_damaged_file_is_rejected_by_name(tokenizer, tmp_path, damage):
-    folder = saved(tokenizer, tmp_path / "x")
+@pytest.mark.parametrize("damage", ["missing", "short", "twice", "text"])
+def test_damaged_file_is_rejected_by_name(tmp_path, damage):
+    folder = saved(Tokenizer.train(["abab"], 258), tmp_path / "x")
+    path = folder / "tokenizer.tiktoken"
+    damaged = {"short": b"".join(path.read_bytes().splitlines(keepends=True)[:-10]),  # truncated at the end of a line
+               "twice": path.read_bytes().replace(b" 4\n", b" 3\n", 1)}  # two tokens with the same rank
+    path.write_bytes(damaged.get(damage, b"not base64 1\n"))
     if damage == "missing":
-        (folder / "tokenizer.tiktoken").unlink()
-    else:
-        path = folder / "tokenizer.tiktoken"
-        short = b"".join(path.read_bytes().splitlines(keepends=True)[:-10])  # truncated at the end of a line
-        twice = path.read_bytes().replace(b" 4\n", b" 3\n", 1)  # two tokens with the same rank
-        path.write_bytes({"short": short, "twice": twice}.get(damage, damage))
-    with pytest.raises(UserError, match="tokenizer.tiktoken"):
+        path.unlink()
+    with pytest.raises(UserError, match="tokenizer.tiktoken is missing or damaged"):
         Tokenizer.load(folder)
 
 
-def test_faster_gpt2_pattern_gives_the_same_tokens():
+def test_gpt2s_tokens_are_those_of_its_published_pattern():
     published, ours = tiktoken.get_encoding("gpt2"), Tokenizer.named("gpt2")
-    assert ours.pattern != published._pat_str
+    assert ours.pattern != published._pat_str and (ours.vocab_size, ours.end_of_text) == (50257, 50256)
+    assert ours.encode("Once upon a time") == [7454, 2402, 257, 640]
     rng = random.Random(0)
     parts = [" ", "  ", "\n", "\n\n\n", "\t", "\r\n", "\xa0", "\u2028", "'s", "'ll", "'", "’t", "a", "Word", "é",
              "中文", "12", "٣", "!", "...", "\0", "🙂", "_", "-"]
