@@ -5,24 +5,32 @@ import io
 import os
 import platform
 import signal
-import subprocess
 import sys
 import types
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from conftest import ROOT
+from faults.processes import run
 from storygpt.system import files
 from storygpt.system.errors import UserError
 
 
-def test_atomic_write_replaces_a_file_and_keeps_the_previous_one(tmp_path):
+@pytest.fixture
+def versions(tmp_path):
+    """last.pt and last.prev.pt, written twice."""
     path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
-    for text in (b"one", b"two", b"three"):
+    for text in (b"one", b"two"):
         files.atomic_write(path, lambda file: file.write(text), previous)
+    return path, previous
+
+
+def test_atomic_write_replaces_a_file_and_keeps_the_previous_one(versions):
+    path, previous = versions
+    files.atomic_write(path, lambda file: file.write(b"three"), previous)
     assert (path.read_bytes(), previous.read_bytes()) == (b"three", b"two")
-    assert sorted(os.listdir(tmp_path)) == ["last.prev.pt", "last.pt"]
+    assert sorted(os.listdir(path.parent)) == ["last.prev.pt", "last.pt"]
 
 
 class FailingFile(io.BytesIO):
@@ -46,38 +54,29 @@ class FailsToPickle:
         raise DEVICE_ERROR
 
 
-def fail(error):
-    raise error
-
-
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DEVICE_ERROR = torch.AcceleratorError("CUDA error: device-side assert triggered")
-BUG = RuntimeError("shapes differ")
 
 
 @pytest.mark.parametrize("write, expected", [
-    (lambda file: fail(FULL), None),
+    (lambda file: FailingFile(FULL, 0).write(b"x"), None),
     (lambda file: torch.save({"weight": torch.zeros(10**4)}, FailingFile(FULL)), None),
     (lambda file: torch.save({"weight": torch.zeros(10**4)}, FailingFile(KeyboardInterrupt())), KeyboardInterrupt),
-    (lambda file: torch.save({"weight": FailsToPickle()}, file), DEVICE_ERROR),
-    (lambda file: fail(BUG), BUG),
+    (lambda file: torch.save({"weight": FailsToPickle()}, file), type(DEVICE_ERROR)),
+    (lambda file: torch.zeros(2) @ torch.zeros(3), RuntimeError),
 ], ids=["disk full", "disk full, hidden by torch", "Ctrl-C, hidden by torch", "device", "bug"])
-def test_a_failed_atomic_write_leaves_both_files_and_reports_only_errors_of_the_system(tmp_path, write, expected):
-    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
-    for text in (b"one", b"two"):
-        files.atomic_write(path, lambda file: file.write(text), previous)
+def test_a_failed_atomic_write_leaves_both_files_and_reports_only_errors_of_the_system(versions, write, expected):
+    path, previous = versions
     with pytest.raises(BaseException) as raised:
         files.atomic_write(path, lambda file: (file.write(b"thr"), write(file)), previous)
-    if expected is None:
-        assert raised.type is UserError
+    assert raised.type is (expected or UserError)
+    if not expected:
         assert f"cannot write {path} (No space left on device): what was saved before is intact" in str(raised.value)
-    else:
-        assert raised.value is expected or raised.type is expected
-    assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one") and len(os.listdir(tmp_path)) == 2
+    assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one") and len(os.listdir(path.parent)) == 2
 
 
 @pytest.mark.parametrize("system, refusals, replaced", [
-    ("Windows", 3, True), ("Windows", 10**9, False), ("Linux", 0, True), ("Linux", 1, False)])
+    ("Windows", 3, True), ("Windows", 10**9, False), ("Linux", 1, False)])
 def test_renaming_waits_on_windows_while_another_process_has_the_file_open(
         monkeypatch, tmp_path, system, refusals, replaced):
     path, replace, calls = tmp_path / "ckpt.pt", os.replace, []
@@ -110,40 +109,63 @@ def test_a_failed_append_names_the_file(tmp_path):
         files.append_line(tmp_path / "log.jsonl", {"kind": "step"})
 
 
+# ---- locks ----
+
+
+@contextmanager
+def other_process(body):
+    """A context in which another process runs body(), from when it calls `started()`; it is killed at the end."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            body(lambda: os.write(write, b"x"))
+        finally:
+            os._exit(1)
+    os.close(write)
+    try:
+        assert os.read(read, 1) == b"x"
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(read)
+
+
 def test_is_locked_does_not_keep_others_from_locking(tmp_path):
     path = tmp_path / ".lock"
     path.touch()
-    code = (f"from storygpt.system import files\nprint('started', flush=True)\n"
-            f"while True: files.is_locked({str(path)!r})")
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "started\n"
-    try:
+
+    def ask_all_the_time(started):
+        started()
+        while True:
+            files.is_locked(path)
+
+    with other_process(ask_all_the_time):
         for _ in range(30):
             files.acquire_lock(path, "out/x")
             files._locked.pop(path).close()
-    finally:
-        other.kill()
-        other.communicate()
 
 
 def test_a_lock_excludes_other_processes_until_its_owner_ends(tmp_path):
     path = tmp_path / ".lock"
-    code = (f"import time; from storygpt.system import files; files.acquire_lock({str(path)!r}, 'out/x'); "
-            "print('locked', flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "locked\n"
-    assert files.is_locked(path)
-    with pytest.raises(UserError, match="another process is using out/x"):
+
+    def lock_and_wait(started):
         files.acquire_lock(path, "out/x")
-    other.send_signal(signal.SIGKILL)
-    other.communicate()
+        started()
+        signal.pause()
+
+    with other_process(lock_and_wait):
+        assert files.is_locked(path)
+        with pytest.raises(UserError, match="another process is using out/x"):
+            files.acquire_lock(path, "out/x")
     assert files.is_locked(path) is False and files.is_locked(tmp_path / "none") is False
     assert not (tmp_path / "none").exists()
     files.acquire_lock(path, "out/x")
     files.acquire_lock(path, "out/x")  # a process may lock a file again
     assert files.is_locked(path) is False  # by another process
-    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "another process is using out/x" in again.stderr  # is_locked has not released the lock
+    _, out, _ = run(lambda argv: (files._locked.clear(), print(files.is_locked(path))), [])
+    assert out == "True\n"  # is_locked has not released the lock
 
 
 def test_windows_locks_one_byte(monkeypatch, tmp_path):
@@ -171,8 +193,3 @@ def test_a_file_system_without_locks_is_a_note(monkeypatch, tmp_path, capsys):
     assert files.is_locked(tmp_path / ".lock") is False  # by another process, as far as this one knows
     files._locked.pop(tmp_path / ".lock").close()
     assert files.is_locked(tmp_path / ".lock") is None
-
-
-def test_prepare_does_not_import_torch():
-    done = subprocess.run([sys.executable, "-c", "import prepare, sys; sys.exit('torch' in sys.modules)"], cwd=ROOT)
-    assert done.returncode == 0

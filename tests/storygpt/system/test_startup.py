@@ -1,5 +1,6 @@
 """What scripts do before they import torch: Ctrl-C while they import, OpenMP's environment variables."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -8,15 +9,13 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
 import storygpt
+from conftest import ROOT
 from storygpt.system.errors import exit_with_one_line
 from storygpt.system.hardware import describe_threads
 
-# The scripts and tools, and a package that each imports.
-SCRIPTS = {"prepare.py": "numpy", "train.py": "torch", "sample.py": "torch", "tools.bench": "torch",
-           "tools.compare": "torch", "tools.hf": "torch", "tools.judge": "torch", "tools.publish": "torch",
-           "tools.serve": "torch", "tools.sweep": "torch"}
+SCRIPTS = [path for pattern in ("*.py", "tools/*.py") for path in sorted(ROOT.glob(pattern))
+           if 'if __name__ == "__main__":' in path.read_text()]
 
 
 @pytest.fixture
@@ -27,12 +26,18 @@ def default_handler():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_during_the_imports_ends_silently(tmp_path, script):
-    """A package that takes a minute to import, and hides every exception as some do, stands for the real one."""
-    package = "import time\nprint('importing', flush=True)\ntry: time.sleep(60)\nexcept BaseException: pass\n"
-    (tmp_path / f"{SCRIPTS[script]}.py").write_text(package)
-    words = [ROOT / script] if script.endswith(".py") else ["-m", script]
+def test_every_script_and_tool_imports_storygpt_first():
+    assert {"prepare.py", "train.py", "sample.py", "hf.py"} <= {path.name for path in SCRIPTS}
+    for path in SCRIPTS:
+        first = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert ast.unparse(first) == "import storygpt", path
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "tools.bench"]], ids=["script", "tool"])
+def test_ctrl_c_during_the_imports_ends_silently(tmp_path, words):
+    """A package that takes long to import, and hides every exception as some do, stands for the real one."""
+    (tmp_path / "torch.py").write_text(
+        "import signal\nprint('importing', flush=True)\ntry: signal.pause()\nexcept BaseException: pass\n")
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert process.stdout.readline() == "importing\n"
@@ -40,23 +45,17 @@ def test_ctrl_c_during_the_imports_ends_silently(tmp_path, script):
     assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
 
 
-def test_main_restores_ctrl_c(default_handler):
-    handlers = []
-    main = exit_with_one_line(lambda argv=None: handlers.append(signal.getsignal(signal.SIGINT)))
+def test_main_restores_ctrl_c_and_a_background_job_still_ignores_it(default_handler):
+    main = exit_with_one_line(lambda argv=None: signal.getsignal(signal.SIGINT))
     storygpt.before_importing_torch()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    main()
-    assert handlers == [signal.default_int_handler]
-
-
-def test_a_background_job_still_ignores_ctrl_c(default_handler):
+    assert main() is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     storygpt.before_importing_torch()
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is main() is signal.SIG_IGN
 
 
-@pytest.mark.parametrize("variables", [
-    {}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"KMP_BLOCKTIME": "0"}])
+@pytest.mark.parametrize("variables", [{}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)
 def test_threads_sleep_early_unless_the_user_has_chosen(monkeypatch, default_handler, variables):
     for name in storygpt.OPENMP_VARIABLES:
         monkeypatch.delenv(name, raising=False)
