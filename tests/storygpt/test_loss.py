@@ -1,6 +1,7 @@
 """The fused loss equals F.cross_entropy of the plain logits, and every other use of the logits computes them."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -32,7 +33,7 @@ def leaves(*shapes):
 # ---- the function ----
 
 
-@pytest.fixture(params=[(1, 1), (5, 1), (7, 64), (1000, 64), (1000, 1)])
+@pytest.fixture(params=[(1, 1), (5, 64), (1000, 1)], ids=str)
 def chunks(request, monkeypatch):
     """Values of CHUNK_ROWS, for 14 rows, and of VOCAB_MULTIPLE, for 50 columns."""
     for setting, value in zip((module.CHUNK_ROWS, module.VOCAB_MULTIPLE), request.param):
@@ -90,7 +91,7 @@ def test_a_head_of_the_used_tokens_gives_the_losses_and_gradients_of_the_whole_h
         torch.testing.assert_close(losses, cross_entropy(x, weight, y, reduction="none"), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("target_logit", [0.0, 4.0, 8.0, 12.0])
+@pytest.mark.parametrize("target_logit", [0.0, 8.0])
 def test_loss_in_bfloat16_is_as_exact_as_autocast_for_likely_tokens(target_logit):
     """A probability near 1 has few digits in bfloat16; the loss and the gradient need those of 1 - p."""
     x, weight = leaves((200, 16), (50, 16))
@@ -127,18 +128,12 @@ def test_gradient_of_a_frequent_token_does_not_overflow_in_float16(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(mean, weight)[0], torch.tensor([[-9.8], [9.8]]), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("used", [None, torch.arange(50) < 40])
-@pytest.mark.parametrize("target", [-100, -2, 50])
-def test_a_target_that_is_no_token_is_an_error(model, target, used):
-    model, (x, y) = fused(model, used=used), batch()
-    y[0, 0] = target
-    with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
-        model(x, y, mean_loss)
-
-
-def test_loss_of_nan_is_nan():
-    x, weight, y = torch.full((3, 2), math.nan), torch.ones(5, 2), torch.zeros(3, dtype=torch.long)
-    assert fused_linear_cross_entropy(x, weight, y)[0].isnan()
+def test_a_target_that_is_no_token_is_an_error(model):
+    for used, target in itertools.product((None, torch.arange(50) < 40), (-100, -2, 50)):
+        x, y = batch()
+        y[0, 0] = target
+        with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+            fused(model, used=used)(x, y, mean_loss)
 
 
 def test_the_backward_pass_can_be_repeated_but_has_no_second_derivative():
@@ -149,6 +144,7 @@ def test_the_backward_pass_can_be_repeated_but_has_no_second_derivative():
     (grad,) = torch.autograd.grad(mean, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         grad.square().sum().backward()
+    assert fused_linear_cross_entropy(x * math.nan, weight, torch.arange(14))[0].isnan()
 
 
 # ---- the head of a model ----
@@ -269,28 +265,27 @@ def fused(model, **options):
     return model
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("used", [None, torch.arange(50) < 32])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("use", USES)
-def test_every_use_of_the_logits_gives_the_loss_and_gradients_of_the_plain_model(model, use, dtype, tolerance, used):
-    results = (loss_and_gradients(m, USES[use], dtype) for m in (fused(model, used=used), model))
-    for actual, expected in zip(*results, strict=True):
-        assert actual.dtype == expected.dtype and (actual - expected).norm() <= tolerance * expected.norm() + 1e-7
-
-
-@pytest.mark.parametrize("use", USES)
-def test_only_cross_entropy_is_fused(model, use):
-    """Otherwise the test above would compare the plain loss with itself."""
-    names, seen = [], set()
-    loss = fused(model)(*batch(), USES[use])
-    nodes = [loss.grad_fn]
+def node_names(loss):
+    """The names of all nodes in a loss's graph."""
+    nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node not in seen:
-            names.append(node.name())
             nodes += [parent for parent, _ in node.next_functions if parent]
         seen.add(node)
+    return {node.name() for node in seen}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("use", USES)
+def test_every_use_of_the_logits_gives_the_loss_and_gradients_of_the_plain_model(model, use):
+    """Only cross-entropies are fused; without any, the plain loss would be compared with itself."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        expected = loss_and_gradients(model, USES[use], dtype)
+        for used in (None, torch.arange(50) < 32):
+            for a, b in zip(loss_and_gradients(fused(model, used=used), USES[use], dtype), expected, strict=True):
+                assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm() + 1e-7
+    names = node_names(fused(model)(*batch(), USES[use]))
     assert ("_FusedLinearCrossEntropyBackward" in names) == (use in FUSED or use == "z-loss")
 
 
