@@ -57,7 +57,7 @@ def read_tensorboard(folder):
     texts = {name.removesuffix("/text_summary"): [(event.step, event.tensor_proto.string_val[0].decode())
              for event in reader.Tensors(name)] for name in reader.Tags()["tensors"]}
     settings = {iteration: dict(line.strip("| ").replace(" ", "").split("|") for line in text.splitlines()[2:])
-                for iteration, text in texts["settings"]}
+                for iteration, text in texts.get("settings", [])}
     return SimpleNamespace(metrics={name: [(event.step, event.value) for event in scalars[name]] for name in scalars},
                            stories=texts.get("story", []), settings=settings,
                            times=[event.wall_time for events in scalars.values() for event in events])

@@ -262,7 +262,7 @@ def interrupt_after(condition):
 
 
 def test_a_stopped_sweep_resumes_its_runs_bit_for_bit(with_data, capsys):
-    words = [*TINY, "--max_iters=400", "--eval_interval=40"]
+    words = [*TINY, "--max_iters=400", "--eval_interval=100"]
     folder = Path("out/stopped/learning_rate=0.01,seed=1337")
     interrupt_after(lambda: (folder / "log.jsonl").exists() and records(folder, "eval"))
     with pytest.raises(SystemExit) as exit:
