@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import socket
 import threading
 import time
@@ -39,7 +38,7 @@ MAX_PROMPT = 10_000  # characters
 TOP_TOKENS = 5  # most likely tokens that are shown with their probabilities
 # The settings of a request: name → type, minimum, maximum, default. JavaScript numbers are exact up to 2**53.
 LIMITS = {"temperature": (float, 0, 100, 0.8), "top_k": (int, 0, 10**9, 200), "top_p": (float, 1e-9, 1, 1.0),
-          "max_new_tokens": (int, 1, 2000, 400), "seed": (int, 0, 2**53 - 1, None)}
+          "max_new_tokens": (int, 1, 2000, 400), "seed": (int, 0, 2**53 - 1, 0)}
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Content-Security-Policy": (
     "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")}
@@ -76,10 +75,7 @@ def parse_args(argv):
     parser.add_argument("--host", default=LOOPBACK[0],
                         help="address to listen on; 0.0.0.0: the whole network can connect (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    args = parser.parse_args(argv)
-    if not args.host:
-        parser.error("--host is empty: use 0.0.0.0 for all addresses of this machine")
-    return args
+    return parser.parse_args(argv)
 
 
 def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
@@ -91,8 +87,7 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+    from starlette.responses import FileResponse, JSONResponse, StreamingResponse
     from starlette.routing import Route
 
     # How many stories are generated at once, the others wait: two on a CPU, each at half the speed. Elsewhere one, as
@@ -120,8 +115,6 @@ def make_app(device, host=LOOPBACK[0], stopping=lambda: False):
             settings = check_request(await read_json(request), await run_in_threadpool(run_names))
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400, HEADERS)
-        except ClientDisconnect:  # before the whole request was received
-            return Response()
         return StreamingResponse(stream(settings), media_type="application/x-ndjson", headers=HEADERS)
 
     async def stream(settings):
@@ -154,7 +147,7 @@ async def read_json(request):
             raise UserError(f"the request is too long: a prompt has at most {MAX_PROMPT:,} characters")
     try:
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError("the request is not JSON") from error
 
 
@@ -177,8 +170,6 @@ def check_request(request, runs):
             raise UserError(f"{name} = {value!r} is not {'an integer' if kind is int else 'a number'} from {low} to "
                             f"{high}")
         values[name] = default if value is None else kind(value)
-    if values["seed"] is None:
-        values["seed"] = secrets.randbelow(2**32)
     return {"run": run, "prompt": prompt, **values}
 
 
