@@ -1,5 +1,6 @@
 """Run a script's main(argv) in forked processes, which need not import torch again, and check how they end."""
 
+import itertools
 import os
 import resource
 import signal
@@ -36,10 +37,10 @@ class ForkedProcess:
         try:
             os.dup2(self.stdout.fileno(), 1)
             os.dup2(self.stderr.fileno(), 2)
+            if setup:
+                setup()  # may replace these
             sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
                                       for number in (1, 2))
-            if setup:
-                setup()
             main(argv)
             code = 0
         except SystemExit as error:
@@ -111,6 +112,25 @@ def wait_for_steps(out_dir, count):
         if time.monotonic() > deadline:
             raise Failure(f"{out_dir} has not logged {count} steps after {TIMEOUT} s")
         time.sleep(0.01)
+
+
+def at_file_operation(count, name, action, *events):
+    """In this process, call `action()` just before the count-th of these audit events on a path that has `name` in it.
+
+    By default it is any that changes a folder: opening, renaming, removing or truncating a file.
+    """
+    events = events or ("open", "os.rename", "os.remove", "os.truncate")
+    operations = itertools.count(1)
+
+    def hook(event, args):
+        if event in events and name in str(args[0]) and next(operations) == count:
+            action()
+    sys.addaudithook(hook)
+
+
+def kill_this_process():
+    """End this process as a power cut does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def limit_file_size(size):
