@@ -29,44 +29,33 @@ WORDS = st.sampled_from(["auto", "True", "cuda", "cuda:1", "mps", "float16", "bf
                          "cosine", "linear", "wsd", "scratch", "out/whole", "nursery-bpe300", "nan", "inf", "-1",
                          "1e999", "None"])
 NAMES = st.one_of(st.sampled_from([f.name for f in fields(Config)]), st.text("abcdefghij_-", min_size=1, max_size=8))
-UNUSUAL = st.tuples(NAMES, st.one_of(NUMBERS, WORDS, ANY_TEXT))
+UNUSUAL = st.tuples(NAMES, NUMBERS | WORDS | ANY_TEXT)
 PLAUSIBLE = st.sampled_from(fields(Config)).flatmap(lambda f: st.tuples(st.just(f.name), {
     int: st.integers(1, 8), float: st.floats(0, 1), bool: st.booleans()}.get(f.type, WORDS)))
-SETTINGS = st.one_of(st.lists(PLAUSIBLE, max_size=4), st.lists(st.one_of(UNUSUAL, PLAUSIBLE), max_size=4))
-SAMPLE_FLAGS = st.just([]) | st.lists(st.tuples(st.sampled_from(
-    ["num_samples", "temperature", "top_k", "top_p", "seed", "dtype", "device", "max_new_token"]),
-    st.one_of(NUMBERS, WORDS, ANY_TEXT)), max_size=2)
+SETTINGS = st.lists(PLAUSIBLE, max_size=4) | st.lists(UNUSUAL | PLAUSIBLE, max_size=4)
+SAMPLE_NAMES = st.sampled_from(["num_samples", "temperature", "top_k", "top_p", "seed", "dtype", "device"])
+SAMPLE_FLAGS = st.just([]) | st.lists(st.tuples(SAMPLE_NAMES, NUMBERS | WORDS | ANY_TEXT), max_size=2)
 STORY = st.text(st.characters(exclude_categories=["Cs"]))
 LAST_FLAGS = ["--max_iters=2", "--out_dir=out/fuzz", "--overwrite"]  # override the rest: a short run in its own folder
 
 
-def as_flags(values):
-    """Settings, (name, value) each, as flags."""
-    return [f"--{name}={value}" for name, value in values]
-
-
 def try_flags(values):
-    """Train with these settings as flags."""
-    return run(train.main, [*TINY, *as_flags(values), *LAST_FLAGS])
+    """Train with these settings, (name, value) each, as flags."""
+    return run(train.main, [*TINY, *(f"--{name}={value}" for name, value in values), *LAST_FLAGS])
 
 
 def try_config_file(values):
-    """Train with these settings in a config file. A dataset in it must not be overridden by the one in TINY."""
-    Path("fuzz.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values), encoding="utf-8",
-                               errors="backslashreplace")
-    return run(train.main, ["fuzz.py", *([] if any(name == "dataset" for name, _ in values) else TINY), *LAST_FLAGS])
-
-
-def try_config_text(text):
-    """Train with a config file of this text."""
+    """Train with a config file of these settings, or of any text. TINY must not override a dataset in it."""
+    text = values if isinstance(values, str) else "".join(f"{name} = {value!r}\n" for name, value in values)
     Path("fuzz.py").write_text(text, encoding="utf-8", errors="surrogatepass")
-    return run(train.main, ["fuzz.py", *TINY, *LAST_FLAGS])
+    return run(train.main, ["fuzz.py", *([] if "dataset = " in text else TINY), *LAST_FLAGS])
 
 
 def try_prompt(case):
     """Generate a story from a prompt: the output starts with it."""
     prompt, values = case
-    result = run(sample.main, [*as_flags(values), f"--start={prompt}", "--out_dir=out/whole", "--max_new_tokens=2"])
+    result = run(sample.main, [*(f"--{name}={value}" for name, value in values), f"--start={prompt}",
+                               "--out_dir=out/whole", "--max_new_tokens=2"])
     printed = prompt.encode("utf-8", errors="replace").decode()
     if not result[0] and not prompt.startswith("FILE:") and not result[1].startswith(printed):
         raise Failure(f"the prompt {prompt!r} was printed as {result[1]!r}")
@@ -98,13 +87,11 @@ def try_text_file(content):
 
 KINDS = {  # name → (strategy for the inputs, function that tries one, share of all inputs)
     "flags": (SETTINGS, try_flags, 0.4),
-    "config files": (SETTINGS, try_config_file, 0.15),
-    "config files of any text": (ANY_TEXT, try_config_text, 0.05),
+    "config files": (SETTINGS | ANY_TEXT, try_config_file, 0.2),
     "prompts": (st.tuples(ANY_TEXT, SAMPLE_FLAGS), try_prompt, 0.25),
     "stories": (st.tuples(st.lists(STORY, max_size=5), st.sampled_from(["bpe:257", "bpe:258", "bpe:300"])),
                 try_stories, 0.1),
-    "text files": (st.one_of(st.binary(), ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass"))),
-                   try_text_file, 0.05),
+    "text files": (st.binary() | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")), try_text_file, 0.05),
 }
 
 

@@ -7,7 +7,6 @@ All runs are forked processes of a model with 12 thousand parameters: they start
 process. The counts are printed as `key: value` lines; the first failure ends the test.
 """
 
-import itertools
 import os
 import random
 import shutil
@@ -27,7 +26,8 @@ import torch
 import prepare
 import sample
 import train
-from faults.processes import Failure, check_one_line_error, check_success, limit_file_size, run
+from faults.processes import (Failure, at_file_operation, check_one_line_error, check_success, kill_this_process,
+                              limit_file_size, run)
 from storygpt import checkpoint
 from storygpt.run import is_resumable, read_log
 from storygpt.system.errors import Parser
@@ -35,24 +35,61 @@ from storygpt.system.errors import Parser
 # With all the state that a run can have: two optimizers, dropout, accumulation, evaluations between its steps.
 RUN = [*TINY, "--optimizer=muon", "--dropout=0.1", "--max_iters=120", "--log_interval=1", "--eval_interval=20",
        "--checkpoint_minutes=0"]
-OUTPUT_BYTES = 5_000  # a limit on file sizes leaves this much to stdout and stderr, which are files too
+
+
+def main(argv=None):
+    """Run the soak test; exits with code 1 and a message at the first failure."""
+    parser = Parser(prog="python -m tests.faults.soak", description="Inject faults and check that nothing is lost.")
+    for name, (function, default) in FAULTS.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N",
+                            help=f"{function.__doc__.splitlines()[0].rstrip('.')} (if no kind is given: {default})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
+    args = parser.parse_args(argv)
+    wanted = {name: getattr(args, name) for name in FAULTS if getattr(args, name) is not None}
+    os.environ["PYTHONHASHSEED"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        use_gpt2_vocabulary(Path(folder, "tiktoken"))
+        os.chdir(folder)
+        flags = ["nursery", "--tokenizer", "bpe:300", "--max_stories", "60", "--validation_fraction", "0.1"]
+        check_success(run(prepare.main, flags))
+        check_success(run(train.main, [*RUN, "--out_dir=out/whole"]))
+        for name, count in (wanted or {name: default for name, (_, default) in FAULTS.items()}).items():
+            started = time.monotonic()
+            try:
+                counts = FAULTS[name][0](count, random.Random(args.seed))
+            except Failure as error:
+                print(f"FAILED in {name}: {error}", file=sys.stderr)
+                sys.exit(1)
+            for key, value in counts.items():
+                print(f"{key}: {value}")
+            print(f"{name}_seconds: {time.monotonic() - started:.0f}\nfailures in {name}: 0", flush=True)
+        os.chdir("/")
+
+
+# ---- two runs that must be equal ----
 
 
 def check_same_run(expected, actual):
     """Raise Failure unless two run folders are equal bit for bit: checkpoints, logged losses and samples."""
-    for name, required in (("last.pt", checkpoint.LAST_REQUIRED_KEYS), ("ckpt.pt", checkpoint.REQUIRED_KEYS)):
-        a, b = (checkpoint.load(Path(folder, name), required) for folder in (expected, actual))
-        for key in ("model", "optimizers", "scaler", "iter", "metrics", "best_val_loss"):
-            if key in required and not equal(a[key], b[key]):
-                raise Failure(f"{key} in {actual}/{name} differs from {expected}/{name}")
-    for kind, keys in (("step", ("iter", "loss", "grad_norm", "lr")), ("eval", ("iter", "val_loss", "train_loss")),
-                       ("end", ("iter", "reason"))):
-        a, b = ([[r[key] for key in keys] for r in read_log(Path(folder, "log.jsonl")) if r["kind"] == kind]
-                for folder in (expected, actual))
-        if a != b:
-            raise Failure(f"the {kind} lines in {actual}/log.jsonl differ from {expected}/log.jsonl")
-    if Path(expected, "samples.md").read_text() != Path(actual, "samples.md").read_text():
-        raise Failure(f"{actual}/samples.md differs from {expected}/samples.md")
+    a, b = map(what_must_be_equal, (expected, actual))
+    for name in a:
+        if not equal(a[name], b[name]):
+            raise Failure(f"{actual}/{name} differs from {expected}/{name}")
+
+
+def what_must_be_equal(folder):
+    """The content of a run folder without its settings and times, name of the file → content."""
+    last = checkpoint.load(Path(folder, "last.pt"), checkpoint.LAST_REQUIRED_KEYS)
+    best = checkpoint.load(Path(folder, "ckpt.pt"))
+    logged = {"step": ("iter", "loss", "grad_norm", "lr"), "eval": ("iter", "val_loss", "train_loss"),
+              "end": ("iter", "reason")}
+    return {
+        "last.pt": [last[key] for key in ("model", "optimizers", "scaler", "iter", "metrics", "best_val_loss")],
+        "ckpt.pt": [best[key] for key in ("model", "iter", "metrics")],
+        "log.jsonl": [[r[key] for key in logged[r["kind"]]] for r in read_log(Path(folder, "log.jsonl"))
+                      if r["kind"] in logged],
+        "samples.md": Path(folder, "samples.md").read_text(),
+    }
 
 
 def equal(a, b):
@@ -64,13 +101,6 @@ def equal(a, b):
     if isinstance(a, list):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
-
-
-def prepare_and_train():
-    """Prepare data/nursery-bpe300 in the current folder and train out/whole, the run without faults."""
-    flags = ["nursery", "--tokenizer", "bpe:300", "--max_stories", "60", "--validation_fraction", "0.1"]
-    check_success(run(prepare.main, flags))
-    check_success(run(train.main, [*RUN, "--out_dir=out/whole"]))
 
 
 # ---- kills ----
@@ -100,45 +130,45 @@ def run_and_kill(rng, counts):
             os.kill(pid, number)
 
     if rng.random() < 0.5:
-        code, out, err = run(train.main, flags, setup=lambda: kill_at_file_operation(operation, "out/killed"))
+        code, out, err = run(train.main, flags, lambda: at_file_operation(operation, "out/killed", kill_this_process))
     else:
         code, out, err = run(train.main, flags, while_running=send_signals)
     if "Traceback" in err or code not in (0, -signal.SIGKILL, -signal.SIGTERM, 130):
         raise Failure(f"exit code {code}:\n{out}{err}")
-    folder, log = Path("out/killed"), Path("out/killed/log.jsonl")
-    counts["of these, while writing a checkpoint"] += any((folder / f"{name}.pt.tmp").exists()
-                                                          for name in ("last", "ckpt"))
-    counts["of these, between the two renames"] += (folder / "last.prev.pt").exists() and not (
-        folder / "last.pt").exists()
-    counts["of these, while writing a log line"] += log.exists() and log.stat().st_size > 0 and (
-        not log.read_bytes().endswith(b"\n"))
+    names = {path.name for path in Path("out/killed").glob("*.pt*")}
+    counts["of these, while writing a checkpoint"] += bool(names & {"last.pt.tmp", "ckpt.pt.tmp"})
+    counts["of these, between the two renames"] += "last.prev.pt" in names and "last.pt" not in names
     complete = code == 0 and "stopped after" not in out
     counts["kills"] += not complete
     return complete
-
-
-def kill_at_file_operation(number, folder):
-    """Kill this process at its number-th opening, renaming, removing or truncating of a file in a folder."""
-    operations = itertools.count(1)
-
-    def hook(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.truncate") and folder in str(args[0]):
-            if next(operations) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
 
 
 # ---- full disks ----
 
 
 def soak_disks(count, rng):
-    """Fill the disk during runs and while preparing data: both can be repeated once there is space."""
+    """Fill the disk during runs and while preparing data: both can be repeated once there is space.
+
+    A limit on file sizes stands for the full disk, as it needs no privileges. It leaves 5,000 bytes to stdout and
+    stderr, which are files too.
+    """
     counts = Counter({"full disks": 0, "full disks while preparing": 0})
+    folder = Path("out/full")
     for _ in range(count):
-        train_on_full_disk(rng, counts)
+        shutil.rmtree(folder, ignore_errors=True)
+        size = rng.randint(5_000, 200_000)
+        while (result := run(train.main, [*RUN, f"--out_dir={folder}", "--resume=auto"],
+                             setup=lambda: limit_file_size(size)))[0]:
+            check_one_line_error(result, str(folder))
+            counts["full disks"] += 1
+            if is_resumable(folder):
+                checkpoint.load(folder / ("last.pt" if (folder / "last.pt").exists() else "last.prev.pt"),
+                                checkpoint.LAST_REQUIRED_KEYS)
+            size = None if rng.random() < 0.5 else rng.randint(5_000, 200_000)
+        check_same_run("out/whole", folder)
     flags = ["nursery", "--max_stories", "2000", "--name", "full"]
     for _ in range(count):
-        limit = rng.randint(OUTPUT_BYTES, 600_000)
+        limit = rng.randint(5_000, 600_000)
         line = check_one_line_error(run(prepare.main, flags, setup=lambda: limit_file_size(limit)), "data/full")
         if Path("data/full").exists():
             raise Failure(f"data/full exists after: {line}")
@@ -148,54 +178,14 @@ def soak_disks(count, rng):
     return counts
 
 
-def train_on_full_disk(rng, counts):
-    """Train a run on disks with little free space, resuming it until it is complete, and check that it is correct."""
-    folder = Path("out/full")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    flags = [*RUN, f"--out_dir={folder}", "--resume=auto"]
-    with SmallDisk(folder) as disk:
-        counts["runs on a small disk (the others had a limit on file sizes)"] += disk.mounted
-        result = run(train.main, flags, setup=disk.fill(rng.randint(0, 400_000)))
-        while result[0]:
-            check_one_line_error(result, str(folder))
-            counts["full disks"] += 1
-            if is_resumable(folder):
-                checkpoint.load(folder / ("last.pt" if (folder / "last.pt").exists() else "last.prev.pt"),
-                                checkpoint.LAST_REQUIRED_KEYS)
-            free = None if rng.random() < 0.5 else rng.randint(0, 400_000)
-            result = run(train.main, flags, setup=disk.fill(free))
-        check_same_run("out/whole", folder)
-
-
-class SmallDisk:
-    """A context with a 1.2 MB disk mounted on a folder or, if this user may not mount, with a limit on file sizes."""
-
-    def __init__(self, folder):
-        self.folder, self.mounted = folder, False
-
-    def __enter__(self):
-        command = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", self.folder]
-        self.mounted = bool(shutil.which("mount")) and not subprocess.run(command, capture_output=True).returncode
-        return self
-
-    def fill(self, free):
-        """Leave that many bytes free (None: all); returns the setup function of the process that is to be limited."""
-        if not self.mounted:
-            return lambda: limit_file_size(free and max(free, OUTPUT_BYTES))
-        filler = self.folder / "filler"
-        filler.unlink(missing_ok=True)
-        if free is not None:
-            stat = os.statvfs(self.folder)
-            filler.write_bytes(bytes(max(0, stat.f_bavail * stat.f_frsize - free)))
-        return None
-
-    def __exit__(self, *_):
-        if self.mounted:
-            subprocess.run(["umount", self.folder], check=True)
-
-
 # ---- damaged files ----
+
+
+READERS = {  # of files of the run out/damaged and its data
+    "sample": (sample.main, ["--out_dir=out/damaged", "--seed=1", "--max_new_tokens=20", "--dtype=float32"]),
+    "eval_only": (train.main, ["--eval_only", "--out_dir=out/damaged"]),
+    "resume": (train.main, ["--resume", "--out_dir=out/damaged", "--max_iters=120"]),
+}
 
 
 def soak_damages(count, rng):
@@ -204,48 +194,40 @@ def soak_damages(count, rng):
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     shutil.make_archive("other", "zip", "data/nursery-bpe300")
     check_success(run(train.main, [*RUN, "--out_dir=out/half", "--max_iters=110", "--lr_decay_iters=120"]))
-    data, damaged_run, intact_data = Path("data/nursery-bpe300"), Path("out/damaged"), Path("intact_data")
-    commands = {
-        "resume": (train.main, ["--resume", "--out_dir=out/damaged", "--max_iters=120"]),
-        "eval_only": (train.main, ["--eval_only", "--out_dir=out/damaged"]),
-        "sample": (sample.main, ["--out_dir=out/damaged", "--seed=1", "--max_new_tokens=20", "--dtype=float32"]),
-    }
-    shutil.copytree(data, intact_data)
-    shutil.copytree("out/half", damaged_run)
-    expected = {name: check_success(run(*command)) for name, command in reversed(commands.items())}  # resume is last
+    copies = {Path("data/nursery-bpe300"): Path("intact_data"), Path("out/damaged"): Path("out/half")}
+    shutil.copytree("data/nursery-bpe300", "intact_data")
+    shutil.copytree("out/half", "out/damaged")
+    expected = {name: check_success(run(*READERS[name])) for name in READERS}
     while counts["damaged files"] < count:
-        for folder, intact in ((data, intact_data), (damaged_run, Path("out/half"))):
+        for folder, copy in copies.items():
             shutil.rmtree(folder)
-            shutil.copytree(intact, folder)
-        path = rng.choice([path for folder in (data, damaged_run) for path in sorted(folder.iterdir())
-                           if path.name != ".lock"])
+            shutil.copytree(copy, folder)
+        path = rng.choice([path for folder in copies for path in sorted(folder.iterdir()) if path.name != ".lock"])
         damage = damage_file(path, rng)
-        name = rng.choice(list(commands))
+        name = rng.choice(list(READERS))
         counts["damaged files"] += 1
-        has_error = check_reader(name, run(*commands[name]), expected[name], path, damage)
+        has_error = check_reader(name, run(*READERS[name]), expected[name], path, damage)
         counts["of these, named in one line" if has_error else "of these, without effect on the model"] += 1
-    shutil.rmtree(data)
-    intact_data.rename(data)
+    shutil.rmtree("data/nursery-bpe300")
+    Path("intact_data").rename("data/nursery-bpe300")
     return counts
 
 
 def damage_file(path, rng):
     """Damage a file in one of the ways in which files are damaged; returns which."""
     content = bytearray(path.read_bytes())
-    kind = rng.choice(["bit flipped"] * 4 + ["truncated"] * 2 + ["emptied", "replaced", "removed"])
-    if kind == "bit flipped":
+    kind = rng.choice(["a bit flipped"] * 4 + ["truncated"] * 2 + ["emptied", "replaced", "removed"])
+    if kind == "a bit flipped":
         bit = rng.randrange(8 * len(content))
         content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-        return f"bit {bit} flipped"
+    elif kind == "truncated":
+        content = content[:rng.randrange(len(content))]
+    elif kind == "replaced":
+        files = [Path(name).read_bytes() for name in ("data/nursery-bpe300/train.bin", "other.pt", "other.zip")]
+        content = rng.choice([b"hello\n", b"{}", b"[1]\n", rng.randbytes(2000), b"[" * 100_000, *files])
+    path.write_bytes(b"" if kind == "emptied" else content)
     if kind == "removed":
         path.unlink()
-    else:
-        other_files = [b"hello\n", b"{}", b"[1]\n", b"\x00" * 1000, rng.randbytes(2000), b"[" * 100_000,
-                       Path("data/nursery-bpe300/train.bin").read_bytes(), Path("out/whole/ckpt.pt").read_bytes()[:-1],
-                       Path("other.pt").read_bytes(), Path("other.zip").read_bytes()]
-        path.write_bytes({"truncated": content[:rng.randrange(len(content))], "emptied": b"",
-                          "replaced": rng.choice(other_files)}[kind])
     return kind
 
 
@@ -260,17 +242,12 @@ def check_reader(name, result, expected, path, damage):
         # If a file is missing or does not match another one next to it, the error may name that one.
         if path.name not in line and not (path.parent.parent == Path("data") and str(path.parent) in line):
             raise Failure(f"{case}: the error does not name it: {line}")
-        return True
-    if "Traceback" in result[2]:
-        raise Failure(f"{case}:\n{result[2]}")
-    if name == "resume":
-        models = (checkpoint.load(Path(folder, "last.pt"))["model"] for folder in ("out/whole", "out/damaged"))
-        correct = equal(*models)
-    else:  # without ckpt.pt they use last.pt
-        correct = result[1] == expected or path.name == "ckpt.pt" and damage == "removed"
-    if not correct:
+    elif name == "resume":
+        if not equal(*(checkpoint.load(Path(folder, "last.pt"))["model"] for folder in ("out/whole", "out/damaged"))):
+            raise Failure(f"{case}: another model")
+    elif result[1] != expected and (path.name, damage) != ("ckpt.pt", "removed"):  # then they use last.pt
         raise Failure(f"{case}: works, but with another result:\n{result[1]}{result[2]}")
-    return False
+    return result[0] != 0
 
 
 # ---- killed ranks ----
@@ -300,7 +277,7 @@ def soak_rank_kills(count, rng):
     return counts
 
 
-# ---- unusual inputs, and the command ----
+# ---- unusual inputs ----
 
 
 def soak_cases(count, rng):
@@ -313,35 +290,6 @@ FAULTS = {  # name → (function, default count)
     "kills": (soak_kills, 100), "disks": (soak_disks, 50), "damages": (soak_damages, 1000),
     "rank_kills": (soak_rank_kills, 10), "cases": (soak_cases, 10_000),
 }
-
-
-def main(argv=None):
-    """Run the soak test; exits with code 1 and a message at the first failure."""
-    parser = Parser(prog="python -m tests.faults.soak", description="Inject faults and check that nothing is lost.")
-    for name, (function, default) in FAULTS.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N",
-                            help=f"{function.__doc__.splitlines()[0].rstrip('.')} (if no kind is given: {default})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
-    args = parser.parse_args(argv)
-    wanted = {name: getattr(args, name) for name in FAULTS if getattr(args, name) is not None}
-    os.environ["PYTHONHASHSEED"] = "0"
-    with tempfile.TemporaryDirectory() as folder:
-        use_gpt2_vocabulary(Path(folder, "tiktoken"))
-        os.chdir(folder)
-        prepare_and_train()
-        for name, count in (wanted or {name: default for name, (_, default) in FAULTS.items()}).items():
-            started = time.monotonic()
-            try:
-                counts = FAULTS[name][0](count, random.Random(args.seed))
-            except Failure as error:
-                print(f"FAILED in {name}: {error}", file=sys.stderr)
-                sys.exit(1)
-            finally:
-                os.chdir(folder)
-            for key, value in counts.items():
-                print(f"{key}: {value}")
-            print(f"{name}_seconds: {time.monotonic() - started:.0f}\nfailures in {name}: 0", flush=True)
-        os.chdir("/")
 
 
 if __name__ == "__main__":
