@@ -4,9 +4,7 @@ import itertools
 import json
 import math
 import os
-import runpy
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 import sample
 import train
 from conftest import ROOT, TINY
-from faults.processes import at_file_operation, run as run_process
+from faults.processes import at_file_operation, run as run_process, script
 from model import GPT, GPTConfig
 from modern import make_model
 from storygpt import checkpoint, run
@@ -119,11 +117,7 @@ def test_ckpt_has_the_best_weights_even_if_the_loss_rises_again(with_data, capsy
 
 def test_train_py_as_a_script(with_data):
     """It prints plain lines without a terminal, and ends with the results and the command to sample."""
-    def script(argv):
-        sys.argv = ["train.py", *argv]
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-    code, out, err = run_process(script, [*TINY, "--out_dir=out/x", "--max_iters=6"])
+    code, out, err = run_process(script("train.py"), [*TINY, "--out_dir=out/x", "--max_iters=6"])
     assert code == 0 and err == "" and "iteration 4: loss " in out and "warning" not in out
     assert "sequences = 128 tokens" in out and "3 steps = 384 tokens" in out
     assert "on cpu, in float32, not compiled (compile = False), 1 thread" in out

@@ -3,6 +3,7 @@
 import itertools
 import os
 import resource
+import runpy
 import signal
 import sys
 import tempfile
@@ -83,6 +84,14 @@ def run(main, argv, setup=None, while_running=None):
     if while_running:
         while_running(process.pid)
     return process.result()
+
+
+def script(name):
+    """A main(argv) that runs a script of the project as `python NAME` does, but without importing torch again."""
+    def main(argv):
+        sys.argv = [name, *argv]
+        runpy.run_path(str(Path(__file__).parents[2] / name), run_name="__main__")
+    return main
 
 
 def check_success(result):

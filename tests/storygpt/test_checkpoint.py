@@ -26,12 +26,11 @@ class OfAReader:
 OLD = {"model": {}, "iter": 1}
 
 
-@pytest.mark.parametrize("value", [OfAReader(), Path("x"), np.float64(2), np.zeros(3), lambda: 2],
-                         ids=["object", "path", "numpy_scalar", "array", "function"])
-def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, value):
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     checkpoint.save(tmp_path / "last.pt", OLD)
-    with pytest.raises(UserError, match="last.pt is not saved, because its 'metrics' could not be loaded again"):
-        checkpoint.save(tmp_path / "last.pt", OLD | {"iter": 2, "metrics": {"losses": [value]}})
+    for value in (OfAReader(), Path("x"), np.float64(2), np.zeros(3), lambda: 2):
+        with pytest.raises(UserError, match="last.pt is not saved, because its 'metrics' could not be loaded again"):
+            checkpoint.save(tmp_path / "last.pt", OLD | {"iter": 2, "metrics": {"losses": [value]}})
     assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == OLD and os.listdir(tmp_path) == ["last.pt"]
 
 
@@ -43,17 +42,19 @@ def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(tmp_path):
     assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == OLD and os.listdir(tmp_path) == ["last.pt"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "short", "text"])
-def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path, damage):
+def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path):
     path = tmp_path / "ckpt.pt"
-    checkpoint.save(path, {"model": torch.zeros(1000)})
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes({"empty": b"", "short": content[:len(content) // 2], "text": b"hello\n"}[damage])
-    with pytest.raises(UserError, match="ckpt.pt") as raised:
+    with pytest.raises(UserError, match="no checkpoint .*ckpt.pt"):
         checkpoint.load(path)
-    assert isinstance(raised.value, checkpoint.DamagedCheckpoint) == (damage != "missing")
+    checkpoint.save(path, {"model": torch.zeros(1000)})
+    for content in (b"", path.read_bytes()[:2000], b"hello\n"):
+        path.write_bytes(content)
+        with pytest.raises(checkpoint.DamagedCheckpoint, match="ckpt.pt"):
+            checkpoint.load(path)
+    path.unlink()
+    path.mkdir()  # reading a folder fails, as from a broken disk: that is no damage
+    with pytest.raises(OSError, match="Is a directory"):
+        checkpoint.load(path)
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_detected_or_has_no_effect(tmp_path):
@@ -61,7 +62,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_detected_or_has_no_effect(tmp_path):
     state = {"model": {"w": torch.arange(300.0)}, "config": {"n_layer": 2}}
     checkpoint.save(path, state)
     content, detected = path.read_bytes(), 0
-    for bit in range(0, 8 * len(content), 29):
+    for bit in range(0, 8 * len(content), 61):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
@@ -71,13 +72,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_detected_or_has_no_effect(tmp_path):
         except checkpoint.DamagedCheckpoint as error:
             assert "ckpt.pt is damaged" in str(error)
             detected += 1
-    assert detected > 1200 * 8 / 29  # at least every flipped bit in the 1,200 bytes of weights
-
-
-def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path):
-    """A folder stands for a disk that fails: reading either raises OSError."""
-    with pytest.raises(OSError, match="Is a directory"):
-        checkpoint.load(tmp_path)
+    assert detected > 1200 * 8 / 61  # at least every flipped bit in the 1,200 bytes of weights
 
 
 class Malicious:
@@ -94,9 +89,9 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(here):
     assert os.listdir() == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize("state", [{"weights": torch.zeros(3)}, torch.zeros(3), dict.fromkeys(
-    checkpoint.REQUIRED_KEYS, {}) | {"tokens": 0}])
-def test_a_checkpoint_of_another_program_is_refused(here, state):
-    torch.save(state, "ckpt.pt")
-    with pytest.raises(UserError, match="ckpt.pt (is not a checkpoint|does not fit this version)"):
-        checkpoint.load_model("ckpt.pt")
+def test_a_checkpoint_of_another_program_is_refused(here):
+    no_model = dict.fromkeys(checkpoint.REQUIRED_KEYS, {}) | {"tokens": 0}
+    for state in ({"weights": torch.zeros(3)}, torch.zeros(3), no_model):
+        torch.save(state, "ckpt.pt")
+        with pytest.raises(UserError, match="ckpt.pt (is not a checkpoint|does not fit this version)"):
+            checkpoint.load_model("ckpt.pt")
