@@ -22,7 +22,7 @@ import train
 from conftest import TINY
 from faults.processes import run_ranks
 from model import GPT, MLP, Block, CausalSelfAttention
-from storygpt import evaluate, generate
+from storygpt import generate
 from storygpt.checkpoint import load, load_model
 from storygpt.corpus.dataset import Split, evaluation_windows
 from storygpt.corpus.tokenizer import Tokenizer
@@ -253,38 +253,31 @@ def another_optimizer(model, cfg):
     return [optimizer]
 
 
-# Name → the object that is edited, the name of the attribute, its new value; for some edits twice.
+def another_schedule(cfg, iteration, progress):
+    return 1 - progress
+
+
+def bits_per_byte_of_numpy(loss, split):
+    return np.float32(1.5)
+
+
+# The object that is edited and the name of its attribute → the new values, each in a test of its own.
 EDITS = {
-    "mlp_of_nn_sequential": (model_module, "MLP", MLPOfSequential),
-    "mixture_of_experts": (model_module, "MLP", MixtureOfExperts),
-    "expert_that_is_chosen": (model_module, "MLP", ChosenExpert),
-    "forward_hooks": (model_module, "Block", ForwardHooks),
-    "backward_hook": (model_module, "Block", BackwardHook),
-    "buffer_that_is_not_saved": (model_module, "Block", BufferThatIsNotSaved),
-    "rms_norm_and_parallel_block": (model_module, "Block", ParallelBlock),
-    "weight_norm": (model_module, "MLP", WeightNorm),
-    "parameter_list": (modern, "GPT", ParameterList),
-    "experts_in_one_parameter": (model_module, "MLP", ExpertsInOneParameter),
-    "one_block_for_all_layers": (modern, "GPT", OneBlockForAllLayers),
-    "untied_head": (modern, "GPT", UntiedHead),
-    "head_with_a_bias": (modern, "GPT", HeadWithBias),
-    "frozen_and_unused_parameters": (modern, "GPT", FrozenAndUnused),
-    "fewer_keys_than_queries": (model_module, "CausalSelfAttention", MultiQueryAttention),
-    "sliding_window_in_training_only": (CausalSelfAttention, "attend", sliding_window_in_training_only),
-    "attention_written_out": (CausalSelfAttention, "attend", attention_written_out),
-    "forward_without_a_cache": (GPT, "forward", forward_without_a_cache),
-    "soft_cap_of_the_logits": (GPT, "forward", soft_cap_of_the_logits),
-    "loss_with_a_second_term": (GPT, "forward", loss_with_a_second_term),
-    "function_with_its_own_gradient": (GPT, "forward", function_with_its_own_gradient),
-    "random_numbers_in_the_loss": (GPT, "forward", random_numbers_in_the_loss),
-    "metrics_of_numpy": (train, "evaluate_and_log", metrics_of_numpy,
-                         train, "bits_per_byte", lambda loss, split: np.float32(1.5)),
-    "another_optimizer_and_schedule": (train, "make_optimizers", another_optimizer, train, "learning_rate_multiplier",
-                                       lambda cfg, iteration, progress: 1 - progress),
+    (model_module, "MLP"): [MLPOfSequential, MixtureOfExperts, ChosenExpert, ExpertsInOneParameter, WeightNorm],
+    (model_module, "Block"): [ForwardHooks, BackwardHook, BufferThatIsNotSaved, ParallelBlock],
+    (model_module, "CausalSelfAttention"): [MultiQueryAttention],
+    (CausalSelfAttention, "attend"): [sliding_window_in_training_only, attention_written_out],
+    (modern, "GPT"): [ParameterList, OneBlockForAllLayers, UntiedHead, HeadWithBias, FrozenAndUnused],
+    (GPT, "forward"): [forward_without_a_cache, soft_cap_of_the_logits, loss_with_a_second_term,
+                       function_with_its_own_gradient, random_numbers_in_the_loss],
+    (train, "evaluate_and_log"): [metrics_of_numpy],
+    (train, "bits_per_byte"): [bits_per_byte_of_numpy],
+    (train, "make_optimizers"): [another_optimizer],
+    (train, "learning_rate_multiplier"): [another_schedule],
 }
-# The export of the others is refused, as they compute something else than GPT-2.
-EXPORTED = {"untied_head", "backward_hook", "loss_with_a_second_term", "random_numbers_in_the_loss", "metrics_of_numpy",
-            "another_optimizer_and_schedule"}
+CHANGES = {value.__name__: (*place, value) for place, values in EDITS.items() for value in values}
+STILL_GPT2 = {UntiedHead, BackwardHook, loss_with_a_second_term, random_numbers_in_the_loss, metrics_of_numpy,
+              bits_per_byte_of_numpy, another_optimizer, another_schedule}
 
 
 # ---- what must hold ----
@@ -318,7 +311,8 @@ def check_everywhere(out_dir, flags, capsys):
         expected = model(idx[:, window_start(idx.size(1), 16):])[:, -1]
         assert torch.allclose(logits, expected, atol=1e-4 * expected.abs().max().item())
         idx = torch.cat([idx, token[:, None]], 1)
-    capsys.readouterr()
+    assert ("note: with a cache," in capsys.readouterr().err) == (model_module.CausalSelfAttention.attend
+                                                                 is sliding_window_in_training_only)
     sample.main(["--out_dir", out_dir, "--start", PROMPT, "--temperature=0", "--max_new_tokens=20", "--dtype=float32"])
     story = idx[0, 1:].tolist()
     story = story[:story.index(tokenizer.end_of_text)] if tokenizer.end_of_text in story else story
@@ -332,25 +326,22 @@ def check_everywhere(out_dir, flags, capsys):
         assert float(printed["loss"]) == pytest.approx(F.cross_entropy(model(x).mT, y).item(), abs=3e-3)
 
 
-def check_export(out_dir, exported, fails):
+def check_export(out_dir, is_gpt2, fails):
     """A model that computes what GPT-2 does is exported, and the export compares its logits; others are refused."""
     from tools import hf
-    if exported:
+    if is_gpt2:
         hf.main(["export", out_dir, "exported"])
     else:
         assert fails(hf.main, ["export", out_dir, "exported"])
-    assert os.path.exists("exported") == exported
+    assert os.path.exists("exported") == is_gpt2
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("name", CHANGES)
 def test_an_edit_holds_everywhere(name, with_data, monkeypatch, capsys, fails):
-    edits = EDITS[name]
-    for i in range(0, len(edits), 3):
-        monkeypatch.setattr(*edits[i:i + 3])
-    monkeypatch.setattr(evaluate, "SAMPLE_TOKENS", 5)
-    check_everywhere("out/edited", [f"--optimizer={('muon', 'adamw')[list(EDITS).index(name) % 2]}"], capsys)
+    monkeypatch.setattr(*CHANGES[name])
+    check_everywhere("out/edited", [f"--optimizer={('muon', 'adamw')[list(CHANGES).index(name) % 2]}"], capsys)
     if find_spec("transformers") and find_spec("gguf"):  # of requirements-extra.txt
-        check_export("out/edited", name in EXPORTED, fails)
+        check_export("out/edited", CHANGES[name][2] in STILL_GPT2, fails)
 
 
 def test_a_model_that_cannot_be_loaded_as_it_was_trained_is_refused(with_data, monkeypatch, fails):

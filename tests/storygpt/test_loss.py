@@ -58,18 +58,6 @@ def test_loss_and_gradients_equal_plain_cross_entropy(chunks):
     assert mean.isnan() and losses.tolist() == [0] * 14  # the mean of nothing, as in torch
 
 
-def test_loss_in_bfloat16_equals_plain_autocast_to_rounding(chunks):
-    y = torch.randint(50, (14,))
-    x, weight = leaves((14, 16), (50, 16))
-    with torch.autocast("cpu", torch.bfloat16):
-        plain, mean = cross_entropy(x, weight, y), fused_linear_cross_entropy(x, weight, y)[0]
-    assert mean.dtype == torch.float32
-    torch.testing.assert_close(mean, plain, rtol=2e-3, atol=0)
-    for actual, expected in zip(torch.autograd.grad(mean, (x, weight)), torch.autograd.grad(plain, (x, weight))):
-        assert actual.dtype == torch.float32
-        assert (actual - expected).norm() < 0.01 * expected.norm()
-
-
 def test_a_head_of_the_used_tokens_gives_the_losses_and_gradients_of_the_whole_head(chunks):
     used = torch.rand(50, generator=torch.Generator().manual_seed(1)) < 0.5
     x, weight = leaves((14, 16), (50, 16))
@@ -92,8 +80,9 @@ def test_a_head_of_the_used_tokens_gives_the_losses_and_gradients_of_the_whole_h
 
 
 @pytest.mark.parametrize("target_logit", [0.0, 8.0])
-def test_loss_in_bfloat16_is_as_exact_as_autocast_for_likely_tokens(target_logit):
+def test_loss_in_bfloat16_is_as_exact_as_autocast_for_likely_tokens(monkeypatch, target_logit):
     """A probability near 1 has few digits in bfloat16; the loss and the gradient need those of 1 - p."""
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 64)
     x, weight = leaves((200, 16), (50, 16))
     y = torch.randint(50, (200,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
