@@ -117,21 +117,16 @@ def test_a_damaged_token_file_is_refused_by_name(tmp_path, damage):
         Split(path.parent, "train", 16)
 
 
-def test_a_flipped_bit_in_meta_json_is_detected_or_has_no_effect(tmp_path):
+def test_a_damaged_meta_json_is_refused_by_name_unless_the_damage_has_no_effect(tmp_path):
     path = write_dataset(tmp_path / "x", 100) / "meta.json"
     original = path.read_bytes()
+    damaged = [b"", b"[]", b'{"splits": 3}', b"\xff"]
     for bit in range(0, 8 * len(original), 29):
-        flipped = bytearray(original)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
+        damaged.append(bytearray(original))
+        damaged[-1][bit // 8] ^= 1 << bit % 8
+    for data in damaged:
+        path.write_bytes(data)
         try:
             assert read_meta(tmp_path / "x") == json.loads(original)  # for example, a space has become a tab
         except UserError as error:
             assert "meta.json is missing, damaged or from" in str(error)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"splits": 3}', "\xff"], ids=range(4))
-def test_a_damaged_meta_json_is_refused_by_name(tmp_path, text):
-    (tmp_path / "meta.json").write_text(text, encoding="latin1")
-    with pytest.raises(UserError, match="meta.json is missing, damaged or from"):
-        read_meta(tmp_path)

@@ -2,12 +2,13 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import platform
 import signal
 import sys
 import types
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -108,60 +109,31 @@ def test_a_failed_append_names_the_file(tmp_path):
 # ---- locks ----
 
 
-@contextmanager
-def other_process(body):
-    """A context in which another process runs body(), from when it calls `started()`; it is killed at the end."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            body(lambda: os.write(write, b"x"))
-        finally:
-            os._exit(1)
-    os.close(write)
-    try:
-        assert os.read(read, 1) == b"x"
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(read)
-
-
-def test_is_locked_does_not_keep_others_from_locking(tmp_path):
-    path = tmp_path / ".lock"
-    path.touch()
-
-    def ask_all_the_time(started):
-        started()
-        while True:
-            files.is_locked(path)
-
-    with other_process(ask_all_the_time):
-        for _ in range(30):
-            files.acquire_lock(path, "out/x")
-            files._locked.pop(path).close()
-
-
-def test_a_lock_excludes_other_processes_until_its_owner_ends(tmp_path):
-    path = tmp_path / ".lock"
-
-    def lock_and_wait(started):
-        files.acquire_lock(path, "out/x")
-        started()
-        signal.pause()
-
-    with other_process(lock_and_wait):
-        assert files.is_locked(path)
-        with pytest.raises(UserError, match="another process is using out/x"):
-            files.acquire_lock(path, "out/x")
-    assert files.is_locked(path) is False and files.is_locked(tmp_path / "none") is False
-    assert not (tmp_path / "none").exists()
+def lock_and_wait(path, locked):
+    """What another process does until it is killed."""
     files.acquire_lock(path, "out/x")
+    locked.set()
+    signal.pause()
+
+
+def test_a_lock_excludes_other_processes_until_its_owner_ends(tmp_path, monkeypatch):
+    path, context = tmp_path / ".lock", multiprocessing.get_context("fork")
+    locked = context.Event()
+    other = context.Process(target=lock_and_wait, args=(path, locked), daemon=True)
+    other.start()
+    assert locked.wait(60) and files.is_locked(path)
+    with pytest.raises(UserError, match="another process is using out/x"):
+        files.acquire_lock(path, "out/x")
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: (other.kill(), other.join()))
+    files.acquire_lock(path, "out/x")  # waits a moment and tries again, as `is_locked` has the lock for a moment
+    assert other.exitcode == -signal.SIGKILL
     files.acquire_lock(path, "out/x")  # a process may lock a file again
     assert files.is_locked(path) is False  # by another process
     _, out, _ = run(lambda argv: (files._locked.clear(), print(files.is_locked(path))), [])
     assert out == "True\n"  # is_locked has not released the lock
+    files._locked.pop(path).close()
+    assert files.is_locked(path) is False and files.is_locked(tmp_path / "none") is False
+    assert not (tmp_path / "none").exists()
 
 
 def test_windows_locks_one_byte(monkeypatch, tmp_path):
