@@ -65,9 +65,6 @@ def curves(axes):
     return {line.get_label(): [(x, pytest.approx(y)) for x, y in line.get_xydata().tolist()] for line in axes.lines}
 
 
-# ---- the table ----
-
-
 def test_a_trained_run(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     compare.main(["out/tiny/", "--picture", str(tmp_path / "new/tiny.svg")])
@@ -154,9 +151,6 @@ def test_different_data_and_different_windows_are_noted(here, capsys):
     assert "note: the runs are evaluated on different windows" in out and "different validation data" not in out
 
 
-# ---- the plot ----
-
-
 def test_the_plot_of_a_single_run_and_of_several(here, figure):
     write_run("a", [3, 2])
     write_run("b", [])
@@ -200,9 +194,6 @@ def test_folders_without_a_run_give_one_line(here, fails):
     write_run("empty", []).joinpath("log.jsonl").write_text("")
     for folder in ("out/nothing", "out/empty", "out/a/log.jsonl"):
         assert f"no log in {folder}: " in fails(compare.main, ["out/a", folder])
-
-
-# ---- --watch ----
 
 
 def test_watching_runs_from_before_their_start(here, monkeypatch, capsys):

@@ -3,12 +3,12 @@
 import html
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def metrics(folder):
 
 
 def read_tensorboard(folder):
-    """The event files: metrics and stories as [(iteration, value)], settings by iteration, times of metrics."""
+    """The event files: metrics by name, stories and settings, each as [(iteration, value)]; the times of metrics."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     reader = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
@@ -56,27 +56,22 @@ def read_tensorboard(folder):
     scalars = {name: reader.Scalars(name) for name in reader.Tags()["scalars"]}
     texts = {name.removesuffix("/text_summary"): [(event.step, event.tensor_proto.string_val[0].decode())
              for event in reader.Tensors(name)] for name in reader.Tags()["tensors"]}
-    settings = {iteration: dict(line.strip("| ").replace(" ", "").split("|") for line in text.splitlines()[2:])
-                for iteration, text in texts.get("settings", [])}
     return SimpleNamespace(metrics={name: [(event.step, event.value) for event in scalars[name]] for name in scalars},
-                           stories=texts.get("story", []), settings=settings,
+                           stories=texts.get("story", []), settings=texts.get("settings", []),
                            times=[event.wall_time for events in scalars.values() for event in events])
 
 
 def read_wandb(folder):
-    """The only W&B run in a folder, as `read_tensorboard`, with its latest settings, project and name.
-
-    The .wandb file has protocol buffers in LevelDB's log format; it is so small that each is in one piece.
-    """
+    """The only W&B run in a folder, as `read_tensorboard`, but its latest settings; its project and name."""
     from wandb.proto.wandb_internal_pb2 import Record
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, settings, found, stories = path.read_bytes(), 7, {}, {}, []  # 7: W&B's header
-    while at < len(data):
+    while at < len(data):  # protocol buffers in LevelDB's log format; the file is so small that each is in one piece
         _, length = struct.unpack_from("<IH", data, at)
         record = Record.FromString(data[at + 7:at + 7 + length])
         at += 7 + length
         if record.HasField("run"):
-            project, name = record.run.project, record.run.display_name
+            names = (record.run.project, record.run.display_name)
         for item in (*record.run.config.update, *record.config.update):
             settings[item.key] = item.value_json and json.loads(item.value_json)
         for item in record.history.item:
@@ -86,28 +81,26 @@ def read_wandb(folder):
         text = (path.parent / "files" / file).read_bytes().decode()  # a story may contain \r
         stories.append((iteration, html.unescape(text.split('<pre style="white-space:pre-wrap">')[1][:-len("</pre>")])))
     return SimpleNamespace(metrics={name: found[name] for name in found if name.startswith(("train", "eval"))},
-                           stories=stories, settings=settings, project=project, name=name,
-                           times=[seconds for _, seconds in found["_timestamp"]])
+                           times=[seconds for _, seconds in found["_timestamp"]], stories=stories, settings=settings,
+                           names=names)
 
 
-# ---- a run that trains, stops and is resumed ----
+def lock_and_wait(folder):
+    files.acquire_lock(folder / ".lock", "it")
+    signal.pause()
 
 
-class Training:
-    """Another process that has locked a run folder, like one that is training."""
-
-    def __init__(self, folder):
-        self.process = ForkedProcess(self.lock, folder)
-        while not files.is_locked(folder / ".lock"):
-            time.sleep(0.01)
-
-    def lock(self, folder):
-        files.acquire_lock(folder / ".lock", "it")
-        signal.pause()
-
-    def end(self):
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.result()
+@contextmanager
+def locked(folder):
+    """Another process has the lock of a run folder, like one that is training."""
+    process = ForkedProcess(lock_and_wait, folder)
+    while not files.is_locked(folder / ".lock"):
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.result()
 
 
 def write_log(folder, records, stories=(), rest=""):
@@ -128,20 +121,21 @@ def record(kind, iteration, **values):
     return {"kind": kind, "iter": iteration, "seconds": 10 * iteration} | metrics | values
 
 
-def train_and_resume(folder, training):
+def train_and_resume(folder):
     """Write the log and the stories of a run as it trains, is stopped at iteration 16, and resumed from 8."""
-    first = [start(), record("step", 2, grad_norm=None), record("step", 4), record("step", 8)]
-    write_log(folder, first, rest='{"kind": "eval", "it')
-    yield
-    write_log(folder, first := [*first, record("eval", 8)])  # its story is not written yet
-    yield
-    write_log(folder, [*first, record("step", 12), record("step", 16), record("eval", 16)], [8, 16])
-    yield
-    write_log(folder, first, [8])
-    yield
-    again = [record("step", 12, tokens_per_s=1.5), record("step", 14), record("step", 16), record("eval", 16)]
-    write_log(folder, [*first, start(8, max_iters=24), *again, record("step", 24), record("eval", 24)], [8, 16, 24])
-    training.end()
+    with locked(folder):
+        yield  # training has begun, but has logged nothing
+        first = [start(), record("step", 2, grad_norm=None), record("step", 4), record("step", 8)]
+        write_log(folder, first, rest='{"kind": "eval", "it')
+        yield
+        write_log(folder, first := [*first, record("eval", 8)])  # its story is not written yet
+        yield
+        write_log(folder, [*first, record("step", 12), record("step", 16), record("eval", 16)], [8, 16])
+        yield
+        write_log(folder, first, [8])
+        yield
+        again = [record("step", 12, tokens_per_s=1.5), record("step", 14), record("step", 16), record("eval", 16)]
+        write_log(folder, [*first, start(8, max_iters=24), *again, record("step", 24), record("eval", 24)], [8, 16, 24])
 
 
 @pytest.fixture(scope="module", params=["tensorboard", "wandb"])
@@ -150,7 +144,8 @@ def published(request, tmp_path_factory):
     package = pytest.importorskip(request.param)
     folder = tmp_path_factory.mktemp("published") / "out/x"
     folder.mkdir(parents=True)
-    training = train_and_resume(folder, Training(folder))
+    training = train_and_resume(folder)
+    next(training)
 
     def read_slowly(path):
         """Read the log, and only then let the training go on, as in the worst case."""
@@ -168,38 +163,23 @@ def published(request, tmp_path_factory):
     return SimpleNamespace(to=request.param, folder=folder, **vars(received))
 
 
-def test_metrics_are_published_once(published):
+def test_everything_is_published_once(published):
     expected = metrics(published.folder)
     expected["train/tokens_per_s"][3] = (12, pytest.approx(3 + 1 / 12))  # published before the run was resumed
     if published.to == "wandb":  # iteration 16 was published before 14, and W&B's iterations may only increase
         expected = {name: [value for value in values if value[0] != 14] for name, values in expected.items()}
     assert {name: sorted(values) for name, values in published.metrics.items()} == expected
-
-
-def test_stories_are_published_unchanged(published):
     assert published.stories == list(STORIES.items())
-
-
-def test_settings_are_published_and_those_changed_on_resume(published):
-    if published.to == "tensorboard":
-        assert published.settings == {0: {"n_layer": "2", "max_iters": "16"}, 8: {"n_layer": "2", "max_iters": "24"}}
-    else:
-        assert (published.settings["n_layer"], published.settings["max_iters"]) == (2, 24)
-        assert (published.project, published.name) == ("mine", "x")
-
-
-def test_the_last_event_has_the_time_of_the_log(published):
     assert max(published.times) == pytest.approx((published.folder / "log.jsonl").stat().st_mtime, abs=0.01)
 
 
-# ---- a finished run ----
-
-
-def assert_tensorboard_equals_the_log(folder):
-    found, losses = read_tensorboard(folder), dict(metrics(folder)["eval/val_loss"])
-    assert found.metrics == metrics(folder)
-    assert (folder / "samples.md").read_bytes().decode() == "".join(
-        f"## iteration {i}: validation loss {losses[i].expected:.4f}\n\n{story}\n\n" for i, story in found.stories)
+def test_settings_are_published_and_those_changed_on_resume(published):
+    if published.to == "wandb":
+        assert (published.settings["n_layer"], published.settings["max_iters"]) == (2, 24)
+        assert published.names == ("mine", "x")
+    else:
+        assert [(iteration, text.replace(" ", "").splitlines()[2:]) for iteration, text in published.settings] == [
+            (0, ["|n_layer|2|", "|max_iters|16|"]), (8, ["|n_layer|2|", "|max_iters|24|"])]
 
 
 @pytest.fixture
@@ -211,27 +191,24 @@ def run(here):
     return folder
 
 
-def test_publishing_a_trained_run_again_replaces_its_event_files(trained, here, capsys):
+def test_publishing_again_replaces_event_files(run, capsys):
     pytest.importorskip("tensorboard")
-    shutil.copytree(trained / "out/tiny", "out/x")
     for _ in range(2):
         publish.main(["out/x/", "--to=tensorboard"])
-        Path("out/x/tensorboard/mine.txt").write_text("mine")
-    assert_tensorboard_equals_the_log(Path("out/x"))
-    times = read_tensorboard(Path("out/x")).times
-    seconds = [record["seconds"] for record in read_log("out/x/log.jsonl") if "seconds" in record]
-    assert max(times) - min(times) == pytest.approx(max(seconds) - min(seconds), abs=1e-4)
-    assert len(os.listdir("out/x/tensorboard")) == 2
+        (run / "tensorboard/mine.txt").write_text("mine")
+    found = read_tensorboard(run)
+    assert found.metrics["eval/val_loss"] == metrics(run)["eval/val_loss"]
+    assert max(found.times) - min(found.times) == pytest.approx(160, abs=1e-3)
+    assert len(os.listdir(run / "tensorboard")) == 2
     assert capsys.readouterr().out.endswith("view: tensorboard --logdir out\npublishing out/x\n"
                                             "published up to iteration 24\n")
 
 
 def test_a_run_that_is_replaced_by_another_is_an_error(run, monkeypatch, fails):
     pytest.importorskip("tensorboard")
-    training = Training(run)
     monkeypatch.setattr(publish, "time", SimpleNamespace(sleep=lambda seconds: write_log(run, [start(n_layer=3)])))
-    assert "out/x was replaced" in fails(publish.main, ["out/x", "--to=tensorboard"])
-    training.end()
+    with locked(run):
+        assert "out/x was replaced" in fails(publish.main, ["out/x", "--to=tensorboard"])
 
 
 def test_folders_without_a_log_give_one_line(run, fails):
@@ -271,21 +248,23 @@ def test_publishing_continues_until_training_ends(with_data, monkeypatch):
     os.kill(training.pid, signal.SIGINT)  # training ends after the current optimizer step
     check_success(training.result())
     assert "publishing out/x until its training ends" in check_success(publishing.result())
-    assert_tensorboard_equals_the_log(run)
+    found, losses = read_tensorboard(run), dict(metrics(run)["eval/val_loss"])
+    assert found.metrics == metrics(run)
+    assert (run / "samples.md").read_bytes().decode() == "".join(
+        f"## iteration {i}: validation loss {losses[i].expected:.4f}\n\n{story}\n\n" for i, story in found.stories)
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_everything_published_on_wandb(run):
     """In a process group of its own: a terminal interrupts also the process that wandb started."""
     pytest.importorskip("wandb")
-    training = Training(run)
-    publishing = subprocess.Popen([sys.executable, "-m", "tools.publish", run.absolute(), "--to=wandb"], cwd=ROOT,
-                                  start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while len(list(run.glob("wandb/offline-run-*/files/media/html/*"))) < 2:  # the first one is then published
-        time.sleep(0.05)
-    os.killpg(publishing.pid, signal.SIGINT)
-    out, _ = publishing.communicate()
-    training.end()
-    assert publishing.returncode == 130 and out.endswith("stopped\n"), out
-    found, expected = read_wandb(run), metrics(run)
-    assert found.stories[0] == (8, STORIES[8]) and found.metrics["eval/val_loss"][0] == expected["eval/val_loss"][0]
+    with locked(run):
+        publishing = subprocess.Popen([sys.executable, "-m", "tools.publish", run.absolute(), "--to=wandb"], cwd=ROOT,
+                                      start_new_session=True, stderr=subprocess.PIPE, text=True)
+        while len(list(run.glob("wandb/offline-run-*/files/media/html/*"))) < 2:  # the first one is then published
+            time.sleep(0.05)
+        os.killpg(publishing.pid, signal.SIGINT)
+        _, error = publishing.communicate()
+    assert publishing.returncode == 130 and error.endswith("stopped\n"), error
+    found = read_wandb(run)
+    assert found.stories[0] == (8, STORIES[8]) and found.metrics["eval/val_loss"][0] == metrics(run)["eval/val_loss"][0]
