@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -31,11 +32,9 @@ STORIES = {8: "Tim & <b>Ann</b>\nsaid: \"## iteration 7\"\n\n- *hm*\r\n\n\n   ",
 @pytest.fixture(scope="module", autouse=True)
 def wandb_environment():
     """Set W&B to offline mode and remove all other variables of W&B."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in [name for name in os.environ if name.startswith("WANDB")]:
-            monkeypatch.delenv(name)
-        for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "PROJECT": "mine"}.items():
-            monkeypatch.setenv(f"WANDB_{name}", value)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    ours = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_PROJECT": "mine"}
+    with mock.patch.dict(os.environ, others | ours, clear=True):
         yield
 
 
@@ -48,41 +47,42 @@ def metrics(folder):
 
 
 def read_tensorboard(folder):
-    """The event files: metrics by name, stories and settings, each as [(iteration, value)]; the times of metrics."""
+    """What the event file has received, name → [(iteration, value)], and the times."""
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    reader = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
-    reader.Reload()
-    scalars = {name: reader.Scalars(name) for name in reader.Tags()["scalars"]}
-    texts = {name.removesuffix("/text_summary"): [(event.step, event.tensor_proto.string_val[0].decode())
-             for event in reader.Tensors(name)] for name in reader.Tags()["tensors"]}
-    return SimpleNamespace(metrics={name: [(event.step, event.value) for event in scalars[name]] for name in scalars},
-                           stories=texts.get("story", []), settings=texts.get("settings", []),
-                           times=[event.wall_time for events in scalars.values() for event in events])
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+    (path,), found, times = folder.glob(EVENTS), {}, []
+    for event in EventFileLoader(str(path)).Load():
+        for item in event.summary.value:
+            value = make_ndarray(item.tensor).item()
+            value = value.decode() if isinstance(value, bytes) else value
+            found.setdefault(item.tag.removesuffix("/text_summary"), []).append((event.step, value))
+            times.append(event.wall_time)
+    return found, times
 
 
 def read_wandb(folder):
-    """The only W&B run in a folder, as `read_tensorboard`, but its latest settings; its project and name."""
+    """What the only W&B run of a folder has received, as `read_tensorboard`; the settings are the latest ones."""
     from wandb.proto.wandb_internal_pb2 import Record
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, at, settings, found, stories = path.read_bytes(), 7, {}, {}, []  # 7: W&B's header
+    (path,), at, settings, found = folder.glob("wandb/offline-run-*/*.wandb"), 7, {}, {"story": []}  # 7: W&B's header
+    data = path.read_bytes()
     while at < len(data):  # protocol buffers in LevelDB's log format; the file is so small that each is in one piece
         _, length = struct.unpack_from("<IH", data, at)
         record = Record.FromString(data[at + 7:at + 7 + length])
         at += 7 + length
         if record.HasField("run"):
-            names = (record.run.project, record.run.display_name)
+            settings |= {"project": record.run.project, "name": record.run.display_name}
         for item in (*record.run.config.update, *record.config.update):
             settings[item.key] = item.value_json and json.loads(item.value_json)
         for item in record.history.item:
-            key = item.key or "/".join(item.nested_key)
-            found.setdefault(key, []).append((record.history.step.num, json.loads(item.value_json)))
+            name = item.key or "/".join(item.nested_key)
+            found.setdefault(name, []).append((record.history.step.num, json.loads(item.value_json)))
     for iteration, file in found["story/path"]:
-        text = (path.parent / "files" / file).read_bytes().decode()  # a story may contain \r
-        stories.append((iteration, html.unescape(text.split('<pre style="white-space:pre-wrap">')[1][:-len("</pre>")])))
-    return SimpleNamespace(metrics={name: found[name] for name in found if name.startswith(("train", "eval"))},
-                           times=[seconds for _, seconds in found["_timestamp"]], stories=stories, settings=settings,
-                           names=names)
+        text = (path.parent / "files" / file).read_bytes().decode().split('<pre style="white-space:pre-wrap">')[1]
+        found["story"].append((iteration, html.unescape(text.removesuffix("</pre>"))))
+    times = [seconds for _, seconds in found["_timestamp"]]
+    names = ("story", *NAMES["step"], *NAMES["eval"])
+    return {name: found[name] for name in names if name in found} | {"settings": settings}, times
 
 
 def lock_and_wait(folder):
@@ -159,26 +159,25 @@ def published(request, tmp_path_factory):
         publish.main([str(folder), "--to", request.param])
     if request.param == "wandb":
         package.teardown()  # waits for its process, which may still be writing
-    received = {"tensorboard": read_tensorboard, "wandb": read_wandb}[request.param](folder)
-    return SimpleNamespace(to=request.param, folder=folder, **vars(received))
+    return request.param, folder, *{"tensorboard": read_tensorboard, "wandb": read_wandb}[request.param](folder)
 
 
 def test_everything_is_published_once(published):
-    expected = metrics(published.folder)
+    to, folder, found, times = published
+    expected = metrics(folder) | {"story": list(STORIES.items())}
     expected["train/tokens_per_s"][3] = (12, pytest.approx(3 + 1 / 12))  # published before the run was resumed
-    if published.to == "wandb":  # iteration 16 was published before 14, and W&B's iterations may only increase
+    if to == "wandb":  # iteration 16 was published before 14, and W&B's iterations may only increase
         expected = {name: [value for value in values if value[0] != 14] for name, values in expected.items()}
-    assert {name: sorted(values) for name, values in published.metrics.items()} == expected
-    assert published.stories == list(STORIES.items())
-    assert max(published.times) == pytest.approx((published.folder / "log.jsonl").stat().st_mtime, abs=0.01)
+    assert {name: sorted(values) for name, values in found.items() if name != "settings"} == expected
+    assert max(times) == pytest.approx((folder / "log.jsonl").stat().st_mtime, abs=0.01)
 
 
 def test_settings_are_published_and_those_changed_on_resume(published):
-    if published.to == "wandb":
-        assert (published.settings["n_layer"], published.settings["max_iters"]) == (2, 24)
-        assert published.names == ("mine", "x")
+    to, _, found, _ = published
+    if to == "wandb":
+        assert {"project": "mine", "name": "x", "n_layer": 2, "max_iters": 24}.items() <= found["settings"].items()
     else:
-        assert [(iteration, text.replace(" ", "").splitlines()[2:]) for iteration, text in published.settings] == [
+        assert [(iteration, text.replace(" ", "").splitlines()[2:]) for iteration, text in found["settings"]] == [
             (0, ["|n_layer|2|", "|max_iters|16|"]), (8, ["|n_layer|2|", "|max_iters|24|"])]
 
 
@@ -196,9 +195,9 @@ def test_publishing_again_replaces_event_files(run, capsys):
     for _ in range(2):
         publish.main(["out/x/", "--to=tensorboard"])
         (run / "tensorboard/mine.txt").write_text("mine")
-    found = read_tensorboard(run)
-    assert found.metrics["eval/val_loss"] == metrics(run)["eval/val_loss"]
-    assert max(found.times) - min(found.times) == pytest.approx(160, abs=1e-3)
+    found, times = read_tensorboard(run)
+    assert found["eval/val_loss"] == metrics(run)["eval/val_loss"]
+    assert max(times) - min(times) == pytest.approx(240, abs=1e-3)
     assert len(os.listdir(run / "tensorboard")) == 2
     assert capsys.readouterr().out.endswith("view: tensorboard --logdir out\npublishing out/x\n"
                                             "published up to iteration 24\n")
@@ -243,15 +242,15 @@ def test_publishing_continues_until_training_ends(with_data, monkeypatch):
     wait_for_steps(run, 1)
     monkeypatch.setattr(publish, "POLL_SECONDS", 0.2)
     publishing = ForkedProcess(publish.main, ["out/x", "--to", "tensorboard"])
-    while not list(run.glob(EVENTS)) or len(read_tensorboard(run).metrics.get("eval/val_loss", [])) < 2:
+    while not list(run.glob(EVENTS)) or len(read_tensorboard(run)[0].get("eval/val_loss", [])) < 2:
         time.sleep(0.05)
     os.kill(training.pid, signal.SIGINT)  # training ends after the current optimizer step
     check_success(training.result())
     assert "publishing out/x until its training ends" in check_success(publishing.result())
-    found, losses = read_tensorboard(run), dict(metrics(run)["eval/val_loss"])
-    assert found.metrics == metrics(run)
+    (found, _), losses = read_tensorboard(run), dict(metrics(run)["eval/val_loss"])
+    assert {name: found[name] for name in metrics(run)} == metrics(run)
     assert (run / "samples.md").read_bytes().decode() == "".join(
-        f"## iteration {i}: validation loss {losses[i].expected:.4f}\n\n{story}\n\n" for i, story in found.stories)
+        f"## iteration {i}: validation loss {losses[i].expected:.4f}\n\n{story}\n\n" for i, story in found["story"])
 
 
 @pytest.mark.slow
@@ -266,5 +265,5 @@ def test_ctrl_c_leaves_everything_published_on_wandb(run):
         os.killpg(publishing.pid, signal.SIGINT)
         _, error = publishing.communicate()
     assert publishing.returncode == 130 and error.endswith("stopped\n"), error
-    found = read_wandb(run)
-    assert found.stories[0] == (8, STORIES[8]) and found.metrics["eval/val_loss"][0] == metrics(run)["eval/val_loss"][0]
+    found, _ = read_wandb(run)
+    assert found["story"][0] == (8, STORIES[8]) and found["eval/val_loss"][0] == metrics(run)["eval/val_loss"][0]
