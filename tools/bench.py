@@ -23,8 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import storygpt.generate as generation
@@ -44,13 +42,12 @@ from storygpt.corpus import nursery
 from storygpt.corpus.dataset import Split, data_sha256, evaluation_windows, read_meta, with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from storygpt.evaluate import window_losses
-from storygpt.generate import KVCache, generate, prepare_for_generation, sample_token, window_start
+from storygpt.generate import generate, prepare_for_generation
 from storygpt.run import best_checkpoint
 from storygpt.settings import Config, read_config_file
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
-from storygpt.system.hardware import (autocast, describe_device, git_commit, pick_device, pick_dtype,
-                                      pick_inference_dtype)
+from storygpt.system.hardware import describe_device, git_commit, pick_device, pick_inference_dtype
 from tools import peers
 
 ROOT = Path(__file__).parent.parent
@@ -58,41 +55,37 @@ PUBLISHED = GPTConfig(vocab_size=50257)
 VOCABULARY_PER_USED_TOKEN = 4  # training data uses a quarter of it, as 8 million tokens of TinyStories do of GPT-2's
 TINY = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)  # for --tiny
 BATCH_SIZE = 32
-FAST = ROOT / "config" / "tinystories_fast.py"  # the config of the subject `small`
-NURSERY_STORIES = 140_000  # 102 MB of text
 # Dense bf16 TFLOP/s from the vendors' data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
-MORE_SINGLE_STORIES = 7  # after the first one, so that a measurement takes seconds
-TABLES_WITH_SPREADS = {"gflops_of_each", "tokens_per_s_of_each", "seconds"}
+START_METHOD = "spawn"  # of processes
 
 
 @exit_with_one_line
 def main(argv=None):
     """Measure one subject or all of them and print the results; `argv` as on the command line."""
     args = parse_args(argv)
-    device = pick_device(args.device)
-    results = {"machine": describe_machine(device)}
-    if args.subject != "race":
-        results["ceilings"] = measure_ceilings(device, args.config, args.rounds)
-    for subject, measure in SUBJECTS.items():
-        if subject == args.subject or (args.subject is None and subject != "race"):
+    results = {"machine": describe_machine(args.device),
+               "ceilings": measure_ceilings(args.device, args.config, args.rounds)}
+    try:
+        for subject in args.subjects:
             with tempfile.TemporaryDirectory() as folder:
-                results[subject] = measure(args, device, results.get("ceilings"), Path(folder))
-    if args.json:
-        return print(json.dumps(results, indent=2))
-    for subject, result in results.items():
-        print_tables(subject, result)
+                results[subject] = SUBJECTS[subject](args, results["ceilings"], Path(folder))
+    finally:  # also what was measured before an error or Ctrl-C
+        if args.json:
+            print(json.dumps(results, indent=2))
+        else:
+            print_tables(results)
 
 
 def parse_args(argv):
-    """The command line as a namespace, with `config`: the GPTConfig to measure."""
+    """The command line as a namespace, with the `subjects` and the GPTConfig `config` to measure."""
     parser = Parser(prog="python -m tools.bench", description="Measure this program's speed on this machine.")
     parser.add_argument("subject", nargs="?", choices=["machine", *SUBJECTS], help="what to measure; machine: only the "
                         "hardware's limits (default: everything but the race)")
     parser.add_argument("race_config", nargs="?", metavar="CONFIG", help="race: a config file, or COMMIT:CONFIG for "
                         "the config and the program of a commit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print JSON with every median and spread, not tables")
+    parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the benchmark itself")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant; race: seeds of the config "
                         "(default: 3)")
@@ -100,11 +93,11 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if (args.subject == "race") != bool(args.race_config):
         parser.error("race needs a config, such as config/speedrun.py, and the other subjects take none")
-    if args.rounds < 1:
-        parser.error(f"argument --rounds: {args.rounds} is not 1 or more")
     if args.out_dir:
         best_checkpoint(args.out_dir)  # fail now rather than after minutes
-    args.config = TINY if args.tiny else PUBLISHED
+    chosen = [args.subject] if args.subject else [name for name in SUBJECTS if name != "race"]
+    args.subjects = [name for name in chosen if name != "machine"]
+    args.device, args.config = pick_device(args.device), TINY if args.tiny else PUBLISHED
     return args
 
 
@@ -115,57 +108,113 @@ def describe_machine(device):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
         gpu = {"gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30,
                "driver": run_script(query).strip() if shutil.which(query[0]) else None, "cuda": torch.version.cuda}
-    return {"device": describe_device(device), **gpu, "processor": processor_name(), "cores": os.cpu_count(),
+    cpuinfo = Path("/proc/cpuinfo")
+    model_name = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
+    return {"device": describe_device(device), **gpu,
+            "processor": model_name[1] if model_name else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "date": date.today().isoformat(), "git": git_commit()}
 
 
-def processor_name():
-    """The processor's model name from /proc/cpuinfo, or what Python knows of it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
-    return found[1] if found else platform.processor() or platform.machine()
+def print_tables(results, indent=0):
+    """Print nested dicts: one value per line, two as `lowest to highest`."""
+    for key, value in results.items():
+        if isinstance(value, dict):
+            print(f"{'':{indent}}{key}")
+            print_tables(value, indent + 2)
+        else:
+            values = [f"{v:,.5g}" if isinstance(v, float) else str(v)
+                      for v in (value if isinstance(value, tuple) else [value])]
+            print(f"{'':{indent}}{key:40}{' to '.join(values):>14}")
 
 
-def print_tables(subject, result):
-    """Print a subject's result: one value per line, with the lowest and the highest of its rounds if it has them."""
-    print(f"\n{subject}")
-    spreads = result.get("spreads", {})
-    for key, value in ((key, value) for key, value in result.items() if key != "spreads"):
-        is_table = isinstance(value, dict)
-        if is_table:
-            print(f"  {key}")
-        for name, number in value.items() if is_table else [(key, value)]:
-            text = f"{number:,.5g}" if isinstance(number, float) else str(number)
-            low, high = spreads.get(name, (0, 0)) if not is_table or key in TABLES_WITH_SPREADS else (0, 0)
-            print(f"    {name:36}{text:>14}" + (f"   {low:,.5g} to {high:,.5g}" if high else ""))
+# ---- timing ----
 
 
-def time_interleaved(variants, rounds):
-    """Run each variant (name → function) once as warm-up, then once in each of `rounds`: name → list of seconds.
-
-    A function that returns a float has timed itself; that number is used.
-    """
-    seconds = {name: [] for name in variants}
-    for round in range(rounds + 1):
+def interleave(variants, rounds):
+    """Call each variant (name → function) once as warm-up, then once in each round: name → all that it returned."""
+    results = {name: [] for name in variants}
+    for _ in range(1 + rounds):
         for name, run in variants.items():
-            started = time.perf_counter()
-            own = run()
-            if round:
-                seconds[name].append(own if isinstance(own, float) else time.perf_counter() - started)
-    return seconds
+            results[name].append(run())
+    return results
 
 
 def measure_rates(variants, rounds):
-    """Medians and spreads of amount / seconds of variants, name → (amount, function), run by `time_interleaved`."""
-    seconds = time_interleaved({name: run for name, (_, run) in variants.items()}, rounds)
-    return medians_and_spreads({name: amount / np.array(seconds[name]) for name, (amount, _) in variants.items()})
+    """Medians and spreads of amount / seconds of variants, name → (amount, function, *args), interleaved."""
+    seconds = interleave({name: partial(time_call, *call) for name, (_, *call) in variants.items()}, rounds)
+    return medians_and_spreads({name: [amount / each for each in seconds[name][1:]]
+                                for name, (amount, *_) in variants.items()})
+
+
+def time_call(function, *args):
+    """The seconds that a call takes."""
+    started = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - started
 
 
 def medians_and_spreads(values):
     """Of lists of numbers, by name: their medians and their (lowest, highest), two dicts."""
     return ({name: float(np.median(numbers)) for name, numbers in values.items()},
-            {name: (float(min(numbers)), float(max(numbers))) for name, numbers in values.items()})
+            {name: (min(numbers), max(numbers)) for name, numbers in values.items()})
+
+
+def interleave_processes(jobs, device, rounds):
+    """`interleave` of jobs, name → (function, *args), each in its own process: name → all (seconds, peak MB).
+
+    The function is called once, with `end_round` and the args: it calls end_round() after each round, without end.
+    """
+    context, pipes, processes = multiprocessing.get_context(START_METHOD), {}, []
+    try:
+        for name, job in jobs.items():
+            pipes[name], child_pipe = context.Pipe()
+            processes.append(context.Process(target=run_job, args=(child_pipe, device, *job), daemon=True))
+            processes[-1].start()
+            child_pipe.close()
+        return interleave({name: partial(ask_for_round, name, pipe) for name, pipe in pipes.items()}, rounds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def ask_for_round(name, pipe):
+    """The (seconds, peak MB) of the next round of a process. Raises UserError if the process has failed."""
+    try:
+        pipe.send("go")
+        return pipe.recv()
+    except (EOFError, OSError) as error:
+        raise UserError(f"the process of '{name}' failed: its error message is above") from error
+
+
+def run_job(pipe, device, function, *args):
+    """A child process of `interleave_processes`."""
+    def end_round():
+        """Send the seconds since the start of the round, and wait until the parent starts the next one."""
+        nonlocal started
+        synchronize(device)
+        pipe.send((time.perf_counter() - started, peak_memory_mb(device)))
+        pipe.recv()
+        started = time.perf_counter()
+
+    pipe.recv()
+    started = time.perf_counter()
+    function(end_round, *args)
+
+
+def synchronize(device):
+    """Wait until a GPU has finished all work submitted to it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory_mb(device):
+    """This process's peak memory in MB: on the GPU, or its resident set on a CPU with Linux."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e6 if status.exists() else math.nan
 
 
 def run_script(command, **options):
@@ -176,68 +225,20 @@ def run_script(command, **options):
     return done.stdout
 
 
-def synchronize(device):
-    """Wait until a GPU has finished all work submitted to it."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-@contextmanager
-def child_processes(targets):
-    """Spawn a process that calls target(pipe, *args) for each name → (target, *args).
-
-    Yields name → pipe to it. The processes end with the `with` block.
-    """
-    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    for name, (target, *args) in targets.items():
-        pipes[name], child_pipe = context.Pipe()
-        processes.append(context.Process(target=target, args=(child_pipe, *args), daemon=True))
-        processes[-1].start()
-        child_pipe.close()
-    try:
-        yield pipes
-    finally:
-        for pipe in pipes.values():
-            pipe.close()
-        for process in processes:
-            process.join(10)
-            process.kill()
-
-
-def ask(pipes, name, message="go"):
-    """Send a message to one of `child_processes` and return the answer. Raises UserError if the process has failed."""
-    try:
-        pipes[name].send(message)
-        return pipes[name].recv()
-    except (EOFError, OSError) as error:
-        raise UserError(f"the process of '{name}' failed: its error message is above") from error
-
-
 # ---- hardware limits ----
 
 
 def measure_ceilings(device, config, rounds):
-    """Roofline ceilings of the device: GFLOP/s of matrix products and GB/s of memory reads.
-
-    One product is large and square; the others are those of a batch in a GPTConfig's model.
-    """
-    C, rows = config.n_embd, BATCH_SIZE * config.block_size
+    """Roofline ceilings of the device: GFLOP/s of large matrix products and GB/s of memory reads."""
     side = 256 if config is TINY else 8192 if device.type == "cuda" else 4096
-    shapes = {f"{side}³": (side, side, side), "c_attn": (rows, C, 3 * C), "attn.c_proj": (rows, C, C),
-              "c_fc": (rows, C, 4 * C), "mlp.c_proj": (rows, 4 * C, C), "head": (rows, C, config.vocab_size)}
-    repeats = 20 if device.type == "cuda" else 1  # on a GPU, one product is too short compared with its launch
+    count = 20 if device.type == "cuda" else 1  # on a GPU, one product is too short compared with its launch
     block = torch.ones(2**20 if config is TINY else 2**28, device=device)  # 1 GiB, larger than any cache
-    variants = {"read": (repeats * 4 * block.numel() / 1e9, partial(repeat, repeats, device, torch.sum, block))}
+    variants = {"read_gb_per_s": (count * 4 * block.numel() / 1e9, repeat, count, device, torch.sum, block)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        for product, (m, k, n) in shapes.items():
-            a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((m, k), (n, k)))
-            variants[f"{name} {product}"] = (repeats * 2 * m * k * n / 1e9,
-                                             partial(repeat, repeats, device, F.linear, a, b))
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        variants[f"matmul_{name}_gflops"] = count * 2 * side**3 / 1e9, repeat, count, device, torch.mm, a, a.T
     medians, spreads = measure_rates(variants, rounds)
-    read = medians.pop("read")
-    best = {dtype: max(rate for name, rate in medians.items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
-    return {"matmul_fp32_gflops": best["fp32"], "matmul_bf16_gflops": best["bf16"], "read_gb_per_s": read,
-            "gflops_of_each": medians, "spreads": spreads | {"read_gb_per_s": spreads["read"]}}
+    return {**medians, "spreads": spreads}
 
 
 def repeat(count, device, function, *args):
@@ -250,6 +251,90 @@ def repeat(count, device, function, *args):
 # ---- training ----
 
 
+def bench_train(args, ceilings, folder):
+    """Training speed at the published shape: this project, two baselines, and this project with parts replaced."""
+    device, config, on_gpu = args.device, args.config, args.device.type == "cuda"
+    write_random_dataset(folder / "data" / "bench", config)
+    accumulation = 32 if on_gpu else 1  # micro-batches in a step; on a CPU, the published 32 would take a minute
+    # What is the same as "this project" on this device is not measured again.
+    same = {"compiled", "torch's dropout", "torch's attention"} if on_gpu else {"eager"}
+    names = [name for name in VARIANTS if name not in same][:3 if args.tiny else None]
+    # A GPU has too little memory for all variants at once, and is less noisy: there only the first three interleave.
+    groups, answers = [names[:3], *([name] for name in names[3:])] if on_gpu else [names], {}
+    for group in groups:
+        jobs = {name: (run_variant, name, folder, device, config, accumulation) for name in group}
+        answers |= interleave_processes(jobs, device, args.rounds)
+    tokens_per_step = BATCH_SIZE * accumulation * config.block_size
+    rates, spreads = medians_and_spreads(
+        {name: [tokens_per_step / seconds for seconds, _ in values[1:]] for name, values in answers.items()})
+    own = rates["this project"]
+    return {"tokens_per_s": own, **flops_utilization(own, device, config, ceilings), "tokens_per_step": tokens_per_step,
+            "times_each": {name: own / rate for name, rate in rates.items()}, "tokens_per_s_of_each": rates,
+            "peak_mb_of_each": {name: values[-1][1] for name, values in answers.items()},
+            "first_step_s_of_each": {name: values[0][0] for name, values in answers.items()}, "spreads": spreads}
+
+
+def flops_utilization(tokens_per_s, device, config, ceilings):
+    """Model FLOP/s utilization (MFU; Chowdhery et al. 2022, arXiv 2204.02311) of training.
+
+    `mfu` is relative to the data sheet of a GPU in PEAK_TFLOPS, `mfu_of_measured` to the fastest product measured. Of
+    the vocabulary, only the tokens of the data are counted.
+    """
+    with torch.device("meta"):  # without memory for the parameters
+        model = GPT(replace(config, vocab_size=config.vocab_size // VOCABULARY_PER_USED_TOKEN))
+    flops = tokens_per_s * (6 * model.num_parameters() + 12 * config.n_layer * config.block_size * config.n_embd)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    measured = max(ceilings["matmul_bf16_gflops"], ceilings["matmul_fp32_gflops"]) * 1e9  # bf16 is slow on some CPUs
+    peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), measured)
+    return {"mfu": flops / peak, "mfu_of_tflops": peak / 1e12, "mfu_of_measured": flops / measured}
+
+
+def run_variant(end_round, name, folder, *workload):
+    """A job of `interleave_processes`: train as one of VARIANTS, an optimizer step in each round."""
+    os.chdir(folder)
+    sys.stdout = open(os.devnull, "w")
+    function, *args = VARIANTS[name]
+    function(end_round, *workload, *args)
+
+
+def train_plainly(end_round, device, config, accumulation, compiled=False):
+    """Train as a plain script does, with torch's own functions, one micro-batch at a time.
+
+    On a GPU it does what nanoGPT does: bf16, TF32, fused AdamW, the vocabulary padded to a multiple of 64.
+    """
+    torch.manual_seed(0)
+    on_gpu = device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if on_gpu else "highest")
+    padded = replace(config, vocab_size=64 * math.ceil(config.vocab_size / 64))
+    model = GPT(padded if on_gpu else config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu)
+    backend = "aot_eager" if config == TINY else "inductor"  # the latter takes half a minute to compile
+    step_model = torch.compile(model, backend=backend) if compiled else model
+    while True:
+        for _ in range(accumulation):
+            x, y = torch.randint(config.vocab_size, (2, BATCH_SIZE, config.block_size), device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=compiled or on_gpu):
+                loss = step_model(x, y) / accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end_round()
+
+
+def train_project(end_round, device, config, accumulation, flags=(), *patches):
+    """Train with train.py and further flags; a patch is (owner, attribute, replacement)."""
+    for replacement in patches:
+        setattr(*replacement)
+    # Instead of writing to its log, train.py ends a round after each step; it saves nothing.
+    files.append_line = lambda path, record: end_round() if record["kind"] == "step" else None
+    train.save_last = train.check_saved_model = lambda *_: None
+    train.main([*(f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size")),
+                "--dataset=bench", f"--out_dir=out/{os.getpid()}", f"--device={device}", "--min_lr=1e-5",
+                f"--gradient_accumulation_steps={accumulation}", "--log_interval=1", "--max_iters=1000000",
+                "--eval_interval=1000000", "--checkpoint_minutes=1e9", *flags])
+
+
 def unfused_loss(x, weight, targets, last_row_tokens=1, dtype=None):
     """`fused_linear_cross_entropy` by two of torch's functions, which make all logits; without its second result.
 
@@ -259,201 +344,21 @@ def unfused_loss(x, weight, targets, last_row_tokens=1, dtype=None):
     return F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=loss_module.IGNORED_TARGET), None
 
 
-LOSSES = {"fused": lambda *args: loss_module.fused_linear_cross_entropy(*args)[0],
-          "unfused": lambda *args: unfused_loss(*args)[0]}
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13 or later; these options compute it in chunks
-    LOSSES["torch's linear_cross_entropy"] = partial(
-        F.linear_cross_entropy, ignore_index=loss_module.IGNORED_TARGET, options=nn.LinearCrossEntropyOptions())
-
-# name → flags for train.py, or None for `baseline_loop` instead, then patches, (owner, attribute, replacement): each
-# replaces something faster of this project by torch's.
+# name → the function that trains, and its last arguments. Patches replace something faster of this project by torch's.
 VARIANTS = {
-    "baseline": (None,),
-    "baseline, bf16, compiled": (None,),
-    "this project": ([],),
-    "compiled": (["--compile=True"],),
-    "eager": (["--compile=False"],),
-    "float32": (["--dtype=float32"],),
-    "dropout 0": (["--dropout=0"],),
-    "torch's dropout": ([], (fast, "dropout", fast.torch_dropout)),
-    "torch's attention": ([], (fast, "causal_attention", fast.torch_attention)),
-    "whole vocabulary": ([], (train, "fuse_loss", lambda model, used, equalize: loss_module.fuse_loss(model))),
-    "unfused loss": (["--device_batch_size=32"],  # the logits of a whole step would fill a GPU
+    "baseline": (train_plainly,),
+    "baseline, bf16, compiled": (train_plainly, True),
+    "this project": (train_project,),
+    "compiled": (train_project, ["--compile=True"]),
+    "eager": (train_project, ["--compile=False"]),
+    "float32": (train_project, ["--dtype=float32"]),
+    "dropout 0": (train_project, ["--dropout=0"]),
+    "torch's dropout": (train_project, [], (fast, "dropout", fast.torch_dropout)),
+    "torch's attention": (train_project, [], (fast, "causal_attention", fast.torch_attention)),
+    "whole vocabulary": (train_project, [], (train, "fuse_loss", lambda model, *_, **__: loss_module.fuse_loss(model))),
+    "unfused loss": (train_project, ["--device_batch_size=32"],  # the logits of a whole step would fill a GPU
                      (loss_module, "fused_linear_cross_entropy", unfused_loss)),
-    "eager, AdamW alone": (["--compile=False", "--optimizer=adamw", "--learning_rate=1e-3"],),  # only in `small`
 }
-
-
-def bench_train(args, device, ceilings, folder):
-    """Training speed at the published shape: this project, two baselines, and this project with parts replaced."""
-    on_gpu = device.type == "cuda"
-    # What "this project" does on this device anyway is not measured again.
-    same = {"compiled", "torch's dropout", "torch's attention"} if on_gpu else {"eager"}
-    names = [name for name in VARIANTS if name not in same | {"eager, AdamW alone"}][:3 if args.tiny else None]
-    # A GPU has too little memory for all variants at once, and is less noisy: there only the first three interleave.
-    groups = [names[:3], *([name] for name in names[3:])] if on_gpu else [names]
-    result = measure_training(groups, "this project", make_workload(folder, device, args.config), args.rounds, ceilings)
-    rates, peaks = result["tokens_per_s_of_each"], result["peak_mb_of_each"]
-    own, baseline, compiled = (rates[name] for name in ("this project", "baseline", "baseline, bf16, compiled"))
-    return {"baseline_tokens_per_s": baseline, "baseline_bf16_compiled_tokens_per_s": compiled, "tokens_per_s": own,
-            "times_baseline": own / baseline, "times_baseline_bf16_compiled": own / compiled,
-            "baseline_peak_mb": peaks["baseline"], "peak_mb": peaks["this project"], **result}
-
-
-def bench_small(args, device, ceilings, folder):
-    """Training speed at the small steps of config/tinystories_fast.py, dominated by kernel launches and optimizers."""
-    names = ["compiled"] * (device.type == "cuda") + ["eager", "eager, AdamW alone"]
-    workload = make_workload(folder, device, args.config, small=True)
-    result = measure_training([names], names[0], workload, args.rounds, ceilings)
-    ms_per_step = 1000 * result["tokens_per_step"] / result["tokens_per_s"]
-    return {"of": names[0], "tokens_per_s": result["tokens_per_s"], "ms_per_step": ms_per_step, **result}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The training to measure."""
-
-    folder: Path  # contains data/bench
-    device: torch.device
-    config: GPTConfig
-    accumulation: int  # iterations per optimizer step
-    steps: int  # optimizer steps per round
-    tokens_per_step: int
-    flags: list  # for train.py
-
-
-def make_workload(folder, device, config, small=False):
-    """Write a dataset in a folder and return the Workload: steps of the published config, or the small ones of FAST."""
-    write_random_dataset(folder / "data" / "bench", config)
-    on_gpu = device.type == "cuda"
-    accumulation = 32 if on_gpu and not small else 1  # on a CPU, the published 32 would take a minute
-    sequences = read_config_file(FAST)["batch_size"] if small else BATCH_SIZE * accumulation
-    steps = (20 if on_gpu else 2) if small else 1
-    flags = [str(FAST)] if small else [f"--gradient_accumulation_steps={accumulation}", "--min_lr=1e-5"]
-    flags += [f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size")]
-    flags += ["--dataset=bench", f"--device={device}", "--max_iters=1000000", "--eval_interval=1000000",
-              "--checkpoint_minutes=1e9", f"--log_interval={steps}"]
-    return Workload(folder, device, config, accumulation, steps, sequences * config.block_size, flags)
-
-
-def measure_training(groups, own, workload, rounds, ceilings):
-    """Speed and memory of training variants, interleaved within a group; `tokens_per_s` is that of `own`."""
-    answers = {}
-    for group in groups:
-        answers |= time_variants(group, workload, rounds)
-    tokens = workload.steps * workload.tokens_per_step
-    medians, spreads = medians_and_spreads(
-        {name: [tokens / seconds for seconds, _ in values[1:]] for name, values in answers.items()})
-    return {"tokens_per_s": medians[own], **flops_utilization(medians[own], workload, ceilings),
-            "tokens_per_step": workload.tokens_per_step, "tokens_per_s_of_each": medians,
-            "peak_mb_of_each": {name: values[-1][1] for name, values in answers.items()},
-            "first_round_s_of_each": {name: values[0][0] for name, values in answers.items()}, "spreads": spreads}
-
-
-def count_parameters(config):
-    """Number of parameters of a GPT, counted without memory for them."""
-    with torch.device("meta"):
-        return GPT(config).num_parameters()
-
-
-def flops_utilization(tokens_per_s, workload, ceilings):
-    """Model FLOP/s utilization (MFU; Chowdhery et al. 2022, arXiv 2204.02311) of training.
-
-    `mfu` is relative to the data sheet of a GPU in PEAK_TFLOPS, `mfu_of_measured` to the fastest product measured. Of
-    the vocabulary, only the tokens of the data are counted.
-    """
-    config = replace(workload.config, vocab_size=workload.config.vocab_size // VOCABULARY_PER_USED_TOKEN)
-    attention = 12 * config.n_layer * config.block_size * config.n_embd
-    flops = tokens_per_s * (6 * count_parameters(config) + attention)
-    gpu = torch.cuda.get_device_name(workload.device) if workload.device.type == "cuda" else ""
-    measured = max(ceilings["matmul_bf16_gflops"], ceilings["matmul_fp32_gflops"]) * 1e9  # bf16 is slow on some CPUs
-    peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), measured)
-    return {"mfu": flops / peak, "mfu_of_tflops": peak / 1e12, "mfu_of_measured": flops / measured}
-
-
-def time_variants(names, workload, rounds):
-    """Run training variants interleaved, each in its own process: name → (seconds, peak MB) of warm-up and rounds."""
-    answers = {name: [] for name in names}
-    with child_processes({name: (run_variant, name, workload) for name in names}) as pipes:
-        for name in names * (rounds + 1):
-            answers[name].append(ask(pipes, name))
-    return answers
-
-
-def run_variant(pipe, name, workload):
-    """A child process of `time_variants`: train until the parent closes the pipe."""
-    os.chdir(workload.folder)
-    sys.stdout = open(os.devnull, "w")
-    flags, *patches = VARIANTS[name]
-    for replacement in patches:
-        setattr(*replacement)
-    if workload.config == TINY:  # the default backend takes half a minute to compile
-        torch.compile = partial(torch.compile, backend="aot_eager")
-    rounds = report_rounds(pipe, workload.device)
-    next(rounds)
-    if flags is None:
-        baseline_loop(workload, "compiled" in name, rounds)
-
-    def end_round(path, record):
-        """Called by train.py instead of writing to its log: after every `steps` steps, and after the first one."""
-        if record["kind"] == "step" and record["step"] % workload.steps == 0:
-            next(rounds)
-
-    files.append_line, train.save_last, train.check_saved_model = end_round, lambda state: None, lambda *_: None
-    train.main([*workload.flags, f"--out_dir=out/{os.getpid()}", *flags])
-
-
-def report_rounds(pipe, device):
-    """A generator: each next() ends a round, sends its (seconds, peak MB) and waits for the message to start another.
-
-    The first next() only starts. Exits the process once the other end of the pipe is closed.
-    """
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            sys.exit()
-        started = time.perf_counter()
-        yield
-        synchronize(device)
-        pipe.send((time.perf_counter() - started, peak_memory_mb(device)))
-
-
-def peak_memory_mb(device):
-    """This process's peak memory in MB: on the GPU, or its resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:  # on Linux getrusage returns the parent's peak if that is higher
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        import resource  # not available on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
-
-
-def baseline_loop(workload, compiled, rounds):
-    """Train as a plain script does, with torch's own functions, one micro-batch at a time. Does not return.
-
-    On a GPU it does what nanoGPT does: bf16, TF32, fused AdamW, the vocabulary padded to a multiple of 64. `rounds`
-    is a `report_rounds` generator.
-    """
-    torch.manual_seed(0)
-    config, device, on_gpu = workload.config, workload.device, workload.device.type == "cuda"
-    torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-    padded = replace(config, vocab_size=64 * math.ceil(config.vocab_size / 64))
-    model = GPT(padded if on_gpu else config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu)
-    step_model = torch.compile(model) if compiled else model
-    while True:
-        for _ in range(workload.accumulation):
-            x, y = torch.randint(config.vocab_size, (2, BATCH_SIZE, config.block_size), device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=compiled or on_gpu):
-                loss = step_model(x, y) / workload.accumulation
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        next(rounds)
 
 
 def write_random_dataset(folder, config):
@@ -473,92 +378,64 @@ def write_random_dataset(folder, config):
     (folder / "meta.json").write_text(json.dumps(with_checksum(meta)))
 
 
-# ---- the output head and the loss ----
-
-
-def bench_loss(args, device, ceilings, folder):
-    """Seconds of the output head and the loss of a batch, forward and backward: this project's way and torch's two."""
-    config, rows, dtype = args.config, BATCH_SIZE * args.config.block_size, pick_dtype("auto", device)
-    x, weight = (torch.randn(n, config.n_embd, device=device, requires_grad=True) for n in (rows, config.vocab_size))
-    targets = torch.randint(config.vocab_size, (rows,), device=device)
-
-    def both_passes(function):
-        """The loss, in the dtype of training, and its gradients."""
-        with autocast(device, dtype):
-            loss = function(x.to(dtype), 0.02 * weight.to(dtype), targets)
-        torch.autograd.grad(loss, (x, weight))
-        synchronize(device)
-
-    medians, spreads = medians_and_spreads(time_interleaved(
-        {name: partial(both_passes, function) for name, function in LOSSES.items()}, args.rounds))
-    return {"rows": rows, "dtype": str(dtype).removeprefix("torch."), "seconds": medians, "spreads": spreads}
-
-
 # ---- generation ----
 
 
-def bench_generate(args, device, ceilings, folder):
+def bench_generate(args, ceilings, folder):
     """Generation speed with 1, 32 and 512 concurrent stories by dtype, with and without the KV cache, and that of other
-    programs.
+    programs; of a run also its loss in nats/token over 64 windows of its validation split, by dtype.
     """
     path = best_checkpoint(args.out_dir) if args.out_dir else write_random_run(folder / "run", args.config)
-    model, tokenizer, _ = checkpoint.load_model(path)
-    block_size = model.config.block_size
+    picked = str(pick_inference_dtype("auto", args.device)).removeprefix("torch.")
     counts = (1, 32) if args.tiny else (1, 32, 512)
-    picked = str(pick_inference_dtype("auto", device)).removeprefix("torch.")
-    dtypes = sorted({"float32", "bfloat16", picked})  # picked is float16 on older GPUs
-    models = {name: prepare_for_generation(copy.deepcopy(model), device, getattr(torch, name)) for name in dtypes}
-    new_tokens = 2 * block_size  # a typical story, and long enough to move the context window
-    lengths = [n - window_start(n, block_size) for n in range(block_size // 8, new_tokens, block_size // 4)]
-    variants = {}  # name → (tokens, function)
-    for dtype in models:
-        for stories in counts if dtype == picked or device.type == "cuda" else counts[:2]:
-            name, inputs = f"{dtype} {stories}", (models[dtype], torch.zeros(stories, 1, dtype=int, device=device))
-            variants[name] = stories * new_tokens, partial(generate_stories, *inputs, new_tokens)
-            if stories <= 32 or device.type == "cuda":  # on a CPU it would take minutes
-                variants[f"{name} no cache"] = stories * len(lengths), partial(generate_uncached, *inputs, lengths)
-            if device.type == "cuda":
-                variants[f"{name} no graph"] = stories * new_tokens, partial(generate_without_graph, *inputs,
-                                                                             new_tokens)
+    variants, losses = {}, {}
+    for dtype in sorted({"float32", "bfloat16", picked}):  # picked is float16 on older GPUs
+        model, _, state = checkpoint.load_model(path)
+        prepare_for_generation(model, args.device, getattr(torch, dtype))
+        for stories in counts:
+            variants |= generation_variants(f"{dtype} {stories}", model, stories, args.device, dtype == picked)
+        if args.out_dir:
+            split = Split(Path("data", state["config"]["dataset"]), "validation", model.config.block_size)
+            losses[dtype] = window_losses(model, split, evaluation_windows(split, 64), batch_size=1).mean().item()
     medians, spreads = measure_rates(variants, args.rounds)
     command = [sys.executable, ROOT / "sample.py", "--out_dir", path.parent, "--start", "Once upon a time",
-               "--max_new_tokens", "1", "--device", str(device)]
-    first_token = time_interleaved({"seconds": partial(run_script, command)}, args.rounds)
-
-    # The weights that are read once per token: all but the embeddings, and of the head one of the equal rows.
-    linear = [module for module in models[picked].modules() if isinstance(module, fast.FastLinear)]
-    weights_gb = sum(module.row_weight.numel() for module in linear) * getattr(torch, picked).itemsize / 1e9
+               "--max_new_tokens", "1", "--device", str(args.device)]
+    first_token = interleave({"s": partial(time_call, run_script, command)}, args.rounds)["s"][1:]
     result = {"dtype": picked, **{f"tokens_per_s_{stories}": medians[f"{picked} {stories}"] for stories in counts},
-              "bandwidth_fraction_1": medians[f"{picked} 1"] * weights_gb / ceilings["read_gb_per_s"],
-              "first_token_s": float(np.median(first_token["seconds"])),
-              "tokens_per_s_of_each": medians, "spreads": spreads}
-    if device.type == "cpu":
-        result |= compare_with_peers(path, counts[:2], args.rounds)
-    if args.out_dir:
-        result["validation_loss"] = losses_by_dtype(args.out_dir, device)
-    return result
+              "first_token_s": float(np.median(first_token)), "tokens_per_s_of_each": medians, "spreads": spreads}
+    if args.device.type == "cpu":
+        result["programs"] = compare_with_peers(path, folder, args.rounds)
+    return result | ({"validation_loss": losses} if losses else {})
 
 
-def generate_stories(model, idx, new_tokens):
-    """Generate that many tokens after each prompt, idx (B, T), with the KV cache."""
-    for _ in generate(model, idx, new_tokens, temperature=0.8, top_k=200):
-        pass
+def generation_variants(name, model, stories, device, picked):
+    """Variants for `measure_rates`; on a CPU, those of many stories would take minutes and are left out."""
+    few_or_gpu, idx = stories <= 32 or device.type == "cuda", torch.zeros(stories, 1, dtype=int, device=device)
+    block_size = model.config.block_size
+    new_tokens = 2 * block_size  # a typical story, and long enough to move the context window
+    lengths = range(block_size // 8, new_tokens, block_size // 4)
+    variants = {}
+    if few_or_gpu or picked:
+        variants[name] = stories * new_tokens, generate_stories, model, idx, [1], new_tokens
+    if few_or_gpu:  # the first token after a prompt reads the whole context window
+        variants[f"{name} no cache"] = stories * len(lengths), generate_stories, model, idx, lengths, 1
+    if device.type == "cuda":
+        variants[f"{name} no graph"] = stories * new_tokens, generate_without_graph, model, idx, [1], new_tokens
+    return variants
+
+
+def generate_stories(model, idx, lengths, new_tokens):
+    """Generate that many tokens after prompts of each length, idx (B, 1) repeated."""
+    for length in lengths:
+        for _ in generate(model, idx.expand(-1, length), new_tokens, temperature=0.8, top_k=200):
+            pass
     synchronize(idx.device)
 
 
-def generate_without_graph(model, idx, new_tokens):
+def generate_without_graph(*call):
     """`generate_stories` without a CUDA graph, which is captured once per call."""
     with patch.object(generation, "capture_graph", lambda forward, cache: forward):
-        generate_stories(model, idx, new_tokens)
-
-
-@torch.inference_mode()
-def generate_uncached(model, idx, lengths):
-    """Generate one token at each context length by reading the whole context, idx (B, 1) repeated."""
-    for length in lengths:
-        cache = KVCache(model.config.block_size, idx.device)  # empty; with it, only the last logits
-        sample_token(model(idx.expand(-1, length), cache=cache)[:, -1], 0.8, 200, 1.0, None)
-    synchronize(idx.device)
+        generate_stories(*call)
 
 
 def write_random_run(folder, config):
@@ -576,84 +453,51 @@ def write_random_run(folder, config):
     return folder / "ckpt.pt"
 
 
-def compare_with_peers(path, counts, rounds):
+def compare_with_peers(path, folder, rounds):
     """Generation with a checkpoint by this program and by those of tools/peers.py, in turn, each in its own process.
 
-    Returns tokens/s by program and number of stories, their spreads, and where each one's greedy story first differs
-    from that of this program in float32.
+    Returns tokens/s by program and number of stories, their spreads, and how many of the first tokens of each one's
+    greedy story are those of this program in float32.
     """
     model, tokenizer, _ = checkpoint.load_model(path)
     new_tokens = model.config.block_size - 1  # the others cannot move the context window
-    names = peers.programs(model.config)
-    # llama.cpp only with one story: on the machine it was tried on, several crashed it.
-    runs = [(name, count) for count in counts for name in names if count == 1 or name != "llama.cpp"]
-    with child_processes({name: (run_program, name, path) for name in names}) as pipes:
-        stories = {name: ask(pipes, name, (1, new_tokens, True))[0] for name in names}  # (new_tokens) each
-        medians, spreads = measure_rates({f"{name}, {count}": (
-            new_tokens * (1 + MORE_SINGLE_STORIES if count == 1 else count),
-            partial(ask, pipes, name, (count, new_tokens, False))) for name, count in runs}, rounds)
-    return {"peers_tokens_per_s": medians, "peers_spreads": spreads,
-            "first_greedy_difference": {name: first_difference(model, tokenizer.end_of_text, story)
-                                        for name, story in stories.items()}}
+    programs = peers.programs(model.config)
+    jobs = {f"{name}, {count}": (run_program, name, path, folder, count, new_tokens)
+            for count in (1, 32) for name in programs if count == 1 or name != "llama.cpp"}
+    answers = interleave_processes(jobs, torch.device("cpu"), rounds)
+    medians, spreads = medians_and_spreads({run: [jobs[run][-2] * new_tokens / seconds for seconds, _ in values[1:]]
+                                            for run, values in answers.items()})
+    idx = torch.tensor([[tokenizer.end_of_text]])
+    expected = [int(token) for token in generate(model, idx, new_tokens, temperature=0)]
+    same = {name: os.path.commonprefix([expected, program(copy.deepcopy(model), idx.item(), folder).generate(
+        1, new_tokens, greedy=True)[0].tolist()]) for name, program in programs.items()}
+    return {"tokens_per_s": medians, "spreads": spreads,
+            "first_greedy_tokens_as_float32": {name: len(tokens) for name, tokens in same.items()}}
 
 
-def run_program(pipe, name, path):
-    """A child process of `compare_with_peers`: answer (stories, new_tokens, greedy) with seconds, or greedy tokens."""
+def run_program(end_round, name, path, folder, stories, new_tokens):
+    """A job of `interleave_processes`: generate stories with one of the programs."""
     model, tokenizer, _ = checkpoint.load_model(path)
-    with tempfile.TemporaryDirectory() as folder, suppress(EOFError):  # the parent has closed the pipe
-        program = peers.programs(model.config)[name](model, tokenizer.end_of_text, Path(folder))
-        while message := pipe.recv():
-            stories, new_tokens, greedy = message
-            started = time.perf_counter()
-            for _ in range(1 + MORE_SINGLE_STORIES * (stories == 1 and not greedy)):
-                tokens = program.generate(stories, new_tokens, greedy)
-            pipe.send(tokens if greedy else time.perf_counter() - started)
-
-
-@torch.inference_mode()
-def first_difference(model, end_of_text, story):
-    """Where a greedy story, token ids (n), first differs from the model's most likely tokens, and by which logits."""
-    idx = torch.tensor([[end_of_text, *story]])  # (1, n + 1)
-    logits = model(idx[:, :-1])[0]  # (n, V)
-    different = (logits.argmax(-1) != idx[0, 1:]).nonzero()
-    if not len(different):
-        return f"none in {len(story)} tokens"
-    i = int(different[0])
-    gap = float(logits[i].max() - logits[i, story[i]])
-    return f"token {i + 1}, whose logit is {gap:.3f} below the largest"
-
-
-def losses_by_dtype(out_dir, device, count=64):
-    """A run's loss in nats/token over `count` windows of its validation split, with the weights in each dtype."""
-    losses = {}
-    for dtype in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
-        model, _, state = checkpoint.load_model(best_checkpoint(out_dir))
-        prepare_for_generation(model, device, getattr(torch, dtype))
-        split = Split(Path("data", state["config"]["dataset"]), "validation", model.config.block_size)
-        losses[dtype] = window_losses(model, split, evaluation_windows(split, count), batch_size=1).mean().item()
-    return losses
+    program = peers.programs(model.config)[name](model, tokenizer.end_of_text, Path(tempfile.mkdtemp(dir=folder)))
+    while True:
+        program.generate(stories, new_tokens)
+        end_round()
 
 
 # ---- preparation ----
 
 
-def bench_prepare(args, device, ceilings, folder):
+def bench_prepare(args, ceilings, folder):
     """MB/s of prepare.py on 100 MB of nursery stories, and of the tokenizer alone in one thread, on some of them."""
-    path, stories = folder / "nursery.txt", []
-    with open(path, "w", encoding="utf-8") as file:
-        for story in nursery.stories(1500 if args.tiny else NURSERY_STORIES, seed=1):
-            file.write(f"{story}\n{END_OF_TEXT}\n")
-            stories.append(story)
-    try:
-        name, tokenizer = "gpt2", Tokenizer.named("gpt2")
-    except UserError:  # no network; then prepare.py's time includes training a vocabulary
-        name, tokenizer = "bpe:4096", Tokenizer.train(stories[:20_000], 4096)
-    megabytes = {count: sum(len(story.encode()) for story in stories[:count]) / 1e6 for count in (None, 20_000)}
-    command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", name, "--force"]
+    stories = list(nursery.stories(1500 if args.tiny else 140_000, seed=1))
+    (folder / "nursery.txt").write_text("".join(f"{story}\n{END_OF_TEXT}\n" for story in stories), encoding="utf-8")
+    command = [sys.executable, ROOT / "prepare.py", "nursery.txt", "--tokenizer", "gpt2", "--force"]
+    run, tokenizer, some = partial(run_script, cwd=folder), Tokenizer.named("gpt2"), stories[:20_000]
+    megabytes = [sum(len(story.encode()) for story in part) / 1e6 for part in (stories, some)]
     medians, spreads = measure_rates({
-        "mb_per_s": (megabytes[None], partial(run_script, command, cwd=folder)),
-        "tokenizer_mb_per_s": (megabytes[20_000], partial(tokenizer.encode_stories, stories[:20_000]))}, args.rounds)
-    return {"tokenizer": name, "mb_of_text": megabytes[None], **medians, "spreads": spreads}
+        "mb_per_s": (megabytes[0], run, command),
+        "tokenizer_mb_per_s": (megabytes[1], tokenizer.encode_stories, some)}, args.rounds)
+    return {"mb_of_text": megabytes[0], **medians, "spreads": spreads}
 
 
 # ---- the speedrun ----
@@ -662,37 +506,33 @@ TARGET_BITS_PER_BYTE = 0.815  # on the whole validation split (docs/speedrun.md)
 FIRST_RECORD = "bdf37bb051fc:config/tinystories_cpu.py"
 
 
-def bench_race(args, device, ceilings, folder):
+def bench_race(args, ceilings, folder):
     """Seconds from the command `train.py CONFIG` to its end, and the loss on the whole validation split.
 
     CONFIG runs `rounds` times, with the seeds 1, 2, …, and the first record once, between the first two of them.
     """
     own, first = find_program(args.race_config, folder), find_program(FIRST_RECORD, folder)
     runs = [(f"{args.race_config} --seed={seed}", own, seed) for seed in range(1, args.rounds + 1)]
-    own_names, first_name = [name for name, _, _ in runs], "the first record"
-    runs.insert(1, (first_name, first, 1))
-    seconds, losses, errors = {}, {}, {}
+    runs.insert(1, ("the first record", first, 1))
+    results = {}
     for name, program, seed in runs:
-        print(name, end=": ", file=sys.stderr, flush=True)
-        seconds[name], losses[name], errors[name] = race(*program, seed, device, folder)
-        print(f"{seconds[name]:.1f} s, {losses[name]:.4f} ± {errors[name]:.4f} bits per byte", file=sys.stderr)
-    own_seconds = float(np.median([seconds[name] for name in own_names]))
-    reached = sum(losses[name] <= TARGET_BITS_PER_BYTE for name in own_names)
-    return {"seconds": own_seconds, "first_record_seconds": seconds[first_name],
-            "times_first_record": own_seconds / seconds[first_name],
-            f"reached_{TARGET_BITS_PER_BYTE}": f"{reached} of {len(own_names)}",
-            "seconds_of_each": seconds, "bits_per_byte_of_each": losses, "standard_error_of_each": errors}
+        results[name] = race(*program, seed, args.device, folder)
+        print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
+    own_results = [result for name, result in results.items() if name != "the first record"]
+    seconds = float(np.median([result["seconds"] for result in own_results]))
+    reached = sum(result["bits_per_byte"] <= TARGET_BITS_PER_BYTE for result in own_results)
+    return {"seconds": seconds, "times_first_record": seconds / results["the first record"]["seconds"],
+            f"reached_{TARGET_BITS_PER_BYTE}": f"{reached} of {len(own_results)}", **results}
 
 
 def race(script, config, seed, device, folder):
-    """Train with a train.py: (seconds, bits per byte on the whole validation split, standard error over windows)."""
+    """Train with a train.py: seconds, bits per byte on the whole validation split, its standard error over windows."""
     command = [sys.executable, script, f"--out_dir={tempfile.mkdtemp(dir=folder)}", f"--device={device}"]
-    started = time.perf_counter()
-    run_script([*command, config, f"--seed={seed}"])
-    seconds = time.perf_counter() - started
-    result = dict(re.findall(r"^(\w+): (.*)$", run_script([*command, "--eval_only"]), re.M))
-    loss, bits_per_byte = float(result["loss"]), float(result["bits_per_byte"])
-    return seconds, bits_per_byte, float(result.get("standard_error", "nan")) * bits_per_byte / loss
+    seconds = time_call(run_script, [*command, config, f"--seed={seed}"])
+    result = {name: float(value) for name, value in re.findall(
+        r"^(loss|bits_per_byte|standard_error): (.*)$", run_script([*command, "--eval_only"]), re.M)}
+    return {"seconds": seconds, "bits_per_byte": result["bits_per_byte"],
+            "standard_error": result["standard_error"] * result["bits_per_byte"] / result["loss"]}
 
 
 def find_program(config, folder):
@@ -711,16 +551,11 @@ def find_program(config, folder):
             raise UserError(f"git cannot find commit {commit} of this program: use a clone with its whole history "
                             f"({done.stderr.strip()})")
         shutil.unpack_archive(archive, program)
-        if not path.is_file():
-            raise UserError(f"commit {commit} has no config file {name!r}: name one, such as "
-                            f"{commit}:config/speedrun.py")
-    settings = read_config_file(path)
-    read_meta(Path("data", settings.get("dataset", Config.dataset)))
+    read_meta(Path("data", read_config_file(path).get("dataset", Config.dataset)))
     return program / "train.py", path
 
 
-SUBJECTS = {"train": bench_train, "small": bench_small, "loss": bench_loss, "generate": bench_generate,
-            "prepare": bench_prepare, "race": bench_race}
+SUBJECTS = {"train": bench_train, "generate": bench_generate, "prepare": bench_prepare, "race": bench_race}
 
 if __name__ == "__main__":
     main()
