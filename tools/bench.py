@@ -93,10 +93,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if (args.subject == "race") != bool(args.race_config):
         parser.error("race needs a config, such as config/speedrun.py, and the other subjects take none")
-    if args.out_dir:
-        best_checkpoint(args.out_dir)  # fail now rather than after minutes
-    chosen = [args.subject] if args.subject else [name for name in SUBJECTS if name != "race"]
-    args.subjects = [name for name in chosen if name != "machine"]
+    args.subjects = [name for name in SUBJECTS if name == (args.subject or name) and (args.subject or name != "race")]
     args.device, args.config = pick_device(args.device), TINY if args.tiny else PUBLISHED
     return args
 
@@ -123,9 +120,9 @@ def print_tables(results, indent=0):
             print(f"{'':{indent}}{key}")
             print_tables(value, indent + 2)
         else:
-            values = [f"{v:,.5g}" if isinstance(v, float) else str(v)
-                      for v in (value if isinstance(value, tuple) else [value])]
-            print(f"{'':{indent}}{key:40}{' to '.join(values):>14}")
+            values = value if isinstance(value, tuple) else (value,)
+            text = " to ".join(f"{each:,.5g}" if isinstance(each, float) else str(each) for each in values)
+            print(f"{'':{indent}}{key:40}{text:>14}")
 
 
 # ---- timing ----
@@ -174,8 +171,8 @@ def interleave_processes(jobs, device, rounds):
             child_pipe.close()
         return interleave({name: partial(ask_for_round, name, pipe) for name, pipe in pipes.items()}, rounds)
     finally:
-        for process in processes:
-            process.kill()
+        for pipe, process in zip(pipes.values(), processes):
+            pipe.close()  # which ends the process
             process.join()
 
 
@@ -190,17 +187,25 @@ def ask_for_round(name, pipe):
 
 def run_job(pipe, device, function, *args):
     """A child process of `interleave_processes`."""
-    def end_round():
-        """Send the seconds since the start of the round, and wait until the parent starts the next one."""
-        nonlocal started
+    rounds = report_rounds(pipe, device)
+    next(rounds)
+    function(partial(next, rounds), *args)
+
+
+def report_rounds(pipe, device):
+    """A generator: each next() ends a round, sends its (seconds, peak MB) and waits until the parent starts another.
+
+    The first next() only starts. Exits the process once the parent has closed the pipe.
+    """
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            sys.exit()
+        started = time.perf_counter()
+        yield
         synchronize(device)
         pipe.send((time.perf_counter() - started, peak_memory_mb(device)))
-        pipe.recv()
-        started = time.perf_counter()
-
-    pipe.recv()
-    started = time.perf_counter()
-    function(end_round, *args)
 
 
 def synchronize(device):
@@ -432,17 +437,12 @@ def generate_stories(model, idx, lengths, new_tokens):
     synchronize(idx.device)
 
 
-def generate_without_graph(*call):
-    """`generate_stories` without a CUDA graph, which is captured once per call."""
-    with patch.object(generation, "capture_graph", lambda forward, cache: forward):
-        generate_stories(*call)
+# Without a CUDA graph, which is captured once per call.
+generate_without_graph = patch.object(generation, "capture_graph", lambda forward, cache: forward)(generate_stories)
 
 
 def write_random_run(folder, config):
-    """Write a run folder with a model of random weights; returns the path of its checkpoint.
-
-    As after training on TinyStories, three quarters of the vocabulary have equal embeddings.
-    """
+    """Write a run of random weights, whose embeddings of unused tokens are equal, and return its checkpoint's path."""
     torch.manual_seed(0)
     model = GPT(config)
     model.transformer.wte.weight.data[config.vocab_size // VOCABULARY_PER_USED_TOKEN:] = 0
@@ -462,20 +462,21 @@ def compare_with_peers(path, folder, rounds):
     model, tokenizer, _ = checkpoint.load_model(path)
     new_tokens = model.config.block_size - 1  # the others cannot move the context window
     programs = peers.programs(model.config)
-    jobs = {f"{name}, {count}": (run_program, name, path, folder, count, new_tokens)
-            for count in (1, 32) for name in programs if count == 1 or name != "llama.cpp"}
-    answers = interleave_processes(jobs, torch.device("cpu"), rounds)
-    medians, spreads = medians_and_spreads({run: [jobs[run][-2] * new_tokens / seconds for seconds, _ in values[1:]]
-                                            for run, values in answers.items()})
-    idx = torch.tensor([[tokenizer.end_of_text]])
+    runs = {f"{name}, {stories}": (stories, name) for stories in (1, 32) for name in programs
+            if stories == 1 or name != "llama.cpp"}
+    answers = interleave_processes({run: (run_program, path, folder, new_tokens, *runs[run]) for run in runs},
+                                   torch.device("cpu"), rounds)
+    medians, spreads = medians_and_spreads({run: [stories * new_tokens / seconds for seconds, _ in answers[run][1:]]
+                                            for run, (stories, _) in runs.items()})
+    idx, same = torch.tensor([[tokenizer.end_of_text]]), {}
     expected = [int(token) for token in generate(model, idx, new_tokens, temperature=0)]
-    same = {name: os.path.commonprefix([expected, program(copy.deepcopy(model), idx.item(), folder).generate(
-        1, new_tokens, greedy=True)[0].tolist()]) for name, program in programs.items()}
-    return {"tokens_per_s": medians, "spreads": spreads,
-            "first_greedy_tokens_as_float32": {name: len(tokens) for name, tokens in same.items()}}
+    for name, program in programs.items():
+        story = program(copy.deepcopy(model), tokenizer.end_of_text, folder).generate(1, new_tokens, greedy=True)[0]
+        same[name] = len(os.path.commonprefix([expected, story.tolist()]))
+    return {"tokens_per_s": medians, "spreads": spreads, "first_greedy_tokens_as_float32": same}
 
 
-def run_program(end_round, name, path, folder, stories, new_tokens):
+def run_program(end_round, path, folder, new_tokens, stories, name):
     """A job of `interleave_processes`: generate stories with one of the programs."""
     model, tokenizer, _ = checkpoint.load_model(path)
     program = peers.programs(model.config)[name](model, tokenizer.end_of_text, Path(tempfile.mkdtemp(dir=folder)))
@@ -529,10 +530,14 @@ def race(script, config, seed, device, folder):
     """Train with a train.py: seconds, bits per byte on the whole validation split, its standard error over windows."""
     command = [sys.executable, script, f"--out_dir={tempfile.mkdtemp(dir=folder)}", f"--device={device}"]
     seconds = time_call(run_script, [*command, config, f"--seed={seed}"])
-    result = {name: float(value) for name, value in re.findall(
-        r"^(loss|bits_per_byte|standard_error): (.*)$", run_script([*command, "--eval_only"]), re.M)}
-    return {"seconds": seconds, "bits_per_byte": result["bits_per_byte"],
-            "standard_error": result["standard_error"] * result["bits_per_byte"] / result["loss"]}
+    return {"seconds": seconds, **read_evaluation(run_script([*command, "--eval_only"]))}
+
+
+def read_evaluation(text):
+    """The bits per byte, and their standard error over windows, in what `train.py --eval_only` prints."""
+    loss, error, bits_per_byte = (float(re.search(rf"^{name}: (.*)$", text, re.M)[1])
+                                  for name in ("loss", "standard_error", "bits_per_byte"))
+    return {"bits_per_byte": bits_per_byte, "standard_error": error * bits_per_byte / loss}
 
 
 def find_program(config, folder):
@@ -545,11 +550,7 @@ def find_program(config, folder):
     if commit and not path.exists():
         program = Path(tempfile.mkdtemp(dir=folder))
         archive, path = program.with_suffix(".zip"), program / name
-        command = ["git", "archive", f"--output={archive}", commit]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"git cannot find commit {commit} of this program: use a clone with its whole history "
-                            f"({done.stderr.strip()})")
+        run_script(["git", "archive", f"--output={archive}", commit], cwd=ROOT)
         shutil.unpack_archive(archive, program)
     read_meta(Path("data", read_config_file(path).get("dataset", Config.dataset)))
     return program / "train.py", path

@@ -18,12 +18,11 @@ DEFAULTS = sample.parse_args([])  # temperature and top_k
 
 def programs(config):
     """The programs that can generate with a GPTConfig's model, name → class: this one and those that are installed."""
+    is_gpt2 = config.architecture == "gpt2" and config.gelu == "tanh" and config.bias
     found = {"this program": ThisProgram}
-    if not (config.architecture == "gpt2" and config.gelu == "tanh" and config.bias):
-        return found
-    if find_spec("ctranslate2") and find_spec("transformers"):
+    if is_gpt2 and find_spec("ctranslate2") and find_spec("transformers"):
         found["CTranslate2"] = CTranslate2
-    if find_spec("llama_cpp") and find_spec("gguf") and config.n_embd % 32 == 0:  # the size of a block of Q8_0
+    if is_gpt2 and find_spec("llama_cpp") and find_spec("gguf") and config.n_embd % 32 == 0:  # the block size of Q8_0
         found["llama.cpp"] = LlamaCpp
     return found
 
@@ -91,9 +90,8 @@ class CTranslate2:
         spec.register_vocabulary(list(map(str, range(config.vocab_size))))
         spec.validate()
         spec.optimize(quantization="int8")
-        (folder / "ctranslate2").mkdir(exist_ok=True)
-        spec.save(str(folder / "ctranslate2"))
-        self.generator = ctranslate2.Generator(str(folder / "ctranslate2"), intra_threads=torch.get_num_threads())
+        spec.save(str(folder))
+        self.generator = ctranslate2.Generator(str(folder), intra_threads=torch.get_num_threads())
 
     def generate(self, batch_size, new_tokens, greedy=False):
         """As `ThisProgram.generate`."""

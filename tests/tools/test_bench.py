@@ -1,171 +1,245 @@
 """The benchmark measures what it says, on a small model. No test depends on a timing."""
 
 import json
+import math
+import multiprocessing
+import os
 import subprocess
 import sys
-from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train
-from conftest import TINY
+from conftest import ROOT
 from model import GPT, GPTConfig
 from storygpt import fast, loss
-from storygpt.corpus.tokenizer import Tokenizer
-from storygpt.generate import generate
-from storygpt.settings import parse_value
+from storygpt.checkpoint import load_model
+from storygpt.generate import generate, prepare_for_generation
 from storygpt.system import files
 from storygpt.system.errors import UserError
 from tools import bench, peers
 
-FASTER = [(fast, "dropout"), (fast, "causal_attention"), (loss, "fused_linear_cross_entropy"), (loss, "UsedTokens")]
+CPU = torch.device("cpu")
+# What is faster than torch's, and the variant without it.
+FASTER = {"torch's dropout": (fast, "dropout"), "torch's attention": (fast, "causal_attention"),
+          "unfused loss": (loss, "fused_linear_cross_entropy"), "whole vocabulary": (loss, "UsedTokens")}
+
+
+@pytest.fixture(scope="module")
+def quick_processes():
+    """Processes that need not import torch again: forked from one that has imported it, and has started no threads."""
+    before = os.environ.get("PYTHONPATH", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), before]))
+        patch.setattr(bench, "START_METHOD", "forkserver")
+        multiprocessing.set_forkserver_preload(["torch._dynamo", "tools.bench"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(trained, quick_processes):
+    """The results of all subjects but the race, measured once; as JSON."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        patch.chdir(trained)
+        bench.main(["--tiny", "--json", "--rounds=1", "--out_dir=out/tiny", "--device=cpu"])
+    return json.loads(out.getvalue())
 
 
 @pytest.fixture
-def small(monkeypatch, here):
-    """An empty folder; everything that the benchmark's variants patch is restored after the test."""
-    for owner, name in [*FASTER, (train, "fuse_loss"), (train, "save_last"), (sys, "stdout"), (files, "append_line"),
-                        (torch, "compile")]:
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+def data(here):
+    """A folder with data/bench; everything that the variants of training patch is restored after the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in [*FASTER.values(), (train, "fuse_loss"), (train, "save_last"), (train, "check_saved_model"),
+                            (files, "append_line"), (sys, "stdout")]:
+            patch.setattr(owner, name, getattr(owner, name))
+        bench.write_random_dataset(here / "data" / "bench", bench.TINY)
+        yield here
 
 
-def fake_timings(seconds):
-    """A `time_variants` in which every variant takes this long, and 3 seconds at first."""
-    return lambda names, workload, rounds: dict.fromkeys(names, [(3.0, 1.0), (seconds, 1.0)])
+# ---- timing and arithmetic ----
 
 
-def test_variants_are_interleaved_after_a_warm_up():
+def test_variants_are_interleaved_after_a_warm_up(monkeypatch):
     calls = []
-    seconds = bench.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.0}, rounds=3)
-    assert calls == ["a", "b"] * 4
-    assert len(seconds["a"]) == 3 and seconds["b"] == [2.0] * 3
-    medians, spreads = bench.measure_rates({"b": (10, iter([9.0, 1.0, 2.0, 5.0]).__next__)}, rounds=3)
-    assert medians == {"b": 5.0} and spreads == {"b": (2.0, 10.0)}
+    results = bench.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.0}, rounds=3)
+    assert calls == ["a", "b"] * 4 and results == {"a": [None] * 4, "b": [2.0] * 4}
+    monkeypatch.setattr(bench.time, "perf_counter", iter([0, 9, 10, 11, 20, 22, 30, 35]).__next__)
+    assert bench.measure_rates({"b": (10, calls.append, "c")}, rounds=3) == ({"b": 5.0}, {"b": (2.0, 10.0)})
 
 
-class ParentPipe:
-    """The pipe to a parent process that asks for three rounds."""
-
-    def __init__(self):
-        self.remaining, self.answers = 3, []
-
-    def recv(self):
-        if not self.remaining:
-            raise EOFError
-        self.remaining -= 1
-
-    def send(self, answer):
-        self.answers.append(answer)
+def test_mfu(monkeypatch):
+    ceilings = {"matmul_fp32_gflops": 2000.0, "matmul_bf16_gflops": 100.0}
+    parameters = GPT(GPTConfig(**{**vars(bench.TINY), "vocab_size": 75})).num_parameters()  # the data uses a quarter
+    flops_per_token = 6 * parameters + 12 * 2 * 16 * 32
+    result = bench.flops_utilization(1e6, CPU, bench.TINY, ceilings)
+    assert result["mfu"] == result["mfu_of_measured"] == pytest.approx(1e6 * flops_per_token / 2e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    result = bench.flops_utilization(1e6, torch.device("cuda"), bench.TINY, ceilings)
+    assert result["mfu"] == pytest.approx(1e6 * flops_per_token / 989e12) and result["mfu_of_tflops"] == 989
 
 
-@pytest.mark.parametrize("name, small_steps, rounds_of_steps", [
-    ("baseline", False, [0, 1, 2]), ("this project", False, [0, 1, 2]), ("unfused loss", False, [0, 1, 2]),
-    ("eager", True, [0, 0, 1, 1, 2, 2])])
-def test_each_variant_does_its_optimizer_steps_in_each_round(small, here, monkeypatch, name, small_steps,
-                                                             rounds_of_steps):
-    workload = bench.make_workload(here, torch.device("cpu"), bench.TINY, small_steps)
-    pipe, steps, step = ParentPipe(), [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(len(pipe.answers)) or
-                        step(self, *args))
-    with pytest.raises(SystemExit):
-        bench.run_variant(pipe, name, workload)
-    assert steps == rounds_of_steps
-    assert all(seconds > 0 and mb > 10 for seconds, mb in pipe.answers)
+def test_tables(capsys):
+    bench.print_tables({"train": {"tokens_per_s": 1234.5678, "spreads": {"eager": (1.0, 2000.0)}, "git": None}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["train"], ["tokens_per_s", "1,234.6"], ["spreads"], ["eager", "1", "to", "2,000"],
+                     ["git", "None"]]
 
 
-@pytest.mark.parametrize("name, without", [
-    ("torch's dropout", FASTER[:1]), ("torch's attention", FASTER[1:2]), ("unfused loss", FASTER[2:3]),
-    ("whole vocabulary", FASTER[3:]), ("baseline", FASTER)])
-def test_a_variant_does_without_something_faster(small, here, monkeypatch, name, without):
-    def fail(*args, **options):
-        raise AssertionError("called")
-
-    workload = bench.make_workload(here, torch.device("cpu"), bench.TINY)
-    for owner, attribute in without:
-        monkeypatch.setattr(owner, attribute, fail)
-    with pytest.raises(AssertionError, match="called"):
-        bench.run_variant(ParentPipe(), "this project", workload)
-    with pytest.raises(SystemExit):  # at the end
-        bench.run_variant(ParentPipe(), name, workload)
+def test_subjects(fails):
+    assert bench.parse_args([]).subjects == ["train", "generate", "prepare"]
+    assert [bench.parse_args(words).subjects for words in (["machine"], ["train"])] == [[], ["train"]]
+    assert "trian" in fails(bench.main, ["trian"], code=2)
+    assert "race needs a config" in fails(bench.main, ["race"], code=2)
+    assert "other subjects take none" in fails(bench.main, ["train", "config/speedrun.py"], code=2)
 
 
-def test_the_losses_that_are_compared_are_equal_and_timed(capsys):
-    x, weight, targets = torch.randn(6, 4), torch.randn(9, 4), torch.tensor([0, 7, 3, -1, 5, 7])
-    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
-    for function in bench.LOSSES.values():
-        torch.testing.assert_close(function(x, weight, targets), expected)
-    several = [function(x, weight, targets, 3)[0] for function in (loss.fused_linear_cross_entropy, bench.unfused_loss)]
-    torch.testing.assert_close(*several)
-    bench.main(["loss", "--tiny", "--json", "--rounds=1", "--device=cpu"])
-    assert json.loads(capsys.readouterr().out)["loss"]["seconds"].keys() == bench.LOSSES.keys()
+def test_results_before_an_error_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SUBJECTS", {"train": lambda *_: {"a": 1}, "generate": lambda *_: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["--json", "--tiny", "--rounds=1", "--device=cpu"])
+    assert json.loads(capsys.readouterr().out).keys() == {"machine", "ceilings", "train"}
 
 
-def test_a_variant_that_fails_is_named(small, here):
-    workload = bench.make_workload(here, torch.device("cpu"), bench.TINY)
-    with pytest.raises(UserError, match="the process of 'no such variant' failed"):
-        bench.time_variants(["no such variant"], workload, 1)
+# ---- what is measured ----
 
 
-def test_the_random_dataset_has_a_tokenizer(small, here):
-    bench.write_random_dataset(here / "data" / "bench", bench.TINY)
-    tokenizer = Tokenizer.load(here / "data" / "bench")
-    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode("a story")) == "a story"
+def test_the_machine_and_its_limits(measured):
+    assert measured.keys() == {"machine", "ceilings", "train", "generate", "prepare"}
+    assert measured["machine"]["torch"] == torch.__version__ and measured["machine"]["threads"] == 1
+    assert all(measured["ceilings"][key] > 0 for key in ("matmul_fp32_gflops", "matmul_bf16_gflops", "read_gb_per_s"))
 
 
-def test_generate_and_its_keys(small, trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    bench.main(["generate", "--tiny", "--json", "--rounds", "1", "--out_dir", "out/tiny", "--device", "cpu"])
-    result = json.loads(capsys.readouterr().out)
-    assert result.keys() == {"machine", "ceilings", "generate"}
-    assert all(result["ceilings"][key] > 0 for key in ("matmul_fp32_gflops", "matmul_bf16_gflops", "read_gb_per_s"))
-    assert result["generate"].keys() >= {
-        "tokens_per_s_1", "tokens_per_s_32", "bandwidth_fraction_1", "first_token_s", "peers_tokens_per_s"}
-    assert result["generate"]["dtype"] == "int8" and len(result["generate"]["tokens_per_s_of_each"]) == 12
-    programs = peers.programs(GPTConfig(vocab_size=300, n_embd=16)).keys()
-    assert ("CTranslate2" in programs) == (find_spec("ctranslate2") is not None)
-    assert result["generate"]["peers_tokens_per_s"].keys() == {f"{name}, {n}" for name in programs for n in (1, 32)}
-    differences = result["generate"]["first_greedy_difference"]
-    assert differences.keys() == programs and all(text.startswith(("none in 15", "token ")) for text in
-                                                  differences.values())
-    losses = result["generate"]["validation_loss"]
-    assert losses["int8"] == pytest.approx(losses["float32"], abs=0.01)
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.01)
+def test_training_speed(measured):
+    result, names = measured["train"], ["baseline", "baseline, bf16, compiled", "this project"]
+    for table in ("tokens_per_s_of_each", "peak_mb_of_each", "first_step_s_of_each", "times_each", "spreads"):
+        assert list(result[table]) == names
+    rates = result["tokens_per_s_of_each"]
+    assert result["tokens_per_s"] == rates["this project"] > 0 and result["tokens_per_step"] == 32 * 16
+    assert result["times_each"]["baseline"] == pytest.approx(rates["this project"] / rates["baseline"])
+    assert all(20 < mb < 5000 for mb in result["peak_mb_of_each"].values()) and result["mfu"] > 0
+
+
+def test_generation_speed(measured):
+    result, programs = measured["generate"], peers.programs(GPTConfig(vocab_size=300, n_embd=16))
+    rates = result["tokens_per_s_of_each"]
+    assert rates.keys() == result["spreads"].keys() == {
+        f"{dtype} {stories}{cache}" for dtype in ("float32", "bfloat16", "int8") for stories in (1, 32)
+        for cache in ("", " no cache")}
+    assert result["dtype"] == "int8" and result["tokens_per_s_32"] == rates["int8 32"] > 0 < result["first_token_s"]
+    assert result["programs"]["tokens_per_s"].keys() == {f"{name}, {n}" for name in programs for n in (1, 32)}
+    losses = result["validation_loss"]
+    assert losses["int8"] == pytest.approx(losses["float32"], abs=0.01) == losses["bfloat16"]
     assert len(set(losses.values())) == 3
 
 
-def test_prepare_and_train_keys_and_the_tables(small, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "time_variants", fake_timings(2.0))
-    bench.main(["prepare", "--tiny", "--rounds", "1"])
-    out = capsys.readouterr().out
-    assert "mb_per_s" in out and "matmul_bf16_gflops" in out and "gflops_of_each" in out
-    bench.main(["train", "--tiny", "--json", "--rounds", "1", "--device", "cpu"])
-    result = json.loads(capsys.readouterr().out)["train"]
-    assert result.keys() >= {"baseline_tokens_per_s", "baseline_bf16_compiled_tokens_per_s", "tokens_per_s", "mfu",
-                             "baseline_peak_mb", "peak_mb"}
-    assert result["tokens_per_s"] == 32 * 16 / 2.0 and result["first_round_s_of_each"]["baseline"] == 3.0
-    used = replace(bench.TINY, vocab_size=75)  # the data uses a quarter of the vocabulary
-    flops_per_token = 6 * bench.count_parameters(used) + 12 * 2 * 16 * 32
-    assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops_per_token / result["mfu_of_tflops"] / 1e12)
-    assert result["mfu_of_measured"] == result["mfu"]  # there is no data sheet of a CPU
+def test_preparation_speed(measured):
+    assert measured["prepare"]["mb_of_text"] > 1
+    assert measured["prepare"]["mb_per_s"] > 0 < measured["prepare"]["tokenizer_mb_per_s"]
 
 
-@pytest.mark.parametrize("words, named", [
-    (["trian"], "trian"), (["--rounds", "0"], "rounds"), (["--rounds", "x"], "rounds"), (["--device"], "device"),
-    (["race"], "race needs a config"), (["small", "config/speedrun.py"], "other subjects take none")])
-def test_wrong_arguments_are_named(fails, words, named):
-    assert named in fails(bench.main, words, code=2)
+def test_many_stories_are_measured_on_a_cpu_only_in_the_picked_dtype():
+    amounts = {name: amount for picked in (False, True) for stories in (32, 512) for name, (amount, *_) in
+               bench.generation_variants(f"{stories} {picked}", GPT(bench.TINY), stories, CPU, picked).items()}
+    assert amounts == {"32 False": 32 * 32, "32 False no cache": 32 * 8, "32 True": 32 * 32, "32 True no cache": 32 * 8,
+                       "512 True": 512 * 32}
 
 
-def test_small_steps_are_those_of_the_fast_config(small, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "time_variants", fake_timings(0.5))
-    bench.main(["small", "--tiny", "--json", "--rounds=1", "--device=cpu"])
-    result = json.loads(capsys.readouterr().out)["small"]
-    assert result["tokens_per_step"] == 8 * 16 and result["tokens_per_s"] == 2 * 8 * 16 / 0.5
-    assert result["ms_per_step"] == 250
+def test_a_random_run_is_like_a_trained_one(here):
+    model, tokenizer, _ = load_model(bench.write_random_run(here / "run", bench.TINY))
+    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode("a story")) == "a story"
+    assert len(prepare_for_generation(model, CPU, torch.float32).lm_head.distinct_rows) == 75
+
+
+def test_every_program_generates_with_the_same_model(here):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0)).eval()
+    model.requires_grad_(False).transformer.wte.weight *= 20  # clear differences between logits
+    expected = [int(token) for token in generate(model, torch.tensor([[299]]), 15, temperature=0)]
+    path = bench.write_random_run(here / "run", bench.TINY)
+    for name, program in peers.programs(model.config).items():
+        copy = load_model(path)[0]
+        copy.load_state_dict(model.state_dict())
+        program = program(copy, 299, here)
+        assert program.generate(1, 15, greedy=True)[0].tolist() == expected, name
+        assert name == "llama.cpp" or program.generate(3, 15).shape == (3, 15)
+    assert len(set(expected)) > 5
+
+
+# ---- training variants ----
+
+
+class Ended(Exception):
+    """Ends a variant after its last round."""
+
+
+def losses(monkeypatch, name, flags=(), accumulation=1):
+    """The loss of each micro-batch in two optimizer steps of a variant, with further flags for train.py."""
+    seen, forward, ends = [], GPT.forward, iter([False, True])
+
+    def recorded(self, idx, targets=None, cache=None):
+        result = forward(self, idx, targets, cache)
+        seen.extend([] if targets is None else [result.detach().clone()])
+        return result
+
+    def end_round():
+        if next(ends):
+            raise Ended
+
+    function, *args = bench.VARIANTS[name]
+    if flags:
+        args = [[*args[0], *flags] if args else flags, *args[1:]]
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        patch.setattr(GPT, "forward", recorded)
+        function(end_round, CPU, bench.TINY, accumulation, *args)
+    return torch.stack(seen)
+
+
+FLAGS = ["--dropout=0", "--dtype=float32"]
+
+
+@pytest.mark.parametrize("name", FASTER)
+def test_a_variant_does_without_something_faster(data, monkeypatch, name):
+    """And has the same losses, to the random initial values of embeddings of unused tokens."""
+    def fail(*args, **options):
+        raise AssertionError("called")
+
+    expected = losses(monkeypatch, "this project", FLAGS)
+    monkeypatch.setattr(*FASTER[name], fail)
+    with pytest.raises(AssertionError, match="called"):
+        losses(monkeypatch, "this project")
+    tolerance = 1e-2 if name == "whole vocabulary" else 1e-5
+    torch.testing.assert_close(losses(monkeypatch, name, FLAGS), expected, rtol=0, atol=tolerance)
+    assert len(losses(monkeypatch, name)) == 2  # with dropout
+
+
+def test_the_baseline_uses_nothing_of_this_project(data, monkeypatch):
+    own = losses(monkeypatch, "this project", FLAGS)
+    for owner, attribute in FASTER.values():
+        monkeypatch.delattr(owner, attribute)
+    baseline = losses(monkeypatch, "baseline", accumulation=3)
+    assert len(baseline) == 6 and len(own) == 2  # micro-batches in two optimizer steps
+    assert baseline[0] == pytest.approx(math.log(300), abs=0.1) == own[0]
+    assert baseline[3:].mean() != baseline[:3].mean()
+
+
+@pytest.mark.parametrize("name, flag, value", [
+    ("compiled", "compile", True), ("eager", "compile", False), ("float32", "dtype", "float32"),
+    ("dropout 0", "dropout", 0.0), ("unfused loss", "device_batch_size", 32)])
+def test_the_flags_of_a_variant(data, monkeypatch, name, flag, value):
+    def claim(cfg):
+        raise Ended(getattr(cfg, flag))
+
+    monkeypatch.setattr(train, "Dataset", lambda cfg, verify: claim(cfg))
+    with pytest.raises(Ended, match=f"^{value}$"):
+        bench.VARIANTS[name][0](None, CPU, bench.TINY, 1, *bench.VARIANTS[name][1:])
+
+
+def test_a_process_that_fails_is_named(quick_processes):
+    with pytest.raises(UserError, match="the process of 'wrong' failed"):
+        bench.interleave_processes({"wrong": (bench.run_variant, "no such variant", ".")}, CPU, 1)
 
 
 # ---- the speedrun ----
@@ -175,8 +249,8 @@ import sys
 from pathlib import Path
 flags = dict(word.lstrip("-").split("=") for word in sys.argv[1:] if "=" in word)
 if "--eval_only" in sys.argv:
-    print("checkpoint: x\\ndataset: data/x\\ntokens: 9\\nloss: 2.0\\nperplexity: 7.389\\nbits_per_byte: "
-          + Path(flags["out_dir"], "loss").read_text() + "\\nstandard_error: 0.5")
+    print("checkpoint: x\\nloss: 2.0\\nbits_per_byte: " + Path(flags["out_dir"], "loss").read_text()
+          + "\\nstandard_error: 0.5")
 else:
     name = Path(sys.argv[3]).read_text().removeprefix("# ")
     Path("order").open("a").write(f"{name} {flags['seed']} {flags['device']}\\n")
@@ -202,30 +276,23 @@ def test_a_race_alternates_with_the_first_record(with_data, here, monkeypatch, c
     bench.main(["race", "config.py", "--json", "--rounds=3", "--device=cpu", "--tiny"])
     result = json.loads(capsys.readouterr().out)["race"]
     assert (here / "order").read_text() == "now 1 cpu\nfirst 1 cpu\nnow 2 cpu\nnow 3 cpu\n"
-    assert result["reached_0.815"] == "2 of 3"
-    assert result["bits_per_byte_of_each"] == {"config.py --seed=1": 0.815, "the first record": 0.816,
-                                               "config.py --seed=2": 0.816, "config.py --seed=3": 0.815}
-    assert result["standard_error_of_each"]["config.py --seed=2"] == pytest.approx(0.5 * 0.816 / 2)
-    own = sorted(result["seconds_of_each"][f"config.py --seed={seed}"] for seed in (1, 2, 3))[1]
-    first = result["seconds_of_each"]["the first record"]
-    assert result["seconds"] == own and result["times_first_record"] == own / first
-    bench.main(["race", "HEAD:config.py", "--json", "--rounds=1", "--device=cpu", "--tiny"])  # against itself
-    result = json.loads(capsys.readouterr().out)["race"]
-    assert list(result["seconds_of_each"]) == ["HEAD:config.py --seed=1", "the first record"]
+    own = [result[f"config.py --seed={seed}"] for seed in (1, 2, 3)]
+    assert result["reached_0.815"] == "2 of 3" and [each["bits_per_byte"] for each in own] == [0.815, 0.816, 0.815]
+    assert own[1]["standard_error"] == pytest.approx(0.5 * 0.816 / 2)
+    assert result["seconds"] == sorted(each["seconds"] for each in own)[1]
+    assert result["times_first_record"] == result["seconds"] / result["the first record"]["seconds"]
 
 
-def test_a_race_trains_and_evaluates(with_data):
-    flags = (flag.removeprefix("--").split("=") for flag in TINY)
-    Path("config.py").write_text("".join(f"{name} = {parse_value(name, value)!r}\n" for name, value in flags))
-    script, config = bench.find_program("config.py", with_data)
-    seconds, bits_per_byte, error = bench.race(script, config, 1, torch.device("cpu"), with_data)
-    assert seconds > 0.5 and 0.5 < bits_per_byte < 6 and 0 < error < 1
+def test_the_evaluation_of_a_run(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    train.main(["--out_dir=out/tiny", "--eval_only"])
+    result = bench.read_evaluation(capsys.readouterr().out)
+    assert 0.5 < result["bits_per_byte"] < 6 and 0 < result["standard_error"] < 1
 
 
 @pytest.mark.parametrize("config, message", [
-    ("no/such-commit:config.py", "git cannot find commit no/such-commit"),
-    ("HEAD:no_such.py", "commit HEAD has no config file 'no_such.py'"),
-    ("HEAD:", "commit HEAD has no config file ''"), ("no_such.py", "no config file no_such.py"),
+    ("no/such-commit:config.py", "archive failed: fatal: not a valid object name: no/such-commit"),
+    ("HEAD:no_such.py", "no config file"), ("no_such.py", "no config file no_such.py"),
     ("HEAD:config.py", "no data in data/nothing: create it with ")])
 def test_a_race_that_cannot_be_run(here, monkeypatch, config, message):
     (here / "config.py").write_text("dataset = 'nothing'")
@@ -233,20 +300,3 @@ def test_a_race_that_cannot_be_run(here, monkeypatch, config, message):
     monkeypatch.setattr(bench, "ROOT", here)
     with pytest.raises(UserError, match=message):
         bench.find_program(config, here)
-
-
-def test_all_subjects_are_measured_but_the_race(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SUBJECTS", dict.fromkeys(bench.SUBJECTS, lambda *args: {}))
-    monkeypatch.setattr(bench, "measure_ceilings", lambda *args: {})
-    bench.main(["--json", "--device=cpu"])
-    assert list(json.loads(capsys.readouterr().out)) == [
-        "machine", "ceilings", *(name for name in bench.SUBJECTS if name != "race")]
-
-
-def test_the_first_difference_of_a_greedy_story():
-    torch.manual_seed(0)
-    model = GPT(bench.TINY).eval()
-    story = [int(token) for token in generate(model, torch.tensor([[5]]), 15, temperature=0)]
-    assert bench.first_difference(model, 5, story) == "none in 15 tokens"
-    other = [*story[:7], (story[7] + 1) % 300, *story[8:]]
-    assert bench.first_difference(model, 5, other).startswith("token 8, whose logit is ")
