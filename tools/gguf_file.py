@@ -28,9 +28,26 @@ def write_gguf(path, model, dtype, tokenizer=None, texts=None):
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
     from gguf.quants import quantize
 
-    matrix_type, config = GGMLQuantizationType[dtype.upper()], model.config
+    matrix_type = GGMLQuantizationType[dtype.upper()]
     writer = GGUFWriter(path, "gpt2")
     writer.add_file_type(LlamaFileType[f"MOSTLY_{dtype.upper()}"])
+    add_shape(writer, model.config)
+    for key, text in (texts or {}).items():
+        writer.add_string(key, text)
+    add_vocabulary(writer, tokenizer, model.config.vocab_size)
+    for name, p in named_weights(model):
+        if p.dim() == 2 and not name.startswith("position_embd"):
+            writer.add_tensor(name, quantize(p.numpy(), matrix_type), raw_dtype=matrix_type)
+        else:
+            writer.add_tensor(name, p.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_shape(writer, config):
+    """Add a GPTConfig to a GGUFWriter."""
     writer.add_quantization_version(2)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -38,30 +55,29 @@ def write_gguf(path, model, dtype, tokenizer=None, texts=None):
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(1e-5)
-    for key, text in (texts or {}).items():
-        writer.add_string(key, text)
-    add_vocabulary(writer, tokenizer, config.vocab_size)
-    for name, p in named_weights(model):
-        stored_type = matrix_type if p.dim() == 2 and name != "position_embd.weight" else GGMLQuantizationType.F32
-        writer.add_tensor(name, quantize(p.numpy(), stored_type), raw_dtype=stored_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def named_weights(model):
-    """The weights of a GPT as (name in llama.cpp, float32 tensor) pairs, without a tied head.
+    """The weights of a GPT as (name in llama.cpp, float32 tensor) pairs.
 
-    llama.cpp needs all biases: those of a GPT with bias = False are zeros.
+    llama.cpp needs all biases: those of a GPT with bias = False are zeros. A tied head is left out: llama.cpp then uses
+    the token embedding.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    names = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer)
-    for name, p in model.named_parameters():  # a tied head is named once, as the token embedding
-        yield names.get_name(name, (".weight", ".bias")), p.detach().float()
+    names, weights = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer), model.state_dict()
+    if has_tied_head(model):
+        del weights["lm_head.weight"]
+    for name, p in weights.items():
+        yield names.get_name(name, (".weight", ".bias")), p.float()
         if not model.config.bias and name.startswith(("transformer.h.", "transformer.ln_f.")):
             yield names.get_name(name.replace(".weight", ".bias"), (".weight", ".bias")), torch.zeros(len(p))
+
+
+def has_tied_head(model):
+    """Whether the output head of a GPT has the weights of its token embedding."""
+    weights, none = model.state_dict(), torch.empty(0)
+    return torch.equal(weights.get("lm_head.weight", none), weights.get("transformer.wte.weight", none))
 
 
 def add_vocabulary(writer, tokenizer, vocab_size):
@@ -72,12 +88,14 @@ def add_vocabulary(writer, tokenizer, vocab_size):
     if tokenizer is None:
         return writer.add_tokenizer_model("no_vocab")
     vocab, merges = vocab_and_merges(tokenizer)
-    tokens = sorted(vocab, key=vocab.get)
+    tokens, types = [f"[UNUSED{i}]" for i in range(vocab_size)], [TokenType.UNUSED] * vocab_size
+    for text, token in vocab.items():
+        tokens[token] = text
+        types[token] = TokenType.CONTROL if text in tokenizer.special_tokens else TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre("gpt-2")  # the pattern
     writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if token in tokenizer.special_tokens else TokenType.NORMAL
-                            for token in tokens])
+    writer.add_token_types(types)
     writer.add_token_merges([f"{left} {right}" for left, right in merges])
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
@@ -90,9 +108,12 @@ def vocab_and_merges(tokenizer):
     A byte is written as one character (`byte_decoder`). The dict has the special tokens, too.
     """
     character_of = {byte: character for character, byte in byte_decoder().items()}
-    text_of = {token: "".join(character_of[byte] for byte in token) for token in tokenizer.ranks}
-    vocab = {text_of[token]: rank for token, rank in tokenizer.ranks.items()} | tokenizer.special_tokens
-    return vocab, [(text_of[left], text_of[right]) for left, right in merges_from_ranks(tokenizer.ranks)]
+
+    def to_text(token):
+        return "".join(character_of[byte] for byte in token)
+
+    vocab = {to_text(token): rank for token, rank in tokenizer.ranks.items()} | tokenizer.special_tokens
+    return vocab, [(to_text(left), to_text(right)) for left, right in merges_from_ranks(tokenizer.ranks)]
 
 
 def merges_from_ranks(ranks):
