@@ -11,13 +11,14 @@ from io import StringIO
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from conftest import ROOT
 from model import GPT, GPTConfig
 from storygpt import fast, loss
 from storygpt.checkpoint import load_model
-from storygpt.generate import generate, prepare_for_generation
+from storygpt.generate import prepare_for_generation
 from storygpt.system import files
 from storygpt.system.errors import UserError
 from tools import bench, peers
@@ -153,19 +154,22 @@ def test_a_random_run_is_like_a_trained_one(here):
     assert len(prepare_for_generation(model, CPU, torch.float32).lm_head.distinct_rows) == 75
 
 
+@torch.no_grad()
 def test_every_program_generates_with_the_same_model(here):
+    """Greedily, the token with the largest logit or, as their weights are in int8, nearly that."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0)).eval()
-    model.requires_grad_(False).transformer.wte.weight *= 20  # clear differences between logits
-    expected = [int(token) for token in generate(model, torch.tensor([[299]]), 15, temperature=0)]
+    model.transformer.wpe.weight *= 50  # another token at each position
     path = bench.write_random_run(here / "run", bench.TINY)
     for name, program in peers.programs(model.config).items():
         copy = load_model(path)[0]
         copy.load_state_dict(model.state_dict())
         program = program(copy, 299, here)
-        assert program.generate(1, 15, greedy=True)[0].tolist() == expected, name
+        story = torch.tensor([program.generate(1, 15, greedy=True)[0].tolist()])  # (1, 15)
+        logits = model(F.pad(story[:, :-1], (1, 0), value=299))[0]  # (15, 300)
+        chosen = logits.gather(-1, story[0, :, None])[:, 0]  # (15)
+        assert (logits.amax(-1) - chosen).max() < 0.3 * logits.std() and len(story.unique()) > 5, name
         assert name == "llama.cpp" or program.generate(3, 15).shape == (3, 15)
-    assert len(set(expected)) > 5
 
 
 # ---- training variants ----
