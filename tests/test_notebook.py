@@ -47,7 +47,7 @@ def test_it_runs_from_top_to_bottom(notebook, project, monkeypatch, size):
             cell.source = cell.source.replace(old, new)
     else:
         monkeypatch.delenv("OMP_NUM_THREADS")  # one thread would take twice as long
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(project)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=3000, resources={"metadata": {"path": str(project)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     data = [output.data for output in outputs if "data" in output]
     assert not any(output.output_type == "error" for output in outputs)
