@@ -28,26 +28,9 @@ def write_gguf(path, model, dtype, tokenizer=None, texts=None):
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
     from gguf.quants import quantize
 
-    matrix_type = GGMLQuantizationType[dtype.upper()]
+    matrix_type, config = GGMLQuantizationType[dtype.upper()], model.config
     writer = GGUFWriter(path, "gpt2")
     writer.add_file_type(LlamaFileType[f"MOSTLY_{dtype.upper()}"])
-    add_shape(writer, model.config)
-    for key, text in (texts or {}).items():
-        writer.add_string(key, text)
-    add_vocabulary(writer, tokenizer, model.config.vocab_size)
-    for name, p in named_weights(model):
-        if p.dim() == 2 and not name.startswith("position_embd"):
-            writer.add_tensor(name, quantize(p.numpy(), matrix_type), raw_dtype=matrix_type)
-        else:
-            writer.add_tensor(name, p.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def add_shape(writer, config):
-    """Add a GPTConfig to a GGUFWriter."""
     writer.add_quantization_version(2)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -55,29 +38,30 @@ def add_shape(writer, config):
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(1e-5)
+    for key, text in (texts or {}).items():
+        writer.add_string(key, text)
+    add_vocabulary(writer, tokenizer, config.vocab_size)
+    for name, p in named_weights(model):
+        stored_type = matrix_type if p.dim() == 2 and name != "position_embd.weight" else GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(p.numpy(), stored_type), raw_dtype=stored_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def named_weights(model):
-    """The weights of a GPT as (name in llama.cpp, float32 tensor) pairs.
+    """The weights of a GPT as (name in llama.cpp, float32 tensor) pairs, without a tied head.
 
-    llama.cpp needs all biases: those of a GPT with bias = False are zeros. A tied head is left out: llama.cpp then uses
-    the token embedding.
+    llama.cpp needs all biases: those of a GPT with bias = False are zeros.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    names, weights = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer), model.state_dict()
-    if has_tied_head(model):
-        del weights["lm_head.weight"]
-    for name, p in weights.items():
-        yield names.get_name(name, (".weight", ".bias")), p.float()
+    names = get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer)
+    for name, p in model.named_parameters():  # a tied head is named once, as the token embedding
+        yield names.get_name(name, (".weight", ".bias")), p.detach().float()
         if not model.config.bias and name.startswith(("transformer.h.", "transformer.ln_f.")):
             yield names.get_name(name.replace(".weight", ".bias"), (".weight", ".bias")), torch.zeros(len(p))
-
-
-def has_tied_head(model):
-    """Whether the output head of a GPT has the weights of its token embedding."""
-    weights, none = model.state_dict(), torch.empty(0)
-    return torch.equal(weights.get("lm_head.weight", none), weights.get("transformer.wte.weight", none))
 
 
 def add_vocabulary(writer, tokenizer, vocab_size):
@@ -108,12 +92,9 @@ def vocab_and_merges(tokenizer):
     A byte is written as one character (`byte_decoder`). The dict has the special tokens, too.
     """
     character_of = {byte: character for character, byte in byte_decoder().items()}
-
-    def to_text(token):
-        return "".join(character_of[byte] for byte in token)
-
-    vocab = {to_text(token): rank for token, rank in tokenizer.ranks.items()} | tokenizer.special_tokens
-    return vocab, [(to_text(left), to_text(right)) for left, right in merges_from_ranks(tokenizer.ranks)]
+    text_of = {token: "".join(character_of[byte] for byte in token) for token in tokenizer.ranks}
+    vocab = {text_of[token]: rank for token, rank in tokenizer.ranks.items()} | tokenizer.special_tokens
+    return vocab, [(text_of[left], text_of[right]) for left, right in merges_from_ranks(tokenizer.ranks)]
 
 
 def merges_from_ranks(ranks):

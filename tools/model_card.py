@@ -1,38 +1,44 @@
-"""What an exported model says about itself: the model card of the Hugging Face hub, and a line for GGUF files."""
+"""What an exported model says about itself: the model card of the Hugging Face hub, and the metadata of GGUF files."""
 
 import io
+import json
 import shlex
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import sample
 from storygpt.corpus.dataset import read_meta
 from storygpt.corpus.tokenizer import END_OF_TEXT
-from storygpt.system.errors import UserError
 from tools import judge
 
-SAMPLE_FLAGS = ("--start", "Once upon a time", "--num_samples", "3", "--seed", "1", "--dtype", "float32",
-                "--device", "cpu")
+SAMPLE_FLAGS = shlex.split("--start 'Once upon a time' --num_samples 3 --seed 1 --dtype float32 --device cpu")
 
 
-def describe(model, state):
-    """One line about a model, given the dict of its checkpoint: size, training tokens, dataset, validation loss."""
-    line = f"GPT-2 architecture, {model.num_parameters():,} parameters"
+def gguf_texts(name, model, state):
+    """The metadata of a GGUF file about its model, key → text, given the dict of its checkpoint."""
+    description = f"GPT-2 architecture, {model.num_parameters():,} parameters"
     if state["tokens"]:
-        line += f", trained on {state['tokens']:,} tokens of {state['config']['dataset']}"
+        description += f", trained on {state['tokens']:,} tokens of {state['config']['dataset']}"
     if "val_loss" in state["metrics"]:
-        line += f", validation loss {state['metrics']['val_loss']:.4f} nats/token"
-    return line
+        description += f", validation loss {state['metrics']['val_loss']:.4f} nats/token"
+    settings = {"training.settings": json.dumps(training_settings(state))} if state["tokens"] else {}
+    return {"general.name": name, "general.description": description} | settings
+
+
+def training_settings(state):
+    """The settings of the run of a checkpoint, given its dict, without paths of this machine."""
+    config = {name: value for name, value in state["config"].items() if name != "out_dir"}
+    return config | {"init_from": Path(config["init_from"]).name}
 
 
 def model_card(name, path, model, state):
     """The README.md of an exported model: usage, data, losses, samples, the table of tools.judge, settings.
 
     `name`: what from_pretrained loads; `path`: the checkpoint, with its GPT and its dict `state`. Raises UserError if
-    sample.py fails or the run's judge.json is damaged.
+    the run's judge.json is damaged.
     """
-    meta, c = read_meta(path.parent), model.config
-    return f"""---
+    c = model.config
+    card = f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
@@ -51,7 +57,13 @@ prompt = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt"
 print(tokenizer.decode(model.generate(**prompt, max_length={c.block_size})[0], skip_special_tokens=True))
 ```
 
-{training_table(state, meta)}{sample_section(name, path)}{judge_section(path, state)}{settings_section(state)}"""
+{training_table(state, read_meta(path.parent))}{sample_section(name, path)}"""
+    if quality := judge.read_result(path.parent, state):
+        card += f"\n## Quality of the stories\n\n{quality}\n"
+    if state["tokens"]:  # not an imported model, whose settings are unknown
+        card += "\n## Training settings\n\n| setting | value |\n|---|---|\n"
+        card += "".join(f"| {setting} | {value} |\n" for setting, value in training_settings(state).items())
+    return card
 
 
 def training_table(state, meta):
@@ -73,18 +85,11 @@ def training_table(state, meta):
 
 
 def sample_section(name, path):
-    """Stories of the run of the checkpoint at `path`, and the command that generates them, as Markdown.
-
-    Raises UserError if sample.py fails.
-    """
+    """Stories of the run of the checkpoint at `path`, and the commands that generate them, as Markdown."""
     run = shlex.quote(f"out/{name.split('/')[-1]}")
-    printed, messages = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
-    try:
-        with redirect_stdout(printed), redirect_stderr(messages):
-            sample.main(["--out_dir", str(path.parent), *SAMPLE_FLAGS])
-    except SystemExit as error:
-        raise UserError("cannot generate the samples of the model card, as sample.py failed: "
-                        f"{messages.getvalue().splitlines()[-1]}") from error
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with redirect_stdout(printed):
+        sample.main(["--out_dir", str(path.parent), *SAMPLE_FLAGS])
     printed.seek(0)
     stories = [story.strip("\n").replace("\n", "\n>\n> ") for story in printed.read().split(END_OF_TEXT)]
     return f"""
@@ -98,23 +103,3 @@ python -m tools.hf import {shlex.quote(name)} {run}
 python sample.py --out_dir {run} {shlex.join(SAMPLE_FLAGS)}
 ```
 """ + "".join(f"\nStory {number}:\n\n> {story}\n" for number, story in enumerate(stories, 1))
-
-
-def judge_section(path, state):
-    """What tools.judge measured on the checkpoint at `path`, as Markdown; "" if it did not."""
-    result = judge.read_result(path.parent, state)
-    return f"\n## Quality of the stories\n\n{result}\n" if result else ""
-
-
-def settings_section(state):
-    """The training settings as Markdown; "" for an imported model."""
-    rows = "".join(f"| {name} | {value} |\n" for name, value in training_settings(state).items())
-    return f"\n## Training settings\n\n| setting | value |\n|---|---|\n{rows}" if rows else ""
-
-
-def training_settings(state):
-    """The settings of a checkpoint's run, without paths of this machine; {} for an imported model."""
-    if not state["tokens"]:
-        return {}
-    config = {name: value for name, value in state["config"].items() if name != "out_dir"}
-    return config | {"init_from": Path(config["init_from"]).name}

