@@ -236,7 +236,7 @@ def test_a_run_that_cannot_be_exported_creates_no_repository(run, online, fails)
 
 def test_flags_of_other_commands(here, fails):
     assert "--public has no effect on export to x" in fails(hf.main, ["export", "out/tiny", "x", "--public"], code=2)
-    assert "--overwrite has no effect on push to a/x" in fails(hf.main, ["push", "out/tiny", "a/x", "--overwrite"], code=2)
+    assert "--overwrite has no effect on push" in fails(hf.main, ["push", "out/tiny", "a/x", "--overwrite"], code=2)
 
 
 # ---- the model card ----
