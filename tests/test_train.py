@@ -327,6 +327,15 @@ def test_a_step_does_not_depend_on_the_micro_batch_size(with_data, large_eps, mo
             assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
 
 
+def test_each_step_has_its_own_random_numbers(with_data, monkeypatch):
+    """Otherwise the dropout masks of all steps would be the same."""
+    seeds = []
+    monkeypatch.setattr(train, "forward_backward", lambda *args, forward_backward=train.forward_backward: (
+        seeds.append(torch.initial_seed()), forward_backward(*args))[1])
+    train.main([*TINY, "--max_iters=8", "--out_dir=out/x"])
+    assert len(seeds) == len(set(seeds)) == 4
+
+
 def test_a_step_is_adamw_with_clipping_on_the_next_sequences(with_data, large_eps):
     """The first step against a plain computation: all sequences at once, all tokens, and AdamW's formulas."""
     train.main([*TINY, "--max_iters=2", "--dropout=0", "--grad_clip=0.1", "--out_dir=out/x"])
