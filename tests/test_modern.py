@@ -30,6 +30,9 @@ def test_rotated_scores_depend_on_the_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     assert (scores[0] - scores[0, 0]).abs().max() > 0.1
     torch.testing.assert_close(q.norm(dim=1), q.norm(dim=1)[:1].expand(64))
+    rotated = rotate(torch.ones(1, 1, 1, 16), model.cos[1:2, None], model.sin[1:2, None]).flatten()
+    angle = torch.tensor(1.0)  # radians per token, of the first pair: checkpoints depend on the direction
+    torch.testing.assert_close(rotated[[0, 8]], torch.stack([angle.cos() - angle.sin(), angle.cos() + angle.sin()]))
 
 
 def test_parameters_and_blocks_that_start_as_the_identity():

@@ -49,7 +49,8 @@ def test_one_streamed_story_equals_those_of_a_batch(run, capsys):
 
 def test_the_number_of_tokens_includes_the_end_of_text(run, capsys, monkeypatch):
     def generate(model, idx, max_new_tokens, *_):
-        """Tokens 65, 66, 67 and, unless `max_new_tokens` is lower, an end of text."""
+        """Tokens 65, 66, 67 and, unless `max_new_tokens` is lower, an end of text. The prompt follows one, too."""
+        assert idx.tolist() == [[299]] * len(idx)
         yield from torch.tensor([[65, 66, 67, 299][:max_new_tokens]] * len(idx)).T
     monkeypatch.setattr(sample, "generate", generate)
     for num_samples, max_new_tokens, expected in ((1, 400, 4), (1, 4, 4), (1, 3, 3), (2, 400, 8), (2, 1, 2)):
