@@ -14,7 +14,6 @@ import storygpt  # noqa: F401  (first: it prepares the process for importing tor
 
 import importlib.util
 import json
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,35 +38,35 @@ BATCH = 256  # stories generated at once
 SAMPLE_TOKENS = 1_000_000  # of the training text, from which names are learned and the trigram model is made
 PAIRS = 200  # minimal pairs of each kind
 SETTINGS = ("num_samples", "start", "temperature", "top_k", "top_p", "max_new_tokens", "seed")  # in judge.json
-PERCENT, MEAN, LOSS = (100, ".1f"), (1, ".1f"), (1, ".3f")  # what a value is multiplied by, and its format
 
-# Measure → (what the table calls it, format), in the order of the table.
+# The measures and what the table calls them, in its order.
 MEASURES = {
     "Copied or new": {
-        **{f"new_{n}_grams": (f"{n}-grams not in the training text, %", PERCENT) for n in (1, 2, 3, 4, 6, 8, 10, 12)},
-        "longest_copy": ("longest copied span of a story, tokens", MEAN)},
+        **{f"new_{n}_grams": f"{n}-grams not in the training text, %" for n in (1, 2, 3, 4, 6, 8, 10, 12)},
+        "longest_copy": "longest copied span of a story, tokens"},
     "Varied": {
-        **{f"distinct_{n}": (f"distinct {n}-grams in {text.GROUP} stories, %", PERCENT) for n in (1, 2, 3)},
-        "self_bleu": (f"self-BLEU of {text.BLEU_STORIES} stories, %", PERCENT),
-        "same_opening": ("first sentence of another story, %", PERCENT),
-        "same_ending": ("last sentence of another story, %", PERCENT)},
+        **{f"distinct_{n}": f"distinct {n}-grams in {text.GROUP} stories, %" for n in (1, 2, 3)},
+        "self_bleu": f"self-BLEU of {text.BLEU_STORIES} stories, %",
+        "same_opening": "first sentence of another story, %",
+        "same_ending": "last sentence of another story, %"},
     "Whole": {
-        "ends": ("stories that end, %", PERCENT), "words": ("words and marks per story", MEAN),
-        "quotes_balanced": ("stories with balanced quotation marks, %", PERCENT),
-        "repeated_sentences": ("sentences repeated in their story, %", PERCENT),
-        "repeated_4_grams": ("4-grams repeated in their story, %", PERCENT)},
+        "ends": "stories that end, %",
+        "words": "words and marks per story",
+        "quotes_balanced": "stories with balanced quotation marks, %",
+        "repeated_sentences": "sentences repeated in their story, %",
+        "repeated_4_grams": "4-grams repeated in their story, %"},
     "Consistent": {
-        "names": ("names per story", MEAN),
-        "names_not_introduced": ("names not introduced, %", PERCENT),
-        "pronouns_agree": ("pronouns that agree with the hero, %", PERCENT),
-        "one_hero": ("stories with one consistent hero, %", PERCENT)},
+        "names": "names per story",
+        "names_not_introduced": "names not introduced, %",
+        "pronouns_agree": "pronouns that agree with the hero, %",
+        "one_hero": "stories with one consistent hero, %"},
     "Knows its language": {
-        f"pairs_{kind.replace(' ', '_')}": (f"minimal pairs ({kind}), % right; chance 50", PERCENT)
+        f"pairs_{kind.replace(' ', '_')}": f"minimal pairs ({kind}), % right; chance 50"
         for kind in (*pairs.RULES, "name", "gender")},
     "Uses its context": {
-        "loss_window_start": ("loss, first quarter of the window", LOSS),
-        "loss_window_end": ("loss, second half of the window", LOSS),
-        **{f"loss_story_{a}": (f"loss, tokens {a}–{b - 1} of a story", LOSS) for a, b in scoring.STORY_SPANS}},
+        "loss_window_start": "loss, first quarter of the window",
+        "loss_window_end": "loss, second half of the window",
+        **{f"loss_story_{a}": f"loss, tokens {a}–{b - 1} of a story" for a, b in scoring.STORY_SPANS}},
 }
 
 
@@ -75,12 +74,11 @@ MEASURES = {
 class Column:
     """A column of the table: stories and what was measured on them."""
 
-    name: str
+    name: str  # the folder of a run
     stories: list  # texts
     ended: list  # whether each story has an end of text, None if that is not known
-    out_dir: Path = None  # for a run
-    about: dict = field(default_factory=dict)  # the checkpoint and its settings, for judge.json
-    measures: dict = field(default_factory=dict)  # name → (numerators, denominators)
+    about: dict = None  # of a run: the checkpoint and its settings, for judge.json
+    measures: dict = field(default_factory=dict)  # name → (numerator, denominator) of each story, as in tools/judging
     curves: dict = field(default_factory=dict)  # name → list, for the plot
     longest_copy: dict = None
 
@@ -100,7 +98,6 @@ class HeldOut:
 def main(argv=None):
     """Print the table and write judge.json; `argv` as on the command line. User errors are reported in one line."""
     args = parse_args(argv)
-    check_packages(args)
     checkpoints = {run: best_checkpoint(run) for run in args.runs if Path(run).is_dir()}  # first: errors come early
     from_files = {run: read_stories(run) for run in args.runs if run not in checkpoints}
     dataset = load_dataset(checkpoints, args)
@@ -116,12 +113,12 @@ def main(argv=None):
         if dataset:
             measure_novelty(column, dataset.tokenizer, training_text)
 
-    summaries = [{name: text.interval(*measure) for name, measure in column.measures.items()} for column in columns]
-    print(format_table(columns, summaries))
+    summaries = [{name: text.interval(measure) for name, measure in column.measures.items()} for column in columns]
+    print(format_table([column.name for column in columns], summaries))
     for column, summary in zip(columns, summaries):
         if column.longest_copy:
             print(describe_copy(column))
-        if column.out_dir:
+        if column.about:
             write(column, summary, summaries[-1] if dataset else None)
     if args.picture:
         plot(columns, args.picture)
@@ -129,7 +126,10 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    """Parse the command line; exits with code 2 for an invalid flag."""
+    """Parse the command line; exits with code 2 for an invalid flag.
+
+    Raises UserError if a package is missing that would be needed only after minutes.
+    """
     parser = Parser(prog="python -m tools.judge", description="Measure how good the stories of runs are.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, as out/tinystories, or a file of "
                         f"stories separated by {END_OF_TEXT}")
@@ -148,14 +148,10 @@ def parse_args(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(argv)
     args.start, args.device = read_prompt(args.start), pick_device(args.device)
-    return args
-
-
-def check_packages(args):
-    """Raise UserError if a package is missing that will be needed after minutes."""
     for package in ("pydivsufsort", "sacrebleu", *["matplotlib"] * bool(args.picture)):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the judge needs {package}:  pip install -r requirements-extra.txt")
+    return args
 
 
 # ---- what is compared with what ----
@@ -196,9 +192,7 @@ def load_dataset(checkpoints, args):
 
 def split_stories(tokenizer, tokens):
     """The texts of the stories in an array of tokens; the last one may be incomplete."""
-    ends = np.flatnonzero(tokens == tokenizer.end_of_text)
-    stories = (tokenizer.decode(story[story != tokenizer.end_of_text].tolist()) for story in np.split(tokens, ends))
-    return [story for story in stories if story]
+    return [story for story in tokenizer.decode(tokens.tolist()).split(END_OF_TEXT) if story]
 
 
 def read_stories(path):
@@ -241,7 +235,7 @@ def judge_model(run, path, dataset, args):
     """The column of a run: the stories of the checkpoint at `path`, and what is measured with the model itself."""
     model, tokenizer, checkpoint = load_model(path)
     model.to(args.device)
-    column = Column(str(run), [], [], Path(run))
+    column = Column(run, [], [])
     if dataset:
         with autocast(args.device, pick_dtype("auto", args.device)):
             pairs_by_kind = pairs.minimal_pairs(dataset.stories, dataset.names, PAIRS)
@@ -261,21 +255,14 @@ def generate_stories(model, tokenizer, args):
     opening, device = [tokenizer.end_of_text, *tokenizer.encode(args.start)], args.device
     generator = torch.Generator(device).manual_seed(args.seed)
     stories, ended = [], []
-    with tqdm(total=args.num_samples, desc="generating", unit=" stories", leave=False, disable=None) as bar:
-        while len(stories) < args.num_samples:
-            count = min(BATCH, args.num_samples - len(stories))
-            prompts = torch.tensor([opening] * count, device=device)
-            tokens, done = [], 0
-            for step in generate(model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                 generator, tokenizer.end_of_text):
-                tokens.append(step.cpu())
-                finished = int((tokens[-1] == tokenizer.end_of_text).sum())
-                bar.update(finished - done)
-                done = finished
-            bar.update(count - done)
-            for story in torch.stack(tokens, 1).tolist():  # (count, steps)
-                ended.append(tokenizer.end_of_text in story)
-                stories.append(args.start + tokenizer.decode([t for t in story if t != tokenizer.end_of_text]))
+    while count := min(BATCH, args.num_samples - len(stories)):
+        steps = generate(model, torch.tensor([opening] * count, device=device), args.max_new_tokens, args.temperature,
+                         args.top_k, args.top_p, generator, tokenizer.end_of_text)
+        name = f"generating stories {len(stories) + 1} to {len(stories) + count}"
+        bar = tqdm(steps, name, args.max_new_tokens, unit=" tokens each", leave=False, disable=None)
+        for story in zip(*[step.tolist() for step in bar]):
+            ended.append(tokenizer.end_of_text in story)
+            stories.append(args.start + tokenizer.decode([t for t in story if t != tokenizer.end_of_text]))
     return stories, ended
 
 
@@ -287,8 +274,8 @@ def measure_novelty(column, tokenizer, training_text):
     stories = [tokenizer.encode(story) for story in column.stories]
     lengths, positions = training_text.longest_matches(stories)
     column.measures |= novelty.novelty(lengths)
-    counts = [column.measures[f"new_{n}_grams"] for n in range(1, novelty.LONGEST_N + 1)]
-    column.curves["novelty"] = [new.sum() / total.sum() for new, total in counts if total.sum()]
+    counts = [np.sum(column.measures[f"new_{n}_grams"], 0) for n in range(1, novelty.LONGEST_N + 1)]
+    column.curves["novelty"] = [new / total for new, total in counts if total]
     story = max(range(len(stories)), key=lambda i: lengths[i].max())
     start, length = int(lengths[story].argmax()), int(lengths[story].max())
     if length:
@@ -300,23 +287,24 @@ def measure_novelty(column, tokenizer, training_text):
 # ---- the report ----
 
 
-def format_table(columns, summaries):
-    """The measures as a Markdown table, a column of it for each `Column`, – for what was not measured."""
-    lines = [["measure [95% interval]", *(column.name for column in columns)]]
+def format_table(names, summaries):
+    """The intervals of some columns with these names as a Markdown table, – for what was not measured."""
+    lines = [["measure [95% interval]", *names]]
     for section, measures in MEASURES.items():
-        rows = [[f"  {label}", *(cell(summary.get(name), *form) for summary in summaries)]
-                for name, (label, form) in measures.items() if any(summary.get(name) for summary in summaries)]
+        rows = [[f"  {label}", *(cell(summary.get(name), label) for summary in summaries)]
+                for name, label in measures.items() if any(summary.get(name) for summary in summaries)]
         if rows:
-            lines += [[section, *[""] * len(columns)], *rows]
+            lines += [[section, *[""] * len(names)], *rows]
     return markdown(lines)
 
 
-def cell(result, factor, form):
-    """A (value, low, high) as text."""
-    if result is None:
+def cell(interval, label):
+    """An interval of `text.interval` as text, for the row with this label."""
+    if interval is None:
         return "–"
-    value, low, high = (format(factor * x, form) for x in result)
-    return value if math.isnan(result[1]) else f"{value} [{low}, {high}]"
+    factor, digits = (100 if "%" in label else 1), (3 if label.startswith("loss") else 1)
+    value, low, high = (x if x is None else f"{factor * x:.{digits}f}" for x in interval)
+    return value if low is None else f"{value} [{low}, {high}]"
 
 
 def describe_copy(column):
@@ -330,16 +318,15 @@ def describe_copy(column):
 def write(column, summary, reference):
     """Write a run's judge.json and judge.txt. Raises UserError if they cannot be written."""
     def values(summary):
-        return {name: result and {key: None if math.isnan(x) else round(float(x), 5)
-                                  for key, x in zip(("value", "low", "high"), result)}
-                for name, result in summary.items()}
+        return {name: interval and {key: x if x is None else round(float(x), 5)
+                                    for key, x in zip(("value", "low", "high"), interval)}
+                for name, interval in summary.items()}
     result = column.about | {"measures": values(summary), "reference": reference and values(reference),
                              "curves": {name: np.round(curve, 4).tolist() for name, curve in column.curves.items()},
                              "longest_copy": column.longest_copy}
-    files.atomic_write(column.out_dir / "judge.json", lambda file: file.write(
-        (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode()))
-    files.atomic_write(column.out_dir / "judge.txt", lambda file: file.write(
-        (f"\n{END_OF_TEXT}\n".join(column.stories) + "\n").encode()))
+    for name, content in {"judge.json": json.dumps(result, indent=1, ensure_ascii=False),
+                          "judge.txt": f"\n{END_OF_TEXT}\n".join(column.stories)}.items():
+        files.atomic_write(Path(column.name, name), lambda file: file.write((content + "\n").encode()))
 
 
 def read_result(out_dir, state):
@@ -352,24 +339,16 @@ def read_result(out_dir, state):
         return ""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        same_weights = (result["tokens"], result["val_loss"]) == (state["tokens"], state["metrics"].get("val_loss"))
-        return describe_result(result) if same_weights else ""
+        if (result["tokens"], result["val_loss"]) != (state["tokens"], state["metrics"].get("val_loss")):
+            return ""
+        settings = ", ".join(f"{name} {result[name]!r}" for name in SETTINGS)
+        aim = f"; the aim is the value of the held-out stories of {result['dataset']}" if result["reference"] else ""
+        summaries = [{name: m and (m["value"], m["low"], m["high"]) for name, m in measures.items()}
+                     for measures in (result["measures"], result["reference"]) if measures]
+        table = format_table(["this model", "held-out stories"][:len(summaries)], summaries)
+        return f"Measured by `python -m tools.judge` ({settings}){aim}.\n\n{table}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: remove it, or run  python -m tools.judge {out_dir}  again") from error
-
-
-def describe_result(result):
-    """The settings and the table of a judge.json, a dict, as Markdown."""
-    def summary(measures):
-        return {name: tuple(math.nan if x is None else x for x in (m["value"], m["low"], m["high"]))
-                for name, m in measures.items() if m}
-    columns, summaries = [Column("this model", [], [])], [summary(result["measures"])]
-    if result["reference"]:
-        columns.append(Column("held-out stories", [], []))
-        summaries.append(summary(result["reference"]))
-    settings = ", ".join(f"{name} {result[name]!r}" for name in SETTINGS)
-    aim = f"; the aim is the value of the held-out stories of {result['dataset']}" if result["reference"] else ""
-    return f"Measured by `python -m tools.judge` ({settings}){aim}.\n\n{format_table(columns, summaries)}"
 
 
 def plot(columns, path):
@@ -377,15 +356,16 @@ def plot(columns, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.8), layout="constrained")
-    panels = {"novelty": ("n", "share of n-grams not in the training text"),
-              "loss_by_window_position": ("position in the context window", "loss (nats/token)"),
-              "loss_by_story_position": ("position in the story", "loss (nats/token)")}
-    for axes, (curve, (x, y)) in zip(figure.subplots(1, 3), panels.items()):
+    panels = (("novelty", "n", "share of n-grams not in the training text"),
+              ("loss_by_window_position", "position in the context window", "loss (nats/token)"),
+              ("loss_by_story_position", "position in the story", "loss (nats/token)"))
+    for axes, (curve, x, y) in zip(figure.subplots(1, 3), panels):
         for i, column in enumerate(columns):
             if values := column.curves.get(curve):
+                if curve != "novelty":  # losses are noisy: their mean within a tenth of the position
+                    values = [np.mean(values[i - (i + 1) // 10:i + 1 + (i + 1) // 10]) for i in range(len(values))]
                 style = "k--" if column.name.startswith("held-out") else f"C{i}"
-                axes.plot(range(1, len(values) + 1), values if curve == "novelty" else smooth(values), style,
-                          label=column.name.replace("$", r"\$"))  # $ begins a formula
+                axes.plot(range(1, len(values) + 1), values, style, label=column.name)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
         if curve != "novelty":
@@ -393,11 +373,6 @@ def plot(columns, path):
             axes.xaxis.set_major_formatter("{x:g}")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save_figure(figure, path)
-
-
-def smooth(values):
-    """The mean of the values at nearby positions: within a tenth of the position."""
-    return [float(np.mean(values[i - (i + 1) // 10:i + 1 + (i + 1) // 10])) for i in range(len(values))]
 
 
 if __name__ == "__main__":

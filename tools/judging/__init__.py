@@ -1,1 +1,1 @@
-"""What tools/judge.py measures (text, novelty, pairs, scoring, grammar), and stories to compare with (controls)."""
+"""What tools/judge.py measures (text, novelty, pairs, scoring), and stories to compare with (controls)."""

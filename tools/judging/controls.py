@@ -5,12 +5,12 @@ from collections import defaultdict
 
 import numpy as np
 
-from tools.judging.text import split_sentences
+from tools.judging.text import SENTENCE
 
 
 def shuffled_sentences(stories):
     """The sentences of all stories, distributed at random over as many stories with as many sentences each."""
-    sentences = [split_sentences(story) for story in stories]
+    sentences = [SENTENCE.findall(story) for story in stories]
     shuffled = iter(np.random.default_rng(0).permutation([sentence for story in sentences for sentence in story]))
     return [" ".join(itertools.islice(shuffled, len(story))) for story in sentences]
 

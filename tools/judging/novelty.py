@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tools.judging.text import per_story
+
 LONGEST_N = 12  # of the n-grams whose novelty is reported
 
 
@@ -28,10 +30,7 @@ class TrainingText:
         `stories`: lists of tokens. Returns two lists of arrays (tokens of the story,): lengths, and positions in
         `tokens`.
         """
-        ends = np.cumsum([len(story) + 1 for story in stories])
-        query = np.full(ends[-1] if len(ends) else 0, -1, np.int64)  # -1 after each story: in no vocabulary
-        for story, end in zip(stories, ends):
-            query[end - 1 - len(story):end - 1] = story
+        query = np.concatenate([[*story, -1] for story in stories])  # -1 after each story: in no vocabulary
         at = np.flatnonzero(query >= 0)  # (M,)
         low, high = np.zeros(len(at), np.int64), np.full(len(at), len(self.suffixes))
         lengths, sources = np.zeros(len(query), np.int64), np.zeros(len(query), np.int64)
@@ -43,8 +42,8 @@ class TrainingText:
             # The neighbors of the place where the search ends are among those visited, and one has the longest match.
             longer = common > lengths[places]
             lengths[places[longer]], sources[places[longer]] = common[longer], positions[longer]
-        pieces = list(zip(ends - [len(story) + 1 for story in stories], ends - 1))
-        return [lengths[a:b] for a, b in pieces], [sources[a:b] for a, b in pieces]
+        starts = np.flatnonzero(query < 0)[:-1] + 1  # of all stories but the first
+        return tuple([story[:-1] for story in np.split(array, starts)] for array in (lengths, sources))
 
     def _compare(self, positions, query, places):
         """Compare suffixes of the training text with suffixes of the query, both given by their positions (M,).
@@ -62,22 +61,20 @@ class TrainingText:
 
     def source(self, position):
         """The number of the training story at a position, from 1, and its tokens."""
-        before = np.flatnonzero(self.tokens[:position] == self.end_of_text)
-        start = before[-1] + 1 if len(before) else 0
-        after = np.flatnonzero(self.tokens[position:-1] == self.end_of_text)
-        return len(before) + 1, self.tokens[start:position + after[0] if len(after) else -1].tolist()
+        ends = np.flatnonzero(self.tokens[:-1] == self.end_of_text)
+        bounds = np.concatenate([[-1], ends, [len(self.tokens) - 1]])  # the last story may be incomplete
+        number = int(np.searchsorted(bounds, position))
+        return number, self.tokens[bounds[number - 1] + 1:bounds[number]].tolist()
 
 
 def novelty(lengths):
     """n-novelty (Merrill, Smith & Elazar 2024, arXiv 2406.13069): the share of a story's n-grams that are not in the
     training text, for n = 1 … LONGEST_N, and the longest span of a story that is.
 
-    `lengths`: from `TrainingText.longest_matches`. Returns measures, name → (numerators, denominators), per story.
+    `lengths`: from `TrainingText.longest_matches`. Returns measures, with an entry per story.
     """
     measures = {}
     for n in range(1, LONGEST_N + 1):
-        possible = [story[:max(0, len(story) - n + 1)] for story in lengths]
-        measures[f"new_{n}_grams"] = (np.array([(story < n).sum() for story in possible]),
-                                      np.array([len(story) for story in possible]))
-    longest = np.array([story.max(initial=0) for story in lengths])
-    return measures | {"longest_copy": (longest, np.ones(len(longest)))}
+        grams = [story[:max(0, len(story) - n + 1)] for story in lengths]  # where an n-gram begins
+        measures[f"new_{n}_grams"] = [((story < n).sum(), len(story)) for story in grams]
+    return measures | {"longest_copy": per_story(story.max() for story in lengths)}

@@ -36,7 +36,7 @@ def token_losses(model, sequences):
 def language(model, tokenizer, pairs_by_kind):
     """Of each kind of minimal pairs, the share whose right text is more likely to the model; ties count half.
 
-    `pairs_by_kind`: from `pairs.minimal_pairs`. Returns measures, name → (numerators, denominators), per pair.
+    `pairs_by_kind`: from `pairs.minimal_pairs`. Returns measures, with an entry per pair.
     """
     sequences, scored = [], []  # scored: of each pair, its kind and the index of the first loss that differs
     for kind, pair in ((kind, pair) for kind, found in pairs_by_kind.items() for pair in found):
@@ -56,8 +56,8 @@ def language(model, tokenizer, pairs_by_kind):
 def context(model, tokenizer, stories):
     """The loss on held-out stories by position in the context window and in the story.
 
-    The stories follow each other as in training, so a window may contain several. Returns measures, name →
-    (numerators, denominators), per window, and curves, name → list of mean losses; both empty without a whole window.
+    The stories follow each other as in training, so a window may contain several. Returns measures, with an entry per
+    window, and curves, name → list of mean losses; both empty without a whole window.
     """
     T = model.config.block_size
     stream, places = [tokenizer.end_of_text], []  # tokens, and the position in its story of each one after the first
@@ -74,5 +74,5 @@ def context(model, tokenizer, stories):
     spans["loss_window_start"] = np.broadcast_to(np.arange(T) < T // 4, places.shape)
     spans["loss_window_end"] = np.broadcast_to(np.arange(T) >= T // 2, places.shape)
     by_story = [float(losses[places == place].mean()) for place in range(min(STORY_SPANS[-1][1], places.max() + 1))]
-    return ({name: ((losses * span).sum(1), span.sum(1)) for name, span in spans.items()},
+    return ({name: list(zip((losses * span).sum(1), span.sum(1))) for name, span in spans.items()},
             {"loss_by_window_position": losses.mean(0).tolist(), "loss_by_story_position": by_story})

@@ -1,13 +1,11 @@
 """What tools/judge.py measures on the text of stories: how varied, whole and consistent they are. For English.
 
-Each measure is a pair of arrays with an entry per story (or per group of stories): numerators and denominators. Its
-value is the ratio of their sums; `interval` is the confidence interval of that.
+Each measure has a pair of numbers per story (or per group of stories): numerator and denominator. Its value is the
+ratio of their sums; `interval` is the confidence interval of that.
 """
 
-import math
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,21 +36,22 @@ FEMALE = set("""girl woman lady princess queen sister daughter aunt auntie mothe
 PEOPLE = set("friend child baby doctor teacher neighbor person people someone everyone they them".split())
 
 
-def interval(numerators, denominators):
-    """The ratio of the sums and its 95% confidence interval, by bootstrap over the entries: (value, low, high).
+def interval(measure):
+    """The value of a measure and its 95% confidence interval, by bootstrap over the entries: (value, low, high).
 
-    With fewer than FEWEST entries, low and high are NaN. None if there is nothing to measure.
+    With fewer than FEWEST entries, low and high are None. None if there is nothing to measure.
     """
-    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
+    a, b = np.array(measure, float).reshape(-1, 2).T  # (N,) each
     if not b.sum():
         return None
+    value = a.sum() / b.sum()
     if len(a) < FEWEST:
-        return a.sum() / b.sum(), math.nan, math.nan
+        return value, None, None
     rng = np.random.default_rng(0)
     resamples = (rng.integers(len(a), size=len(a)) for _ in range(RESAMPLES))
     sums = np.array([(a[picks].sum(), b[picks].sum()) for picks in resamples])  # (RESAMPLES, 2)
     sums = sums[sums[:, 1] > 0]
-    return a.sum() / b.sum(), *np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return value, *np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
 
 
 def split_words(text):
@@ -60,24 +59,18 @@ def split_words(text):
     return WORDS_AND_MARKS.findall(text.lower())
 
 
-def split_sentences(text):
-    """The sentences of a text with the marks that end them. A quotation of several sentences is divided too."""
-    return SENTENCE.findall(text)
-
-
 def per_story(values):
     """The measure that is the mean of one value per story."""
-    values = np.array(values, float)
-    return values, np.ones(len(values))
+    return [(value, 1) for value in values]
 
 
 # ---- varied ----
 
 
 def variety(stories):
-    """Measures of how much a list of stories differ from each other, name → (numerators, denominators)."""
+    """Measures of how much a list of stories differ from each other."""
     words = [split_words(story) for story in stories]
-    sentences = [split_sentences(story) for story in stories]
+    sentences = [SENTENCE.findall(story) for story in stories]
     return {**{f"distinct_{n}": distinct(words, n) for n in (1, 2, 3)},
             "self_bleu": self_bleu(words),
             "same_opening": shared([story[0] for story in sentences if story]),
@@ -100,7 +93,7 @@ def distinct(stories, n):
     `stories`: lists of words. The entries are complete groups.
     """
     groups = [[gram for words in group for gram in ngrams(words, n)] for group in complete_groups(stories, GROUP)]
-    return np.array([len(set(group)) for group in groups]), np.array([len(group) for group in groups])
+    return [(len(set(group)), len(group)) for group in groups]
 
 
 def self_bleu(stories):
@@ -131,23 +124,18 @@ def wholeness(stories, ended):
     `ended`: whether each has an end of text, None if that is not known.
     """
     words = [split_words(story) for story in stories]
-    sentences = [[sentence for sentence in split_sentences(story) if len(sentence.split()) > 2] for story in stories]
-    grams = [ngrams(story, 4) for story in words]
-    return {"ends": per_story([value for value in ended if value is not None]),
-            "words": per_story([len(WORDS_AND_MARKS.findall(story)) for story in stories]),
-            "quotes_balanced": per_story([has_balanced_quotes(story) for story in stories]),
+    sentences = [[sentence for sentence in SENTENCE.findall(story) if len(sentence.split()) > 2] for story in stories]
+    return {"ends": per_story(value for value in ended if value is not None),
+            "words": per_story(map(len, words)),
+            "quotes_balanced": per_story(story.count('"') % 2 == 0 and story.count("“") == story.count("”")
+                                         for story in stories),
             "repeated_sentences": repeated(sentences),
-            "repeated_4_grams": repeated(grams)}
-
-
-def has_balanced_quotes(story):
-    """Whether every quotation mark of a story has its counterpart."""
-    return story.count('"') % 2 == 0 and story.count("“") == story.count("”")
+            "repeated_4_grams": repeated(ngrams(story, 4) for story in words)}
 
 
 def repeated(stories):
     """The share of items that occurred earlier in the same list, over lists."""
-    return (np.array([len(items) - len(set(items)) for items in stories]), np.array([len(items) for items in stories]))
+    return [(len(items) - len(set(items)), len(items)) for items in stories]
 
 
 # ---- consistent ----
@@ -172,15 +160,15 @@ def learn_names(stories):
             previous = word
     names = {name: None for name, count in inside.items() if count >= max(3, 0.1 * (count + lower[name.lower()]))}
     for story in stories:
-        for sentence in split_sentences(narration(story)):
+        for sentence in SENTENCE.findall(narration(story)):
             mentioned = set(mentions(sentence, names))
             if len(mentioned) == 1 and not others(sentence):
                 name = mentioned.pop()
                 pronouns[name].update(subject_pronouns(sentence, name))
     for name, counts in pronouns.items():
-        pronoun, count = counts.most_common(1)[0] if counts else (None, 0)
-        if counts.total() >= 3 and count >= 0.8 * counts.total():
-            names[name] = pronoun
+        for pronoun, count in counts.items():
+            if counts.total() >= 3 and count >= 0.8 * counts.total():
+                names[name] = pronoun
     return names
 
 
@@ -217,58 +205,45 @@ def others(sentence):
 
 
 def consistency(stories, names):
-    """Measures of who a story is about: name → (numerators, denominators). `names`: the result of `learn_names`."""
-    casts = [find_cast(story, names) for story in stories]
-    return {"names": per_story([len(cast.names) for cast in casts]),
-            "names_not_introduced": columns((len(cast.not_introduced), len(cast.names)) for cast in casts),
-            "pronouns_agree": columns((cast.agreeing, cast.pronouns) for cast in casts),
-            "one_hero": columns((cast.has_one_hero, cast.hero is not None) for cast in casts)}
-
-
-def columns(pairs):
-    """Pairs of a numerator and a denominator as two arrays."""
-    numerators, denominators = np.array([*pairs]).reshape(-1, 2).T
-    return numerators, denominators
-
-
-@dataclass
-class Cast:
-    """The characters of a story that have names."""
-
-    names: list  # in the order in which they appear
-    not_introduced: list  # those that appear without having been introduced
-    hero: str  # the first name, None if there is none
-    pronouns: int  # pronouns that must be the hero's
-    agreeing: int  # those that agree with the hero's gender
-
-    @property
-    def has_one_hero(self):
-        """Whether no one takes the hero's place: all other names are introduced, all pronouns agree."""
-        return self.hero is not None and not self.not_introduced and self.agreeing == self.pronouns
-
-
-def is_introduced(name, sentence):
-    """Whether a sentence introduces a name: after a word of INTRODUCING or for a person, or as in "Billy the goat"."""
-    before, after = split_at(name, sentence)
-    return bool((INTRODUCING | MALE | FEMALE) & set(split_words(before)) or re.match(r",? (?:the|who)\b", after))
+    """Measures of who a story is about. `names`: the result of `learn_names`."""
+    measures = {"names": [], "names_not_introduced": [], "pronouns_agree": [], "one_hero": []}
+    for story in stories:
+        cast, not_introduced = find_cast(story, names)
+        agreeing = hero_pronouns(story, cast[0], names) if cast else []
+        has_one_hero = bool(cast) and not not_introduced and all(agreeing)  # no one takes the hero's place
+        measures["names"].append((len(cast), 1))
+        measures["names_not_introduced"].append((len(not_introduced), len(cast)))
+        measures["pronouns_agree"].append((sum(agreeing), len(agreeing)))
+        measures["one_hero"].append((has_one_hero, bool(cast)))
+    return measures
 
 
 def find_cast(story, names):
-    """The `Cast` of a story. `names`: the result of `learn_names`.
+    """The names in a story, in the order in which they appear, and those of them that are not introduced.
 
-    Names in the first two sentences need no introduction. The pronouns "he" and "she" must be the hero's in a sentence
-    of the narration whose only person is the hero, after the name, and in the following sentences without a person.
+    Names after the second sentence need, earlier in their first sentence, a word of INTRODUCING or for a person; or
+    "the" or "who" after them, as in "Billy the goat".
     """
-    found, not_introduced = [], []
-    for i, sentence in enumerate(split_sentences(story)):
+    cast, not_introduced = [], []
+    for i, sentence in enumerate(SENTENCE.findall(story)):
         for name in mentions(sentence, names):
-            if name not in found:
-                found.append(name)
-                if i > 1 and not is_introduced(name, sentence):
+            if name not in cast:
+                cast.append(name)
+                before, after = split_at(name, sentence)
+                introducing = (INTRODUCING | MALE | FEMALE) & set(split_words(before))
+                if i > 1 and not introducing and not re.match(r",? (?:the|who)\b", after):
                     not_introduced.append(name)
-    hero = found[0] if found else None
-    pronouns, is_known, is_hero, gender = [], False, False, names.get(hero)
-    for sentence in split_sentences(narration(story)):
+    return cast, not_introduced
+
+
+def hero_pronouns(story, hero, names):
+    """Whether each pronoun that must be the hero's agrees with the hero's gender; [] if that is not known.
+
+    These are "he" and "she" in a sentence of the narration whose only person is the hero, after the name, and in the
+    following sentences without a person. `hero`: the first name in the story.
+    """
+    pronouns, is_known, is_hero, gender = [], False, False, names[hero]
+    for sentence in SENTENCE.findall(narration(story)):
         mentioned, people = set(mentions(sentence, names)), others(sentence)
         if mentioned or people:
             before = split_words(split_at(hero, sentence)[0]) if hero in mentioned else []
@@ -280,6 +255,4 @@ def find_cast(story, names):
             is_hero = mentioned == {hero} and not people | {"he", "she"} & set(before)
         if is_hero:
             pronouns += subject_pronouns(sentence, hero)
-    if gender is None:
-        pronouns = []
-    return Cast(found, not_introduced, hero, len(pronouns), pronouns.count(gender))
+    return [pronoun == gender for pronoun in pronouns if gender]
