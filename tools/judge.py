@@ -198,11 +198,10 @@ def split_stories(tokenizer, tokens):
 def read_stories(path):
     """The column of a file of stories. Raises UserError if it cannot be read or has no story."""
     try:
-        content = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except FileNotFoundError as error:
-        raise UserError(f"no run and no stories in {path}: name a run's folder, as out/tinystories") from error
+        content = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 stories (of a run, name the folder): {error}") from error
+        raise UserError(f"no run and no UTF-8 stories in {path}: name a run's folder, as out/tinystories, or a file of "
+                        f"stories ({error})") from error
     # sample.py prints a line end after each story and each separator; other programs, a separator after the last.
     stories = content.removesuffix("\n").removesuffix(END_OF_TEXT).split(END_OF_TEXT)
     stories = [story.removeprefix("\n" * (i > 0)).removesuffix("\n") for i, story in enumerate(stories)]
@@ -266,9 +265,6 @@ def generate_stories(model, tokenizer, args):
     return stories, ended
 
 
-# ---- what was copied ----
-
-
 def measure_novelty(column, tokenizer, training_text):
     """Compare a column's stories with the training text, and find the longest span that they share."""
     stories = [tokenizer.encode(story) for story in column.stories]
@@ -303,7 +299,7 @@ def cell(interval, label):
     if interval is None:
         return "–"
     factor, digits = (100 if "%" in label else 1), (3 if label.startswith("loss") else 1)
-    value, low, high = (x if x is None else f"{factor * x:.{digits}f}" for x in interval)
+    value, low, high = (x if x is None else f"{factor * x:.{digits}f}" for x in interval.values())
     return value if low is None else f"{value} [{low}, {high}]"
 
 
@@ -318,8 +314,7 @@ def describe_copy(column):
 def write(column, summary, reference):
     """Write a run's judge.json and judge.txt. Raises UserError if they cannot be written."""
     def values(summary):
-        return {name: interval and {key: x if x is None else round(float(x), 5)
-                                    for key, x in zip(("value", "low", "high"), interval)}
+        return {name: interval and {key: x if x is None else round(float(x), 5) for key, x in interval.items()}
                 for name, interval in summary.items()}
     result = column.about | {"measures": values(summary), "reference": reference and values(reference),
                              "curves": {name: np.round(curve, 4).tolist() for name, curve in column.curves.items()},
@@ -343,8 +338,7 @@ def read_result(out_dir, state):
             return ""
         settings = ", ".join(f"{name} {result[name]!r}" for name in SETTINGS)
         aim = f"; the aim is the value of the held-out stories of {result['dataset']}" if result["reference"] else ""
-        summaries = [{name: m and (m["value"], m["low"], m["high"]) for name, m in measures.items()}
-                     for measures in (result["measures"], result["reference"]) if measures]
+        summaries = [summary for summary in (result["measures"], result["reference"]) if summary]
         table = format_table(["this model", "held-out stories"][:len(summaries)], summaries)
         return f"Measured by `python -m tools.judge` ({settings}){aim}.\n\n{table}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:

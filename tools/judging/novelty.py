@@ -18,11 +18,7 @@ class TrainingText:
         from pydivsufsort import divsufsort
 
         self.tokens, self.end_of_text = np.append(tokens, tokens.dtype.type(0)), end_of_text  # (N + 1): see _compare
-        width = tokens.dtype.itemsize
-        big_endian = np.ascontiguousarray(tokens, tokens.dtype.newbyteorder(">"))  # bytes then sort as tokens do
-        order = divsufsort(big_endian.view(np.uint8))  # (N * width,), int32 below 2 GB
-        self.suffixes = np.concatenate([part[part % width == 0] // width for part in np.array_split(order, 64)])
-        # (N,): where the suffixes of whole tokens begin, in sorted order
+        self.suffixes = divsufsort(tokens)  # (N,): where they begin, in sorted order; int32 below 2 GB
 
     def longest_matches(self, stories):
         """For each position of each story, the longest span from there on that is also in the training text.

@@ -15,7 +15,6 @@ PRESENT = {"went": "go", "saw": "see", "said": "say", "found": "find", "ran": "r
            "liked": "like", "played": "play", "asked": "ask", "walked": "walk", "jumped": "jump", "smiled": "smile"}
 ARTICLE = {"a": "an", "an": "a"}
 CASE = {"he": "him", "she": "her", "they": "them", "He": "Him", "She": "Her", "They": "Them"}
-GENDER = {"he": "she", "she": "he"}
 # Kind → (pattern whose group 1 is replaced, the replacement of each text)
 RULES = {
     "agreement": (r"(?<![Ii]f )\b(?:[Hh]e|[Ss]he|[Ii]t) (was|is|has|does)\b|\b(?:[Tt]hey|[Ww]e) (were|are|have|do)\b",
@@ -70,7 +69,7 @@ def all_changes(story, names, random_float):
             pronoun = re.search(r"\b(he|she)\b", text[start:end])
             if pronoun and names[name] == pronoun[1] and not others(sentence[0]):
                 a, b = pronoun.span()
-                changes["gender"].append((0, end, start + a, start + b, GENDER[pronoun[1]]))
+                changes["gender"].append((0, end, start + a, start + b, "she" if pronoun[1] == "he" else "he"))
         seen += mentioned
         previous = first
     return changes

@@ -15,8 +15,7 @@ WORDS_AND_MARKS = re.compile(rf"{WORD}|\d+|[^\w\s]")
 SENTENCE = re.compile(r"\S.*?(?:(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)[.!?…]+[\"”’')]*(?=\s|$)|$)", re.MULTILINE)
 QUOTATION = re.compile(r"[\"“][^\"“”\n]*[\"”]?")
 # A word; `first` if it begins a sentence or a quotation, so that its capital letter says nothing.
-CAPITALIZED = re.compile(
-    rf"(?P<first>^\W*|[\"“‘(]|[.!?:…][\"”’)]*\s+|\n\s*)?\b(?P<word>{WORD})", re.MULTILINE)
+CAPITALIZED = re.compile(rf"(?P<first>^\W*|[\"“‘(]|[.!?:…][\"”’)]*\s+|\n\s*)?\b(?P<word>{WORD})", re.MULTILINE)
 
 GROUP = 10  # stories in which distinct n-grams are counted: the share among all would depend on their number
 BLEU_STORIES = 100  # stories that are compared with each other, for the same reason
@@ -37,21 +36,21 @@ PEOPLE = set("friend child baby doctor teacher neighbor person people someone ev
 
 
 def interval(measure):
-    """The value of a measure and its 95% confidence interval, by bootstrap over the entries: (value, low, high).
+    """The value of a measure and its 95% confidence interval (low, high), by bootstrap over the entries, as a dict.
 
-    With fewer than FEWEST entries, low and high are None. None if there is nothing to measure.
+    With fewer than FEWEST entries, low and high are None. Returns None if there is nothing to measure.
     """
     a, b = np.array(measure, float).reshape(-1, 2).T  # (N,) each
     if not b.sum():
         return None
-    value = a.sum() / b.sum()
-    if len(a) < FEWEST:
-        return value, None, None
-    rng = np.random.default_rng(0)
-    resamples = (rng.integers(len(a), size=len(a)) for _ in range(RESAMPLES))
-    sums = np.array([(a[picks].sum(), b[picks].sum()) for picks in resamples])  # (RESAMPLES, 2)
-    sums = sums[sums[:, 1] > 0]
-    return value, *np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    low = high = None
+    if len(a) >= FEWEST:
+        rng = np.random.default_rng(0)
+        resamples = (rng.integers(len(a), size=len(a)) for _ in range(RESAMPLES))
+        sums = np.array([(a[picks].sum(), b[picks].sum()) for picks in resamples])  # (RESAMPLES, 2)
+        sums = sums[sums[:, 1] > 0]
+        low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return {"value": a.sum() / b.sum(), "low": low, "high": high}
 
 
 def split_words(text):
@@ -62,9 +61,6 @@ def split_words(text):
 def per_story(values):
     """The measure that is the mean of one value per story."""
     return [(value, 1) for value in values]
-
-
-# ---- varied ----
 
 
 def variety(stories):
@@ -115,9 +111,6 @@ def shared(sentences):
                       for sentence in group])
 
 
-# ---- whole ----
-
-
 def wholeness(stories, ended):
     """Measures of how complete and free of repetition each story is.
 
@@ -136,9 +129,6 @@ def wholeness(stories, ended):
 def repeated(stories):
     """The share of items that occurred earlier in the same list, over lists."""
     return [(len(items) - len(set(items)), len(items)) for items in stories]
-
-
-# ---- consistent ----
 
 
 def learn_names(stories):
@@ -195,8 +185,7 @@ def subject_pronouns(sentence, name):
 
 def split_at(name, sentence):
     """The parts of a sentence before and after its first mention of a name; the sentence if it has none."""
-    letter = r"[^\W\d_]"
-    return re.split(rf"(?<!{letter}){re.escape(name)}(?!{letter})", sentence, maxsplit=1)
+    return re.split(rf"(?<![^\W\d_]){name}(?![^\W\d_])", sentence, maxsplit=1)  # no letter before or after it
 
 
 def others(sentence):
