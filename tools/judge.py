@@ -108,8 +108,7 @@ def main(argv=None):
         training_text = novelty.TrainingText(dataset.train, dataset.tokenizer.end_of_text)
     names = dataset.names if dataset else text.learn_names([story for column in columns for story in column.stories])
     for column in tqdm(columns, "measuring", leave=False, disable=None):
-        column.measures |= (text.variety(column.stories) | text.wholeness(column.stories, column.ended)
-                            | text.consistency(column.stories, names))
+        column.measures |= text.measure(column.stories, column.ended, names)
         if dataset:
             measure_novelty(column, dataset.tokenizer, training_text)
 

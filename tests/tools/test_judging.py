@@ -70,7 +70,8 @@ def test_self_bleu():
 
 def test_openings_and_endings_of_other_stories_among_a_hundred():
     stories = ["Hi. It was fun. Bye.", "Hi. Bye.", "Hello. The end.", "Hey. Bye."] + [f"A{i}. B{i}." for i in range(96)]
-    measures = text.variety([*stories, *reversed(stories), "Hi. Bye.", "Hi. Bye."])
+    stories += [*reversed(stories), "Hi. Bye.", "Hi. Bye."]
+    measures = text.measure(stories, [None] * len(stories), NAMES)
     assert shares(measures["same_opening"])[0] == [1, 1, 0, 0] + [0] * 192 + [0, 0, 1, 1]
     assert shares(measures["same_ending"])[0] == [1, 1, 0, 1] + [0] * 192 + [1, 0, 1, 1]
 
@@ -80,9 +81,8 @@ def test_openings_and_endings_of_other_stories_among_a_hundred():
 
 def test_wholeness():
     stories = ['He said, "Go." He ran home. He ran home.', 'He said, "Go. A b c d e a b c d e.', "“Go,” he said."]
-    measures = text.wholeness(stories, [True, False, True])
-    assert shares(measures["ends"])[0] == [1, 0, 1]
-    assert text.wholeness(stories, [None] * 3)["ends"] == []  # not known
+    measures = text.measure(stories, [True, False, None], NAMES)
+    assert measures["ends"] == [(1, 1), (0, 1)]  # of the last story it is not known
     assert shares(measures["words"])[0] == [15, 17, 7]
     assert shares(measures["quotes_balanced"])[0] == [1, 0, 1]
     assert shares(measures["repeated_sentences"]) == [[1, 0, 0], [3, 2, 1]]  # only those of three words

@@ -10,7 +10,7 @@ LONGEST_N = 12  # of the n-grams whose novelty is reported
 class TrainingText:
     """The training tokens with their suffixes in sorted order, to find every span exactly.
 
-    Memory, with tokens of 2 bytes: 20 bytes per token while it is made, 6 afterwards (measured: docs/judging.md).
+    Memory, with tokens of 2 bytes: 22 bytes per token while it is made, 6 afterwards (measured: docs/judging.md).
     """
 
     def __init__(self, tokens, end_of_text):

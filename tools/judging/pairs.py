@@ -55,9 +55,9 @@ def all_changes(story, names, random_float):
     for sentence in SENTENCE.finditer(text):
         first, end = sentence.span()
         for kind, (pattern, replace) in RULES.items():
-            for match in re.finditer(pattern, sentence[0]):
-                start, stop = match.span(match.lastindex)
-                changes[kind].append((previous, end, first + start, first + stop, replace(match[match.lastindex])))
+            for match in re.compile(pattern).finditer(text, first, end):
+                group = match.lastindex  # the only one of the pattern's groups that matched
+                changes[kind].append((previous, end, *match.span(group), replace(match[group])))
         mentioned = mentions(sentence[0], names)
         if len(set(mentioned)) == 1 and mentioned[0] in seen:
             name = mentioned[0]
@@ -66,10 +66,9 @@ def all_changes(story, names, random_float):
             if rivals:
                 rival = rivals[int(random_float() * len(rivals))]
                 changes["name"].append((0, end, start, start + len(name), rival))
-            pronoun = re.search(r"\b(he|she)\b", text[start:end])
+            pronoun = re.compile(r"\b(he|she)\b").search(text, start, end)
             if pronoun and names[name] == pronoun[1] and not others(sentence[0]):
-                a, b = pronoun.span()
-                changes["gender"].append((0, end, start + a, start + b, "she" if pronoun[1] == "he" else "he"))
+                changes["gender"].append((0, end, *pronoun.span(), "she" if pronoun[1] == "he" else "he"))
         seen += mentioned
         previous = first
     return changes

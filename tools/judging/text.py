@@ -63,14 +63,25 @@ def per_story(values):
     return [(value, 1) for value in values]
 
 
-def variety(stories):
-    """Measures of how much a list of stories differ from each other."""
+def measure(stories, ended, names):
+    """All measures of a list of stories. `names`: the result of `learn_names`.
+
+    `ended`: whether each story has an end of text, None if that is not known.
+    """
     words = [split_words(story) for story in stories]
     sentences = [SENTENCE.findall(story) for story in stories]
     return {**{f"distinct_{n}": distinct(words, n) for n in (1, 2, 3)},
             "self_bleu": self_bleu(words),
             "same_opening": shared([story[0] for story in sentences if story]),
-            "same_ending": shared([story[-1] for story in sentences if story])}
+            "same_ending": shared([story[-1] for story in sentences if story]),
+            "ends": per_story(value for value in ended if value is not None),
+            "words": per_story(map(len, words)),
+            "quotes_balanced": per_story(story.count('"') % 2 == 0 and story.count("“") == story.count("”")
+                                         for story in stories),
+            "repeated_sentences": repeated([sentence for sentence in story if len(sentence.split()) > 2]
+                                           for story in sentences),
+            "repeated_4_grams": repeated(ngrams(story, 4) for story in words),
+            **consistency(stories, names)}
 
 
 def ngrams(words, n):
@@ -102,28 +113,13 @@ def self_bleu(stories):
 
     bleu = BLEU(tokenize="none", effective_order=True)
     texts = [" ".join(words) for group in complete_groups(stories, BLEU_STORIES)[:1] for words in group]
-    return per_story([bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score / 100 for i, text in enumerate(texts)])
+    return per_story(bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score / 100 for i, text in enumerate(texts))
 
 
 def shared(sentences):
     """The share of sentences that others are equal to, in complete groups of BLEU_STORIES."""
-    return per_story([group.count(sentence) > 1 for group in complete_groups(sentences, BLEU_STORIES)
-                      for sentence in group])
-
-
-def wholeness(stories, ended):
-    """Measures of how complete and free of repetition each story is.
-
-    `ended`: whether each has an end of text, None if that is not known.
-    """
-    words = [split_words(story) for story in stories]
-    sentences = [[sentence for sentence in SENTENCE.findall(story) if len(sentence.split()) > 2] for story in stories]
-    return {"ends": per_story(value for value in ended if value is not None),
-            "words": per_story(map(len, words)),
-            "quotes_balanced": per_story(story.count('"') % 2 == 0 and story.count("“") == story.count("”")
-                                         for story in stories),
-            "repeated_sentences": repeated(sentences),
-            "repeated_4_grams": repeated(ngrams(story, 4) for story in words)}
+    return per_story(group.count(sentence) > 1 for group in complete_groups(sentences, BLEU_STORIES)
+                     for sentence in group)
 
 
 def repeated(stories):
