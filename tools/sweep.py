@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from storygpt.system.errors import Parser, UserError, exit_with_one_line
 from storygpt.system.hardware import StopSignals
 from tools import compare
 
-ROOT = Path(__file__).parent.parent
+TRAIN = Path(__file__).parent.parent / "train.py"
 EXAMPLE = "learning_rate=1e-3,2e-3 (values) or learning_rate=1e-3..2e-2:log (a range)"
 SIGNIFICANCE = 0.05  # probability of at least one wrong "better" or "worse" in a table where nothing differs
 MAX_SEEDS = 1_000  # the largest number of additional seeds that a verdict names
@@ -52,9 +53,10 @@ class Run:
     settings: dict  # those that vary
     seed: int
     folder: Path
+    flags: dict  # all settings that train.py gets
     state: str = "not finished"  # or "finished", "pruned", "failed"
     log: dict = None  # from `compare.read_run`; None: it has not begun
-    loss: float = math.inf  # its lowest validation loss
+    loss: float = math.nan  # its lowest validation loss, once it is finished
     speed: float = math.nan  # tokens per second
     process: subprocess.Popen = None  # train.py, while it runs
 
@@ -67,25 +69,20 @@ class Sweep:
     base: Config  # all settings of the config as it is: the baseline
     varied: dict  # setting → list of values, in a search Optuna's distribution; in the order of Config
     planned: list  # the varied settings of the baseline and, in a grid, all other combinations
+    metric: str  # the key of the loss in log.jsonl
     seeds: list
     trials: int  # settings to try in a search; 0: a grid
     prune: bool  # whether a search stops runs early that are worse than the median
     jobs: int
     runs: dict = field(default_factory=dict)  # name of the folder → Run
     study: object = None  # optuna.Study of a search: its runs of the first seed that have ended
-    left: int = 0  # settings that Optuna is still to suggest
-
-    @property
-    def metric(self):
-        """The key of the loss in log.jsonl. Losses in nats/token depend on the tokenizer, and so on the dataset."""
-        return "val_bpb" if "dataset" in self.varied else "val_loss"
+    suggestions: Iterator = iter(())  # Runs that Optuna suggests, None for one that the sweep has already
 
 
 @exit_with_one_line
 def main(argv=None):
     """Train the runs of a sweep that are missing, and print the comparison; `argv` as on the command line."""
     sweep, picture = parse_args(argv)
-    check_settings(sweep)
     find_runs(sweep)
     kind = f"search, {sweep.trials} settings" if sweep.trials else f"grid, {len(sweep.planned)} settings"
     print(f"{sweep.base.out_dir}: {kind}, seeds {', '.join(map(str, sweep.seeds))}; {count_done(sweep)} runs are done",
@@ -154,7 +151,8 @@ def parse_args(argv):
     seeds = [base.seed + i for i in range(args.seeds or (1 if args.trials else 3))]
     # Runs of different or unknown lengths have no evaluations at comparable iterations.
     prune = bool(args.trials) and not args.no_prune and not base.max_minutes and not varied.keys() & set(BUDGETS)
-    return Sweep(settings, base, varied, planned, seeds, args.trials, prune, args.jobs), args.picture
+    metric = "val_bpb" if "dataset" in varied else "val_loss"  # nats/token depend on the tokenizer
+    return Sweep(settings, base, varied, planned, metric, seeds, args.trials, prune, args.jobs), args.picture
 
 
 def parse_varied(texts):
@@ -164,9 +162,7 @@ def parse_varied(texts):
     """
     varied = {}
     for text in texts:
-        name, equals, values = text.partition("=")
-        if not equals:
-            raise UserError(f"--vary {text} has no values: write --vary {EXAMPLE}")
+        name, _, values = text.partition("=")
         if name in ("seed", "out_dir"):
             raise UserError(f"{name} cannot be varied: use --" + ("seeds N" if name == "seed" else "out_dir=FOLDER"))
         if name in varied:
@@ -191,21 +187,16 @@ def parse_range(name, text):
         raise UserError(f"--vary {name}={text}: {error}") from error
 
 
-def check_settings(sweep):
-    """Raise UserError if Config refuses a combination of a grid, or a dataset is missing."""
-    for settings in sweep.planned:
-        try:
-            cfg = Config(**apply_overrides(sweep.settings, settings))
-        except UserError as error:
-            raise UserError(f"{name_of(settings)}: {error}") from error
-        read_meta(Path("data", cfg.dataset))
-
-
 # ---- which runs there are ----
 
 
 def find_runs(sweep):
-    """Fill `runs`, of a search with those that it has begun. UserError: the folder is in use, or of another sweep."""
+    """Fill `runs`, of a search with those that it has begun.
+
+    Raises UserError for settings that Config refuses, a missing dataset, or a folder in use or of another sweep.
+    """
+    for settings in sweep.planned:
+        read_meta(Path("data", Config(**apply_overrides(sweep.settings, settings)).dataset))
     out_dir = Path(sweep.base.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     files.acquire_lock(out_dir / ".lock", out_dir)
@@ -220,34 +211,31 @@ def add_run(sweep, settings, seed):
     """Add a run, unless the sweep has it; returns the Run. Raises UserError as `read` does."""
     name = name_of(settings | {"seed": seed})
     if name not in sweep.runs:
-        run = sweep.runs[name] = Run(settings, seed, Path(sweep.base.out_dir, name))
-        read(sweep, run)
-        learn(sweep, run)
+        folder = Path(sweep.base.out_dir, name)
+        flags = apply_overrides(sweep.settings, settings | {"seed": seed, "out_dir": str(folder)})
+        sweep.runs[name] = Run(settings, seed, folder, flags)
+        read(sweep, sweep.runs[name])
+        learn(sweep, sweep.runs[name])
     return sweep.runs[name]
 
 
 def read(sweep, run):
     """Set what the folder of a run tells. Raises UserError if it is of another sweep, or its log is damaged."""
     try:
-        run.log = compare.read_run(str(run.folder))
+        run.log = compare.read_run(run.folder)
     except compare.NoLogYet:
         return
-    expected = asdict(Config(**train_settings(sweep, run)))
+    expected = asdict(Config(**run.flags))
     for name, value in run.log["config"].items():
         if name not in ("out_dir", "device") and value not in (expected.get(name), "–"):
             raise UserError(f"{run.folder} is of another sweep ({name} = {value!r}, not {expected.get(name)!r}): "
                             "repeat its command, or choose another folder (--out_dir)")
-    run.loss = min((record[sweep.metric] for record in run.log["evals"]), default=math.inf)
-    run.speed = run.log["tokens"] / max(run.log["seconds"], 1e-9)
     if (run.folder / "pruned").exists():
         run.state = "pruned"
     elif read_log(run.folder / "log.jsonl")[-1].get("reason") == "finished":
         run.state = "finished"
-
-
-def train_settings(sweep, run):
-    """The settings of a run, as train.py gets them."""
-    return apply_overrides(sweep.settings, run.settings | {"seed": run.seed, "out_dir": str(run.folder)})
+        run.loss = min(record[sweep.metric] for record in run.log["evals"])
+        run.speed = run.log["tokens"] / run.log["seconds"]
 
 
 def name_of(settings):
@@ -259,18 +247,19 @@ def name_of(settings):
 
 
 def begin_search(sweep):
-    """Add the runs that a search has begun, and start a study of Optuna with those that have ended."""
+    """Start a study of Optuna, and add the runs that the search has begun; those that have ended are in the study."""
     import optuna
 
     # Not in the first half of a run: a high learning rate is worse there, also where it is better in the end.
     sweep.study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_warmup_steps=sweep.base.max_iters // 2))
     add_run(sweep, sweep.planned[0], sweep.seeds[0])
     for log in sorted(Path(sweep.base.out_dir).glob("*/log.jsonl")):
-        config = compare.read_run(str(log.parent))["config"]
+        config = compare.read_run(log.parent)["config"]
         settings = {name: config[name] for name in sweep.varied}
         if config["seed"] == sweep.seeds[0] and is_searched(sweep, settings):
             add_run(sweep, settings, sweep.seeds[0])
-    sweep.left = sweep.trials - sum(run.seed == sweep.seeds[0] for run in sweep.runs.values())
+    begun = sum(run.seed == sweep.seeds[0] for run in sweep.runs.values())
+    sweep.suggestions = (suggest_run(sweep) for _ in range(sweep.trials - begun))
 
 
 def is_searched(sweep, settings):
@@ -309,15 +298,12 @@ def learn(sweep, run):
 
 
 def is_to_be_pruned(sweep, run):
-    """Whether a run in training is worse than the median, as Optuna's pruner decides.
-
-    Only runs of the first seed are pruned: without its unlucky seeds, a setting would look better than it is.
-    """
+    """Whether a run in training is worse than the median, as Optuna's pruner decides."""
+    # Only runs of the first seed: without its unlucky seeds, a setting would look better than it is.
     if not sweep.prune or run.seed != sweep.seeds[0] or run.settings == sweep.planned[0]:
         return False
     read(sweep, run)
-    return (run.log is not None and run.state == "not finished"
-            and sweep.study.pruner.prune(sweep.study, as_trial(sweep, run)))
+    return run.log and run.state == "not finished" and sweep.study.pruner.prune(sweep.study, as_trial(sweep, run))
 
 
 # ---- training ----
@@ -357,16 +343,13 @@ def next_run(sweep):
         # The folder is locked if only the sweep was killed: its train.py goes on.
         if run.state == "not finished" and not run.process and not files.is_locked(run.folder / ".lock"):
             return run
-    while sweep.left > 0:
-        sweep.left -= 1  # also for a suggestion that the sweep has already: there may be no other
-        if run := suggest_run(sweep):
-            return run
+    return next(filter(None, sweep.suggestions), None)
 
 
 def start_training(sweep, run, job):
     """Start train.py, or resume it, with the job's share of the threads, or its own GPU; it prints to output.log."""
-    command = [sys.executable, str(ROOT / "train.py"), "--resume=auto"]
-    command += [f"--{name}={value}" for name, value in train_settings(sweep, run).items()]
+    command = [sys.executable, str(TRAIN), "--resume=auto"]
+    command += [f"--{name}={value}" for name, value in run.flags.items()]
     if sweep.base.device in ("auto", "cuda") and torch.cuda.is_available():
         command += [f"--device=cuda:{job % torch.cuda.device_count()}"]
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // sweep.jobs))}
@@ -381,17 +364,14 @@ def end_run(sweep, run, stopped):
     code = run.process.wait()
     run.process = None
     read(sweep, run)
+    learn(sweep, run)
+    result = f"loss {run.loss:.4f}, {run.speed:,.0f} tokens/s" if run.state == "finished" else run.state
     if run.state == "not finished" and not stopped:
         run.state = "failed"
-    learn(sweep, run)
-    result = run.state
-    if run.state == "finished":
-        result = f"loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
-    elif run.state == "failed":
         printed = (run.folder / "output.log").read_text(encoding="utf-8", errors="replace").strip()
-        reason = printed.split("\n")[-1].removeprefix("error: ")
-        # Ended by a signal, also by the system for its memory, train.py has printed no reason.
-        result = f"failed: {reason if code > 0 else f'train.py was ended, with code {code}'}"
+        # Ended by a signal, as of the system when memory runs out, train.py has printed no reason.
+        reason = printed.split("\n")[-1].removeprefix("error: ") if code > 0 else f"train.py ended with code {code}"
+        result = f"failed: {reason}"
     print(f"{count_done(sweep)} {run.folder.name}: {result}", flush=True)
 
 
@@ -471,11 +451,10 @@ def paired_difference(losses, baseline, comparisons):
         return mean, math.nan, "not distinguishable (one seed)"
     deviation = float(differences.std(ddof=1))
     seeds = np.arange(n, n + MAX_SEEDS + 1)
-    # The difference that is significant with so many seeds, if its mean and deviation stay the same.
-    needed = stats.t.ppf(1 - SIGNIFICANCE / comparisons / 2, seeds - 1) * deviation / np.sqrt(seeds)
-    enough = abs(mean) > needed
-    more = int(enough.argmax())  # 0 also if it is never enough
-    if enough[0]:
+    # Whether so many seeds tell, if the mean and the standard deviation stay the same.
+    tells = abs(mean) > stats.t.ppf(1 - SIGNIFICANCE / comparisons / 2, seeds - 1) * deviation / np.sqrt(seeds)
+    more = int(tells.argmax())  # also 0 if no number of them does
+    if tells[0]:
         verdict = "better" if mean < 0 else "worse"
     elif more:
         verdict = f"not distinguishable ({more} more seed{'s' * (more > 1)} would tell)"
