@@ -3,14 +3,12 @@
     python -m tools.sweep config/tinystories_fast.py --max_tokens=400_000 --vary learning_rate=3e-3,9e-3 --seeds 3
     python -m tools.sweep config/tinystories_fast.py --max_tokens=400_000 --vary muon_lr=0.005..0.05:log --trials 30
 
-The first is a grid: it trains the config as it is and every combination of the values, all with the same seeds, and
-compares each combination with the config, seed by seed. The second is a search with Optuna (Akiba et al. 2019, arXiv
-1907.10902).
+The first is a grid: every combination of the values is compared with the config as it is, on the same seeds. The
+second is a search with Optuna (Akiba et al. 2019, arXiv 1907.10902).
 
     out/<sweep>/learning_rate=0.003,seed=1337/   a run like any other, and output.log with what train.py printed
 
-What is done is read from these folders. Ctrl-C stops all runs; the same command resumes them. docs/experiments.md has
-examples.
+What is done is read from these folders. Ctrl-C stops all runs; the same command resumes them. See docs/experiments.md.
 """
 
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
@@ -38,11 +36,9 @@ from storygpt.system.errors import Parser, UserError, exit_with_one_line
 from storygpt.system.hardware import StopSignals
 from tools import compare
 
-TRAIN = Path(__file__).parent.parent / "train.py"
 EXAMPLE = "learning_rate=1e-3,2e-3 (values) or learning_rate=1e-3..2e-2:log (a range)"
 SIGNIFICANCE = 0.05  # probability of at least one wrong "better" or "worse" in a table where nothing differs
 MAX_SEEDS = 1_000  # the largest number of additional seeds that a verdict names
-POLL_SECONDS = 0.5
 PLOTTED = 10  # curves in a plot, as many as matplotlib has colors
 
 
@@ -56,7 +52,7 @@ class Run:
     flags: dict  # all settings that train.py gets
     state: str = "not finished"  # or "finished", "pruned", "failed"
     log: dict = None  # from `compare.read_run`; None: it has not begun
-    loss: float = math.nan  # its lowest validation loss, once it is finished
+    loss: float = math.inf  # its lowest validation loss, once it is finished
     speed: float = math.nan  # tokens per second
     process: subprocess.Popen = None  # train.py, while it runs
 
@@ -67,7 +63,7 @@ class Sweep:
 
     settings: dict  # of the config file and the flags, for train.py
     base: Config  # all settings of the config as it is: the baseline
-    varied: dict  # setting → list of values, in a search Optuna's distribution; in the order of Config
+    varied: dict  # setting → its values or range as Optuna's distribution, in the order of Config
     planned: list  # the varied settings of the baseline and, in a grid, all other combinations
     metric: str  # the key of the loss in log.jsonl
     seeds: list
@@ -108,10 +104,8 @@ def make_parser():
     positive = number(int, 1, 10**6, "1 or more")
     parser.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUES", help=EXAMPLE)
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per setting (default: 3, in a search 1)")
-    parser.add_argument("--trials", type=positive, default=0, metavar="N",
-                        help="search: try N settings, the config as it is among them, instead of all combinations")
-    parser.add_argument("--no_prune", action="store_true", help="search: train all runs to their end (otherwise those "
-                        "that are worse than the median are stopped in their second half)")
+    parser.add_argument("--trials", type=positive, default=0, metavar="N", help="search: how many settings to try")
+    parser.add_argument("--no_prune", action="store_true", help="search: finish also runs worse than the median")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N",
                         help="runs at a time, each on its part of the CPU's threads, or on its own GPU (default: 1)")
     parser.add_argument("--picture", action="store_true", help="plot the losses, into the folder of the sweep")
@@ -119,10 +113,7 @@ def make_parser():
 
 
 def parse_args(argv):
-    """The Sweep of a command line, and whether to plot.
-
-    Exits with code 2 for a wrong flag; raises UserError if a package is missing.
-    """
+    """The Sweep of a command line, and whether to plot. Raises UserError if a package is missing."""
     parser = make_parser()
     settings, flags, args = read_command_line(argv, {}, parser)
     try:
@@ -135,10 +126,7 @@ def parse_args(argv):
         varied = parse_varied(args.vary)
         if not varied and (args.trials or args.seeds in (None, 1)):
             raise UserError(f"nothing to compare: give --vary {EXAMPLE}, or --seeds 2 or more")
-        lists = {name: values for name, values in varied.items() if isinstance(values, list)}
-        if args.trials:
-            varied |= {name: optuna.distributions.CategoricalDistribution(lists[name]) for name in lists}
-        elif len(lists) < len(varied):
+        if not args.trials and not all(hasattr(space, "choices") for space in varied.values()):
             raise UserError("a range needs --trials N, the number of settings to try")
     except UserError as error:
         parser.error(str(error))
@@ -146,8 +134,9 @@ def parse_args(argv):
     settings = apply_overrides(settings, flags)
     base = Config(**settings)
     baseline = {name: parse_value(name, str(getattr(base, name))) for name in varied}
-    grid = [] if args.trials else [dict(zip(varied, values)) for values in itertools.product(*varied.values())]
-    planned = [baseline, *(combination for combination in grid if combination != baseline)]
+    combinations = itertools.product(*(space.choices for space in varied.values())) if not args.trials else []
+    grid = [dict(zip(varied, values)) for values in combinations]
+    planned = [baseline, *(settings for settings in grid if settings != baseline)]
     seeds = [base.seed + i for i in range(args.seeds or (1 if args.trials else 3))]
     # Runs of different or unknown lengths have no evaluations at comparable iterations.
     prune = bool(args.trials) and not args.no_prune and not base.max_minutes and not varied.keys() & set(BUDGETS)
@@ -156,10 +145,9 @@ def parse_args(argv):
 
 
 def parse_varied(texts):
-    """The varied settings of all --vary flags, name → list of values or distribution, in the order of Config.
+    """The `varied` of a Sweep from the --vary flags. Raises UserError for a setting or values that cannot be varied."""
+    from optuna.distributions import CategoricalDistribution
 
-    Raises UserError for a setting or values that cannot be varied.
-    """
     varied = {}
     for text in texts:
         name, _, values = text.partition("=")
@@ -170,7 +158,8 @@ def parse_varied(texts):
         if ".." in values and type(getattr(Config, name, None)) in (int, float):  # text, as ../a, may contain dots
             varied[name] = parse_range(name, values)
         else:
-            varied[name] = list(dict.fromkeys(parse_value(name, value) for value in values.split(",")))
+            values = dict.fromkeys(parse_value(name, value) for value in values.split(","))  # each once
+            varied[name] = CategoricalDistribution(list(values))
     if len(varied.keys() & set(BUDGETS)) > 1:
         raise UserError(f"--vary sets the length of the run in two units: use one of {', '.join(BUDGETS)}")
     return {f.name: varied[f.name] for f in fields(Config) if f.name in varied}
@@ -187,24 +176,31 @@ def parse_range(name, text):
         raise UserError(f"--vary {name}={text}: {error}") from error
 
 
-# ---- which runs there are ----
+# ---- which runs there are, and which a search adds ----
 
 
 def find_runs(sweep):
-    """Fill `runs`, of a search with those that it has begun.
+    """Fill `runs`. Raises UserError for settings or data that cannot be trained, or a folder that cannot be used."""
+    import optuna
 
-    Raises UserError for settings that Config refuses, a missing dataset, or a folder in use or of another sweep.
-    """
     for settings in sweep.planned:
         read_meta(Path("data", Config(**apply_overrides(sweep.settings, settings)).dataset))
     out_dir = Path(sweep.base.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     files.acquire_lock(out_dir / ".lock", out_dir)
+    # Not in the first half of a run: a high learning rate is worse there, also where it is better in the end.
+    sweep.study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_warmup_steps=sweep.base.max_iters // 2))
+    # In a search, `learn` adds the other seeds of runs that finish.
+    for seed, settings in itertools.product(sweep.seeds[:1] if sweep.trials else sweep.seeds, sweep.planned):
+        add_run(sweep, settings, seed)
     if sweep.trials:
-        begin_search(sweep)
-    else:
-        for seed, settings in itertools.product(sweep.seeds, sweep.planned):
-            add_run(sweep, settings, seed)
+        for log in sorted(out_dir.glob("*/log.jsonl")):
+            config = compare.read_run(log.parent)["config"]
+            settings = {name: config[name] for name in sweep.varied}
+            if config["seed"] == sweep.seeds[0] and is_searched(sweep, settings):
+                add_run(sweep, settings, sweep.seeds[0])
+        begun = sum(run.seed == sweep.seeds[0] for run in sweep.runs.values())
+        sweep.suggestions = (suggest_run(sweep) for _ in range(sweep.trials - begun))
 
 
 def add_run(sweep, settings, seed):
@@ -241,25 +237,6 @@ def read(sweep, run):
 def name_of(settings):
     """Settings as the name of a folder: that of a run ends with the seed, for tools/compare.py."""
     return ",".join(f"{name}={urllib.parse.quote(str(value), safe='')}" for name, value in settings.items())
-
-
-# ---- a search ----
-
-
-def begin_search(sweep):
-    """Start a study of Optuna, and add the runs that the search has begun; those that have ended are in the study."""
-    import optuna
-
-    # Not in the first half of a run: a high learning rate is worse there, also where it is better in the end.
-    sweep.study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_warmup_steps=sweep.base.max_iters // 2))
-    add_run(sweep, sweep.planned[0], sweep.seeds[0])
-    for log in sorted(Path(sweep.base.out_dir).glob("*/log.jsonl")):
-        config = compare.read_run(log.parent)["config"]
-        settings = {name: config[name] for name in sweep.varied}
-        if config["seed"] == sweep.seeds[0] and is_searched(sweep, settings):
-            add_run(sweep, settings, sweep.seeds[0])
-    begun = sum(run.seed == sweep.seeds[0] for run in sweep.runs.values())
-    sweep.suggestions = (suggest_run(sweep) for _ in range(sweep.trials - begun))
 
 
 def is_searched(sweep, settings):
@@ -321,7 +298,7 @@ def train_all(sweep):
                         start_training(sweep, run, job)
                 if not jobs and all(run.state != "not finished" for run in sweep.runs.values()):
                     break
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.5)
                 for job, run in list(jobs.items()):
                     if run.process.poll() is None and is_to_be_pruned(sweep, run):
                         run.process.terminate()  # train.py then saves and exits
@@ -348,7 +325,7 @@ def next_run(sweep):
 
 def start_training(sweep, run, job):
     """Start train.py, or resume it, with the job's share of the threads, or its own GPU; it prints to output.log."""
-    command = [sys.executable, str(TRAIN), "--resume=auto"]
+    command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--resume=auto"]
     command += [f"--{name}={value}" for name, value in run.flags.items()]
     if sweep.base.device in ("auto", "cuda") and torch.cuda.is_available():
         command += [f"--device=cuda:{job % torch.cuda.device_count()}"]
@@ -402,19 +379,18 @@ def table_lines(sweep):
     loss = "bits per byte" if sweep.metric == "val_bpb" else "validation loss"
     lines = [[*sweep.varied, "seeds", loss, "difference", "tokens/s", "verdict"]]
     groups = group_runs(sweep)
-    baseline = losses_of(groups[0])
     for runs in groups:
-        losses = losses_of(runs)
-        speeds = [run.speed for run in runs if run.state == "finished"]
+        finished = [run for run in runs if run.state == "finished"]
+        losses = {run.seed: run.loss for run in finished}
         difference, verdict = "–", runs[0].state
         if runs is groups[0]:
-            verdict = "baseline"
+            baseline, verdict = losses, "baseline"
         elif losses.keys() & baseline.keys():
             mean, error, verdict = paired_difference(losses, baseline, len(groups) - 1)
             difference = f"{mean:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
-        lines.append([*map(str, runs[0].settings.values()), str(len(losses)),
-                      compare.mean_and_deviation(list(losses.values())), difference,
-                      f"{np.mean(speeds):,.0f}" if speeds else "–", verdict])
+        speed = f"{np.mean([run.speed for run in finished]):,.0f}" if finished else "–"
+        lines.append([*map(str, runs[0].settings.values()), str(len(finished)),
+                      compare.mean_and_deviation(list(losses.values())), difference, speed, verdict])
     return lines
 
 
@@ -427,14 +403,9 @@ def group_runs(sweep):
     return [baseline, *(sorted(others, key=mean_loss) if sweep.trials else others)]
 
 
-def losses_of(runs):
-    """The losses of those of these runs that are finished, seed → loss."""
-    return {run.seed: run.loss for run in runs if run.state == "finished"}
-
-
 def mean_loss(runs):
-    """The mean loss of those of these runs that are finished; infinity if none is."""
-    return float(np.mean(list(losses_of(runs).values()) or [math.inf]))
+    """The mean loss of these runs; infinity if one of them is not finished."""
+    return float(np.mean([run.loss for run in runs]))
 
 
 def paired_difference(losses, baseline, comparisons):

@@ -52,8 +52,9 @@ def write_run(words, settings, seed, losses, reason="finished"):
 
 
 def test_values_and_ranges_are_parsed_in_the_order_of_the_settings():
-    assert sweep.parse_varied(["muon_lr=0.01,0.02,1e-2", "n_layer=2,4", "bias=True,false", "dataset=a,../b..c"]) == {
-        "dataset": ["a", "../b..c"], "n_layer": [2, 4], "bias": [True, False], "muon_lr": [0.01, 0.02]}
+    varied = sweep.parse_varied(["muon_lr=0.01,0.02,1e-2", "n_layer=2,4", "bias=True,false", "dataset=a,../b..c"])
+    assert [(name, space.choices) for name, space in varied.items()] == [
+        ("n_layer", (2, 4)), ("bias", (True, False)), ("dataset", ("a", "../b..c")), ("muon_lr", (0.01, 0.02))]
     assert sweep.parse_varied(["learning_rate=1e-3..2e-2:log", "batch_size=4..16"]) == {
         "batch_size": IntDistribution(4, 16), "learning_rate": FloatDistribution(1e-3, 2e-2, log=True)}
 
@@ -61,18 +62,15 @@ def test_values_and_ranges_are_parsed_in_the_order_of_the_settings():
 @pytest.mark.parametrize("words, message", [
     (["--vary=lerning_rate=1"], "unknown setting lerning_rate: did you mean learning_rate?"),
     (["--vary=learning_rate"], "learning_rate = '' is not allowed"),
-    (["--vary=learning_rate="], "learning_rate = '' is not allowed"),
     (["--vary=learning_rate=1e-3,,2e-3"], "learning_rate = '' is not allowed"),
     (["--vary=dropout=0.1,2"], "dropout = 2.0 is not allowed: it takes a number from 0 to 0.99"),
     (["--vary=learning_rate=1e-3..", "--trials=2"], "learning_rate = '' is not allowed"),
-    (["--vary=learning_rate=..1e-3", "--trials=2"], "learning_rate = '' is not allowed"),
     (["--vary=learning_rate=2e-3..1e-3", "--trials=2"], "learning_rate=2e-3..1e-3: `low <= high` must hold"),
     (["--vary=dropout=0..0.3:log", "--trials=2"], "dropout=0..0.3:log: `low > 0` must hold"),
     (["--vary=learning_rate=1e-3..1e-2:lin", "--trials=2"], "learning_rate = '1e-2:lin' is not allowed"),
     (["--vary=bias=False..True", "--trials=2"], "bias = 'False..True' is not allowed"),
     (["--vary=learning_rate=1e-3..1e-2"], "a range needs --trials N"),
-    (["--trials=2"], "nothing to compare"), ([], "nothing to compare"),
-    (["--seeds=2", "--trials=2"], "nothing to compare"),
+    ([], "nothing to compare"), (["--seeds=2", "--trials=2"], "nothing to compare"),
     (["--vary=seed=1,2"], "use --seeds N"), (["--vary=out_dir=a,b"], "use --out_dir=FOLDER"),
     (["--vary=bias=True", "--vary=bias=False"], "--vary bias is given twice"),
     (["--vary=max_iters=10,20", "--vary=max_tokens=1000,2000"], "the length of the run in two units"),
@@ -166,16 +164,10 @@ def test_a_damaged_log_is_named(grid, fails):
     assert f"{log}, line " in fails(sweep.main, [*TINY, *GRID])
 
 
-def test_compare_groups_the_seeds_of_a_sweep(grid, capsys):
-    compare.main(["out/grid", "--picture=out/compared.png"])
-    text = capsys.readouterr().out
-    assert "out/grid/learning_rate=0.001 " in text and "seed=" not in text and "plot: out/compared.png" in text
+def test_compare_groups_the_seeds_of_a_sweep(grid):
+    text = compare.format_table(compare.read_groups("out/grid"))
+    assert "out/grid/learning_rate=0.001 " in text and "seed=" not in text
     assert "4.1000 ± 0.1414" in text and "4.6500 ± 0.2121" in text
-    group, = [runs for runs in compare.read_groups("out/grid") if runs[0]["config"]["learning_rate"] == 1e-3]
-    tokens, _, lowest, mean, highest = compare.curve(group, "val_loss")
-    assert tokens == [512e-6, 1024e-6, 1536e-6] and (lowest[1], mean[1], highest[1]) == (4.5, pytest.approx(4.65), 4.8)
-    compare.main(["out/grid", "out/grid/learning_rate=0.001,seed=1337"])  # a group and a single run
-    assert "| seeds " in capsys.readouterr().out
 
 
 def test_with_several_datasets_bits_per_byte_are_compared():
