@@ -357,7 +357,7 @@ def end_run(sweep, run, stopped):
 
 def count_done(sweep):
     """How many runs are done, of how many, as text."""
-    done = sum(run.state != "not finished" for run in sweep.runs.values())
+    done = sum(run.state != "not finished" and not run.process for run in sweep.runs.values())
     return f"{done} of {max(len(sweep.runs), sweep.trials)}"
 
 
