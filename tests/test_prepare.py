@@ -86,20 +86,13 @@ def test_text_file(here):
     assert meta["source"] == source and meta["tokenizer"]["special_tokens"] == {END_OF_TEXT: 50256}
 
 
-def test_column_of_a_jsonl_file_and_empty_stories(here, fast, capsys):
-    stories = [*STORIES, "  ", "", " Two. ", "\n\n"]
-    (here / "mine.jsonl").write_text("".join(json.dumps({"id": 1, "story": story}) + "\n" for story in stories))
-    meta, splits = prepare_as("mine", "mine.jsonl", "--text_column", "story", fast)
-    assert sorted(splits["train"] + splits["validation"]) == sorted([*STORIES, "Two."])
-    assert meta["empty_stories_dropped"] == 3 and "3 empty stories dropped" in capsys.readouterr().out
-
-
-def test_one_long_text_is_cut(here, fast, capsys):
-    (here / "book.jsonl").write_text(json.dumps({"text": BOOK}) + "\n" + json.dumps({"text": STORIES[0]}))
-    meta, stories = prepare_as("book", "book.jsonl", "--max_stories", "1", "--validation_fraction", "0.25", fast)
+def test_one_long_text_in_a_column_of_a_jsonl_file_is_cut(here, fast, capsys):
+    (here / "book.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in (" ", BOOK, STORIES[0])))
+    meta, stories = prepare_as("book", "book.jsonl", "--text_column", "story", "--max_stories", "1",
+                               "--validation_fraction", "0.25", fast)
     assert f"{stories['train'][0]} {stories['validation'][0]}" == BOOK.strip() and len(stories["train"]) == 1
-    assert abs(len(stories["validation"][0]) - 0.25 * len(BOOK)) < 100
-    assert "0 empty stories dropped, validation split: end of the text\n" in capsys.readouterr().out
+    assert abs(len(stories["validation"][0]) - 0.25 * len(BOOK)) < 100 and meta["empty_stories_dropped"] == 1
+    assert "1 empty stories dropped, validation split: end of the text\n" in capsys.readouterr().out
 
 
 def test_a_source_with_a_validation_split_and_duplicates(here, fast, capsys):
@@ -109,42 +102,33 @@ def test_a_source_with_a_validation_split_and_duplicates(here, fast, capsys):
     write(here / "books/My-valid.txt", [e, f"\n{d}", d, c])
     meta, stories = prepare_as("books", "books/", fast)
     assert stories == {"train": [a, b, a, c, d, a, c], "validation": [e, d, d, c]}
-    assert meta["duplicates"] == {"within_train": 3, "validation_in_train": 3, "dropped": 0}
     assert meta["validation_split"] == "source"
-    assert ("duplicates: 3 training stories repeat an earlier one, 3 validation stories are also in training; "
-            "dropped by --drop_duplicates: 0\n") in capsys.readouterr().out
-
     meta, stories = prepare_as("books", "books", "--drop_duplicates", fast)
     assert stories == {"train": [a, b], "validation": [e, d, d, c]}
     assert meta["duplicates"] == {"within_train": 3, "validation_in_train": 3, "dropped": 5}
-    assert meta["made_with"]["drop_duplicates"] and "dropped by --drop_duplicates: 5\n" in capsys.readouterr().out
-    _, stories = prepare_as("books", "books", "--drop_duplicates", "--max_stories", "3", fast)  # with duplicates
-    assert stories["train"] == [a, b]
+    assert ("duplicates: 3 training stories repeat an earlier one, 3 validation stories are also in training; "
+            "dropped by --drop_duplicates: 5\n") in capsys.readouterr().out
     write(here / "books/My-train.txt", [BOOK])  # a single text is not cut if there is a validation split
     assert prepare_as("books", "books", fast)[1] == {"train": [BOOK.strip()], "validation": [e, d, d, c]}
 
 
 def test_a_random_validation_split_depends_on_the_seed_only_and_duplicates_may_be_in_it(here, fast):
-    source = write(here / "mine.txt", [*STORIES, *STORIES[:10], *STORIES[:10]])
-    words = [source, fast, "--validation_fraction", "0.2"]
+    words = [write(here / "mine.txt", [*STORIES, *STORIES[:10], *STORIES[:10]]), fast, "--validation_fraction", "0.2"]
     meta, kept = prepare_as("x", *words, "--seed", "3")
-    meta_dropped, dropped = prepare_as("x", *words, "--seed", "3", "--drop_duplicates")
+    _, dropped = prepare_as("x", *words, "--seed", "3", "--drop_duplicates")
     assert prepare_as("x", *words, "--seed", "4")[1]["validation"] != kept["validation"] == dropped["validation"]
     unseen = [story for story in kept["train"] if story not in kept["validation"]]
     assert dropped["train"] == list(dict.fromkeys(unseen))
     assert len(dropped["train"]) < len(set(kept["train"])) < len(kept["train"]) == 34
-    found = {"within_train": len(kept["train"]) - len(set(kept["train"])),
-             "validation_in_train": sum(story in kept["train"] for story in kept["validation"])}
-    assert meta["duplicates"] == found | {"dropped": 0}
-    assert meta_dropped["duplicates"] == found | {"dropped": 34 - len(dropped["train"])}
+    assert meta["duplicates"] == {
+        "within_train": len(kept["train"]) - len(set(kept["train"])), "dropped": 0,
+        "validation_in_train": sum(story in kept["train"] for story in kept["validation"])}
 
 
 def test_batches_stay_in_order(fast, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 3000)
     stories = prepare_as("x", "nursery", "--max_stories", "100", "--seed", "5", fast)[1]
-    all_stories = list(nursery.stories(100, 5))
-    assert stories["train"] == [story for story in all_stories if story not in stories["validation"]]
-    assert sorted(stories["train"] + stories["validation"]) == sorted(all_stories)
+    assert stories["train"] == [story for story in nursery.stories(100, 5) if story not in stories["validation"]]
 
 
 # ---- vocabularies ----
@@ -163,10 +147,6 @@ def test_a_trained_vocabulary_and_that_of_another_dataset(here, fails):
     assert "the folder of a run or dataset" in fails(prepare.main, [*words, "out/no"])
     Path("other/tokenizer.tiktoken").write_text("")
     assert "tokenizer.tiktoken is missing or damaged" in fails(prepare.main, [*words, "other"])
-    for name in ("tokenizer.tiktoken", "meta.json"):
-        Path("other", name).unlink()
-        Path("other", name).mkdir()  # as root, a file without permissions could be read
-        assert fails(prepare.main, [*words, "other"]) == f"error: other/{name}: Is a directory"
     assert data_entries() == ["mine-other"]
 
 
@@ -188,8 +168,7 @@ def test_vocabulary_above_65536_tokens_uses_uint32(here):
     pairs = {bytes(pair): 256 + i for i, pair in enumerate(itertools.product(range(256), range(256)))}
     save(Tokenizer("pairs", GPT2_PATTERN, BYTES | pairs, {END_OF_TEXT: 256 + 65_536}), ".")
     meta, stories = prepare_as("mine", write(here / "mine.txt", STORIES), "--tokenizer", str(here))
-    assert meta["dtype"] == "uint32" and meta["end_of_text"] == 65_792
-    assert sorted(stories["train"] + stories["validation"]) == sorted(STORIES)
+    assert meta["dtype"] == "uint32" and sorted(stories["train"] + stories["validation"]) == sorted(STORIES)
 
 
 # ---- a dataset that exists, faults ----
@@ -206,8 +185,7 @@ def test_existing_dataset_is_kept_unless_forced(fast, capsys, fails):
     assert "data/x already exists" in capsys.readouterr().out
     assert "created with max_stories 30, now 31" in fails(prepare.main, [*words, "31"])
     assert meta_path.read_text() == before
-    meta, _ = prepare_as("x", "nursery", fast, "--max_stories", "31")
-    assert sum(s["stories"] for s in meta["splits"].values()) == 31
+    assert sum(map(len, prepare_as("x", "nursery", fast, "--max_stories", "31")[1].values())) == 31
 
 
 def test_a_dataset_gets_its_name_back_if_replacing_it_fails(fast, monkeypatch, capsys):
@@ -264,22 +242,21 @@ def test_a_run_that_dies_leaves_no_dataset_and_the_next_one_succeeds(fast, fault
 
 @pytest.mark.parametrize("flags, code, message", [
     ("", 1, "cannot reach roneneldan/TinyStories"),
-    ("one.txt", 1, "one.txt has only one text, of 3 characters, but training and validation need 3,072"),
+
     ("nursery --tokenizer=gpt5", 1, "cannot load tokenizer 'gpt5' (ValueError): use one of cl100k_base, "),
-    ("nursery --tokenizer=bpe:many", 1, "the vocabulary size must be at least 257"),
+
     ("nursery --tokenizer=bpe:256", 1, "the vocabulary size must be at least 257"),
     ("nursery --tokenizer=bpe:60000 --max_stories=50", 1, "use --tokenizer bpe:"),
     ("nursery --name=../up", 1, "'../up' is not a valid folder name"),
-    ("nursery --name=", 1, "'' is not a valid folder name"),
+
     ("my_tales~.txt", 1, "'my_tales~' is not a valid folder name: set --name"),
     ("--max_stories=0", 2, "--max_stories must be at least 1"),
     ("--seed=-1", 2, "--seed must be at least 0"),
-    ("--validation_fraction=1", 2, "--validation_fraction must be between 0 and 1"),
+
     ("--validation_fraction=nan", 2, "--validation_fraction must be between 0 and 1"),
     ("a.txt b.txt", 2, "unknown argument b.txt"),
 ])
 def test_user_errors_print_one_line_and_leave_no_files(here, fails, flags, code, message):
-    (here / "one.txt").write_text("One")
     assert message in fails(prepare.main, flags.split(), code)
     assert not (here / "data").exists() or data_entries() == []
 
