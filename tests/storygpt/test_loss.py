@@ -64,12 +64,11 @@ def test_a_head_of_the_used_tokens_gives_the_losses_and_gradients_of_the_whole_h
     with torch.no_grad():
         weight[~used] = weight[~used][0]
     head = UsedTokens(used)
-    assert 15 < len(head.used) < 35 and len(head.unused) == 50 - len(head.used)
     y = head.used[torch.randint(len(head.used), (14,))]
     y[3] = -1
     mean = cross_entropy(x, weight, y)
     rows, targets = head.head(weight, y)
-    assert len(rows) == len(head.used) + 1
+    assert 15 < len(rows) == len(head.used) + 1 < 35
     mean_of_rows, _ = fused_linear_cross_entropy(x, rows, targets, len(head.unused))
     for a, b in zip(torch.autograd.grad(3 * mean_of_rows, (x, weight)), torch.autograd.grad(3 * mean, (x, weight))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -128,11 +127,10 @@ def test_a_target_that_is_no_token_is_an_error(model):
 def test_the_backward_pass_can_be_repeated_but_has_no_second_derivative():
     x, weight = leaves((14, 16), (50, 16))
     mean, _ = fused_linear_cross_entropy(x, weight, torch.arange(14))
-    first, second = (torch.autograd.grad(mean, (x, weight), retain_graph=True) for _ in range(2))
+    first, second = (torch.autograd.grad(mean, (x, weight), create_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
-    (grad,) = torch.autograd.grad(mean, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        grad.square().sum().backward()
+        first[0].square().sum().backward()
     assert fused_linear_cross_entropy(x * math.nan, weight, torch.arange(14))[0].isnan()
 
 
@@ -168,13 +166,13 @@ def change_of_a_view(logits, y):
 
 def after_a_metric(logits, y):
     with torch.no_grad():
-        assert 0 <= (logits.argmax(-1) == y).float().mean() <= 1
+        logits.argmax(-1)
     return mean_loss(logits, y)
 
 
 def after_a_metric_of_a_view(logits, y):
     with torch.no_grad():
-        assert 0 <= (logits.view(-1, 50).argmax(-1) == y.flatten()).float().mean() <= 1
+        logits.view(-1, 50).argmax(-1)
     return mean_loss(logits, y)
 
 
@@ -201,10 +199,9 @@ PLAIN = {
     "float": lambda logits, y: mean_loss(logits.float(), y),
     "z-loss": lambda logits, y: mean_loss(logits, y) + 0.01 * logits.logsumexp(-1).square().mean(),
     "index": lambda logits, y: F.cross_entropy(logits[:, 2], y[:, 2], ignore_index=-1) + logits[0, 1, 2],
-    "log_softmax": lambda logits, y: -logits.log_softmax(-1).gather(-1, y.clamp_min(0)[..., None]).mean(),
     "operators": lambda logits, y: (2 - logits @ torch.ones(50, 3, dtype=logits.dtype)).square().mean(),
     "list": lambda logits, y: torch.cat([logits, logits], 1).square().mean(),
-    "iteration": lambda logits, y: sum(row.square().mean() for row in logits),
+
     "set item": set_item,
     "change of a view": change_of_a_view,
     "hook": with_hook,
@@ -317,11 +314,11 @@ def test_unused_tokens_have_equal_rows_only_if_asked_and_are_not_merged_otherwis
 
 def test_a_layer_that_is_as_wide_as_the_vocabulary_keeps_its_weights():
     """c_fc has 64 outputs, as many as there are tokens; only the head has rows of tokens."""
-    model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=False))
-    (x, y), used = batch(), torch.arange(64) < 40
-    assert fused(model.eval(), used=used)(x, y).item() == pytest.approx(model(x, y).item(), rel=1e-5)
-    equal = fused(model, used=used, equalize=True)
-    assert torch.equal(equal.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_fc.weight)
+    model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16, bias=False)).eval()
+    for equalize in (False, True):
+        other = fused(model, used=torch.arange(64) < 40, equalize=equalize)
+        assert torch.equal(other.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_fc.weight)
+        assert equalize or other(*batch()).item() == pytest.approx(model(*batch()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("edit", [  # others: test_fast.py
@@ -347,7 +344,7 @@ def test_hooks_on_the_replaced_head_and_printing_see_the_logits(model):
     torch.testing.assert_close(seen[1], torch.autograd.grad(mean_loss(expected, y), expected)[0])
     with torch.no_grad():
         logits = fused(plain)(x, y, lambda logits, y: logits)
-        assert type(logits) is Logits and repr(logits) == repr(logits + 0) and "e" in f"{logits}"
+        assert type(logits) is Logits and repr(logits) == repr(logits + 0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
