@@ -150,6 +150,12 @@ def fails(capsys):
     return fails
 
 
+def load_last(out_dir):
+    """The content of a run's last.pt."""
+    from storygpt import checkpoint  # not at the top: torch reads OMP_NUM_THREADS when it is imported
+    return checkpoint.load(Path(out_dir, "last.pt"), checkpoint.LAST_REQUIRED_KEYS)
+
+
 def launch(script, *words, cwd, **options):
     """Run `python SCRIPT words …` in a process of its own; returns the finished process."""
     return subprocess.run([sys.executable, ROOT / script, *words], cwd=cwd, capture_output=True, text=True,

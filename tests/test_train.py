@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import platform
+import re
 import signal
 import time
 from dataclasses import replace
@@ -15,8 +17,9 @@ import torch
 
 import sample
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, load_last
 from faults.processes import at_file_operation, run as run_process, script
+from faults.soak import equal, what_must_be_equal
 from model import GPT, GPTConfig
 from modern import make_model
 from storygpt import checkpoint, run
@@ -24,7 +27,7 @@ from storygpt.corpus.dataset import Split, TrainingOrder
 from storygpt.embeddings import cooccurrence_embeddings
 from storygpt.muon import Muon
 from storygpt.run import TrainState, read_log
-from storygpt.settings import Config, read_config_file
+from storygpt.settings import Config, read_command_line, read_config_file
 from storygpt.system.errors import QUICKSTART, UserError
 
 TINY_MODEL = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=16)  # TINY's
@@ -34,16 +37,6 @@ ANY_LENGTH = [word for word in TINY if "max_iters" not in word]  # TINY without 
 def weights(out_dir, name="last.pt"):
     """The weights in a checkpoint, name → tensor."""
     return checkpoint.load(Path(out_dir, name))["model"]
-
-
-def load_last(out_dir):
-    """The content of a run's last.pt."""
-    return checkpoint.load(Path(out_dir, "last.pt"), checkpoint.LAST_REQUIRED_KEYS)
-
-
-def bit_equal(a, b):
-    """Whether two dicts of tensors are equal, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def records(out_dir, kind):
@@ -75,9 +68,8 @@ def test_the_run_folder_is_self_contained(trained):
     for name in ("meta.json", "tokenizer.tiktoken"):
         assert (run / name).read_bytes() == (data / name).read_bytes()
     samples = (run / "samples.md").read_text()
-    assert [line.split(":")[0] for line in samples.splitlines() if line.startswith("## ")] == [
-        "## iteration 8", "## iteration 16", "## iteration 24"]
-    assert samples.count("\n\nOnce upon a time") == 3
+    assert re.findall(r"## (iteration \d+): .*\n\nOnce upon a time", samples) == [
+        "iteration 8", "iteration 16", "iteration 24"]
 
 
 def test_the_log_has_the_run_its_steps_and_its_evaluations(trained):
@@ -85,8 +77,9 @@ def test_the_log_has_the_run_its_steps_and_its_evaluations(trained):
     meta = json.loads((trained / "data/nursery-bpe300/meta.json").read_text())
     cfg = Config(**run["config"])
     assert cfg.max_iters == 24 and run["seed"] == 1337 and run["torch"] == torch.__version__
+    assert run["device"] == f"cpu {platform.machine()}"
     assert run["data_sha256"] == {split: meta["splits"][split]["sha256"] for split in ("train", "validation")}
-    assert {"git", "device", "dtype", "python", "parameters"} <= run.keys()
+    assert {"git", "dtype", "python", "parameters"} <= run.keys()
     # A step is two iterations of 4 * 16 tokens. The first step is logged, then every fourth iteration.
     assert [r["iter"] for r in steps] == [2, 4, 8, 12, 16, 20, 24]
     assert all(r["step"] == r["iter"] / 2 and r["tokens"] == r["iter"] * 64 for r in steps)
@@ -119,8 +112,7 @@ def test_train_py_as_a_script(with_data):
     """It prints plain lines without a terminal, and ends with the results and the command to sample."""
     code, out, err = run_process(script("train.py"), [*TINY, "--out_dir=out/x", "--max_iters=6"])
     assert code == 0 and err == "" and "iteration 4: loss " in out and "warning" not in out
-    assert "sequences = 128 tokens" in out and "3 steps = 384 tokens" in out
-    assert "on cpu, in float32, not compiled (compile = False), 1 thread" in out
+    assert "3 steps = 384 tokens" in out and "on cpu, in float32, not compiled (compile = False), 1 thread" in out
     results = dict(line.split(": ", 1) for line in out.splitlines()[-7:])
     assert list(results) == ["best_val_loss", "val_bits_per_byte", "tokens", "seconds", "tokens_per_s", "checkpoint",
                              "sample"]
@@ -207,37 +199,28 @@ def test_total_steps_is_rounded_up_or_estimated_from_the_time():
     estimates = [train.total_steps(state_at(cfg, 10, seconds)) for seconds in (12, 60, 119.9, 120, 500)]
     assert estimates == [100, 20, 11, 10, 10]
     assert train.total_steps(state_at(cfg)) == 1  # the speed is still unknown
+    assert train.total_steps(state_at(cfg, 0, seconds=500)) == 1  # the start took longer
 
 
-def test_an_interval_is_due_at_the_first_step_that_reaches_a_multiple_of_it():
+def test_an_evaluation_is_due_at_intervals_and_at_the_end_and_the_run_is_finished_after_that():
     due = [step * 32 for step in range(1, 626) if train.is_due(state_at(Config(), step), 500)]
-    assert due[:4] == [512, 1024, 1504, 2016] and len(due) == 40
-
-
-def test_an_evaluation_is_due_at_intervals_and_at_the_end():
+    assert due[:4] == [512, 1024, 1504, 2016] and len(due) == 40  # the first step that reaches a multiple of 500
     cfg = Config(gradient_accumulation_steps=1, eval_interval=10, max_iters=25, warmup_iters=1)
 
-    def is_due(step, evaluated_at, stop=False):
-        return train.evaluation_is_due(state_at(cfg, step, metrics={"iter": evaluated_at}, stop=stop))
+    def state(step, evaluated_at, stop=False, seconds=0.0, cfg=cfg):
+        return state_at(cfg, step, seconds, metrics={"iter": evaluated_at}, stop=stop)
 
-    assert [step for step in range(26) if is_due(step, evaluated_at=0)] == [10, 20, 25]
-    assert not is_due(20, evaluated_at=20) and not is_due(25, evaluated_at=25)  # done already
-    assert not is_due(20, evaluated_at=10, stop=True)  # left to the resumed run
-    assert is_due(25, evaluated_at=20, stop=True)  # nothing else is left to do
+    assert [step for step in range(26) if train.evaluation_is_due(state(step, 0))] == [10, 20, 25]
+    assert not train.evaluation_is_due(state(20, 20)) and not train.evaluation_is_due(state(25, 25))  # done already
+    assert not train.evaluation_is_due(state(20, 10, stop=True))  # left to the resumed run
+    assert train.evaluation_is_due(state(25, 20, stop=True))  # nothing else is left to do
 
-
-def test_a_run_is_finished_after_its_last_evaluation():
-    cfg = Config(gradient_accumulation_steps=1, max_iters=25, warmup_iters=1)
-
-    def is_finished(cfg, step, evaluated_at, seconds=0.0):
-        return train.is_finished(state_at(cfg, step, seconds, metrics={"iter": evaluated_at}))
-
-    assert not is_finished(cfg, 0, 0) and not is_finished(cfg, 24, 24) and not is_finished(cfg, 25, 20)
-    assert is_finished(cfg, 25, 25)
-    assert is_finished(cfg, 26, 20)  # max_iters has been lowered
-    minutes = Config(max_minutes=1.0, gradient_accumulation_steps=1)
-    assert not is_finished(minutes, 25, 25, seconds=59.0) and is_finished(minutes, 25, 25, seconds=61.0)
-    assert not is_finished(minutes, 25, 20, seconds=61.0)
+    assert [train.is_finished(state(*at)) for at in ((0, 0), (24, 24), (25, 20), (25, 25))] == [False] * 3 + [True]
+    assert train.is_finished(state(26, 20))  # max_iters has been lowered
+    minutes = {"cfg": Config(max_minutes=1.0, gradient_accumulation_steps=1)}
+    assert not train.is_finished(state(25, 25, seconds=59.0, **minutes))
+    assert train.is_finished(state(25, 25, seconds=61.0, **minutes))
+    assert not train.is_finished(state(25, 20, seconds=61.0, **minutes))
 
 
 def test_max_tokens_can_be_increased_and_the_schedule_stays(with_data, capsys):
@@ -251,11 +234,9 @@ def test_max_tokens_can_be_increased_and_the_schedule_stays(with_data, capsys):
     assert records("out/x", "step")[-1]["lr"] == 1e-3  # min_lr: the schedule ended after 512 tokens
 
 
-MINUTES = [*ANY_LENGTH, "--lr_schedule=linear", "--log_interval=1", "--eval_interval=1000", "--out_dir=out/x"]
-
-
 def test_max_minutes_ends_the_run_in_time_with_the_learning_rate_decayed(with_data, clock, capsys):
-    train.main([*MINUTES, "--min_lr=0", "--max_minutes=0.02"])
+    train.main([*ANY_LENGTH, "--lr_schedule=linear", "--log_interval=1", "--eval_interval=1000", "--out_dir=out/x",
+                "--min_lr=0", "--max_minutes=0.02"])
     assert "the run: 0.02 minutes" in capsys.readouterr().out
     state = load_last("out/x")
     steps, evals = records("out/x", "step"), records("out/x", "eval")
@@ -272,20 +253,11 @@ def test_max_minutes_ends_the_run_in_time_with_the_learning_rate_decayed(with_da
 
 def test_a_finished_run_says_how_it_can_be_trained_further():
     """A run whose learning rate has decayed to 0 cannot, unless it is limited by minutes."""
-    for settings, hint in [({"min_lr": 1e-5, "max_tokens": 10**7}, "increase --max_tokens"),
-                           ({"max_minutes": 5.0}, "increase --max_minutes"),
-                           ({"max_minutes": 5.0, "lr_decay_iters": 2000}, "its learning rate is 0 now, so start a"),
+    for settings, hint in [({"max_minutes": 5.0, "lr_decay_iters": 2000}, "its learning rate is 0 now, so start a"),
                            ({}, "its learning rate is 0 now, so start a longer run with another --out_dir"),
                            ({"lr_decay_iters": 30_000}, "increase --max_iters")]:
         cfg = Config(**{"min_lr": 0.0} | settings)
         assert hint in train.extension_hint(state_at(cfg, 625))
-
-
-def test_a_run_of_no_time_at_all_is_one_step(with_data, capsys):
-    """As with the start taking longer than max_minutes."""
-    train.main([*MINUTES, "--max_minutes=0.00001", "--warmup_iters=1000"])
-    assert checkpoint.load("out/x/ckpt.pt")["step"] == checkpoint.load("out/x/last.pt")["step"] == 1
-    assert "warning: the run ended during warmup" in capsys.readouterr().out
 
 
 # ---- one optimizer step ----
@@ -297,18 +269,17 @@ def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay(optimizer, 
     names = {p: name for name, p in model.named_parameters()}
     optimizers = train.make_optimizers(model, Config(optimizer=optimizer, learning_rate=3e-3, muon_lr=0.01))
     groups = [(type(o).__name__, g, {names[p] for p in g["params"]}) for o in optimizers for g in o.param_groups]
-    assert sorted(name for _, _, members in groups for name in members) == sorted(names.values())
-    assert sum(len(g["params"]) for _, g, _ in groups) == len(names)
+    assert sorted(names[p] for _, g, _ in groups for p in g["params"]) == sorted(names.values())
     hidden = {name for name in names.values() if name.startswith("transformer.h.") and ".weight" in name
               and ".ln_" not in name}
     assert len(hidden) == 2 * 4
     in_muon = set().union(*(members for kind, _, members in groups if kind == "Muon"))
     assert in_muon == (hidden if optimizer == "muon" else set())
     assert {(kind, g["lr"]) for kind, g, _ in groups} <= {("Muon", 0.01), ("AdamW", 3e-3)}
-    decayed = set().union(*(members for _, g, members in groups if g["weight_decay"] == 0.1))
     embeddings = {"gpt2": ["wte", "wpe"], "modern": ["wte", "ve.0", "ve.1"]}[architecture]
-    assert decayed == hidden | {f"transformer.{name}.weight" for name in embeddings}
-    assert {g["weight_decay"] for _, g, _ in groups} == {0.1, 0.0}
+    decayed = hidden | {f"transformer.{name}.weight" for name in embeddings}
+    for decay, expected in ((0.1, decayed), (0.0, set(names.values()) - decayed)):
+        assert set().union(*(members for _, g, members in groups if g["weight_decay"] == decay)) == expected
     if optimizer == "muon":
         parts = {names[p]: count for p, count in zip(optimizers[1].param_groups[0]["params"], optimizers[1].parts)}
         assert {name for name, count in parts.items() if count == 3} == {
@@ -419,7 +390,7 @@ def test_an_overflow_in_float16_makes_all_optimizers_skip_the_step():
         grad_norm = train.optimizer_step(state)
         assert math.isfinite(grad_norm) == math.isfinite(value) and state.skipped == skipped
         assert all(p.grad is None for p in model.parameters())
-        assert bit_equal(model.state_dict(), before) == (value == math.inf)
+        assert equal(model.state_dict(), before) == (value == math.inf)
 
 
 def test_steps_skipped_in_float16_are_counted(with_data, capsys):
@@ -449,24 +420,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(with_data, stop, 
     train.main([*words, "--out_dir=out/whole"])
     train.main([*words, "--out_dir=out/parts", f"--max_iters={stop}"])
     train.main([*words, "--out_dir=out/parts", "--resume"])
-    whole, parts = load_last("out/whole"), load_last("out/parts")
-    assert bit_equal(whole["model"], parts["model"]) and whole["step"] == parts["step"] == 8
-    assert len(whole["optimizers"]) == (2 if optimizer == "muon" else 1)
-    for a, b in zip(whole["optimizers"], parts["optimizers"], strict=True):
-        assert a["state"].keys() == b["state"].keys()
-        assert all(bit_equal(a["state"][i], b["state"][i]) for i in a["state"])
-    assert parts["seconds"] > 0 and bit_equal(weights("out/whole", "ckpt.pt"), weights("out/parts", "ckpt.pt"))
-    losses = {r["iter"]: r["loss"] for r in records("out/whole", "step")}
-    assert len(records("out/parts", "run")) == 2 and records("out/parts", "end") == records("out/whole", "end")
-    assert all(r["loss"] == losses.get(r["iter"], r["loss"]) for r in records("out/parts", "step"))
-    val_losses = {r["iter"]: r["val_loss"] for r in records("out/parts", "eval")}
-    assert {r["iter"]: r["val_loss"] for r in records("out/whole", "eval")}.items() <= val_losses.items()
+    whole, parts = map(what_must_be_equal, ("out/whole", "out/parts"))
+    assert equal(whole["last.pt"], parts["last.pt"]) and equal(whole["ckpt.pt"], parts["ckpt.pt"])
+    assert len(load_last("out/parts")["optimizers"]) == (2 if optimizer == "muon" else 1)
+    assert len(records("out/parts", "run")) == 2 and load_last("out/parts")["seconds"] > 0
+    assert all(line in parts["log.jsonl"] for line in whole["log.jsonl"])  # it has more: of the end of the first part
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_stops_after_the_current_step_and_the_run_can_be_resumed(with_data, trained, number):
-    def signal_after_first_step():
-        at_file_operation(2, "log.jsonl", lambda: os.kill(os.getpid(), number), "open")  # after the line of the run
+def test_a_signal_stops_after_the_current_step_and_the_run_can_be_resumed(with_data, trained):
+    def signal_after_first_step():  # after the line of the run
+        at_file_operation(2, "log.jsonl", lambda: os.kill(os.getpid(), signal.SIGTERM), "open")
 
     flags = [*TINY, "--out_dir=out/x", "--eval_interval=4"]  # at the second step
     code, out, err = run_process(train.main, flags, signal_after_first_step)
@@ -475,7 +438,7 @@ def test_a_signal_stops_after_the_current_step_and_the_run_can_be_resumed(with_d
     assert checkpoint.load("out/x/last.pt")["step"] == 2 and not Path("out/x/ckpt.pt").exists()
     assert records("out/x", "end") == [{"kind": "end", "iter": 4, "reason": "stopped"}]
     train.main(["--resume", "--out_dir=out/x", "--eval_interval=8"])
-    assert bit_equal(weights("out/x"), weights(trained / "out/tiny"))
+    assert equal(weights("out/x"), weights(trained / "out/tiny"))
 
 
 def test_resuming_keeps_the_stored_settings_and_resume_auto_also_starts_a_run(with_data, capsys, fails):
@@ -496,9 +459,8 @@ def test_resuming_keeps_the_stored_settings_and_resume_auto_also_starts_a_run(wi
 
 
 def test_resuming_notes_which_settings_of_the_config_file_it_ignores(with_data, capsys):
-    settings = dict(word.removeprefix("--").split("=") for word in ANY_LENGTH)
-    text = "".join(f"{name} = {value!r}\n" if name in ("dataset", "dtype") else f"{name} = {value}\n"
-                   for name, value in settings.items())
+    _, settings, _ = read_command_line(ANY_LENGTH, {})
+    text = "".join(f"{name} = {value!r}\n" for name, value in settings.items())
     Path("tiny.py").write_text(text)
     command = ["tiny.py", "--max_tokens=128", "--eval_iters=1"]
     train.main(command)
@@ -533,39 +495,30 @@ def test_last_pt_is_saved_after_the_first_step_at_evaluations_and_in_between(wit
 def test_a_missing_or_damaged_ckpt_is_written_again(with_data, capsys):
     train.main([*TINY, "--out_dir=out/x", "--max_iters=2", "--lr_decay_iters=24"])
     ckpt = Path("out/x/ckpt.pt")
-    ckpt.unlink()
-    train.main(["--out_dir=out/x", "--resume", "--max_iters=4"])
-    assert "its next evaluation writes a new out/x/ckpt.pt" in capsys.readouterr().out
-    assert checkpoint.load(ckpt)["iter"] == 4
-    ckpt.write_bytes(ckpt.read_bytes()[:-1000])
-    train.main(["--out_dir=out/x", "--resume", "--max_iters=6"])
-    assert "out/x/ckpt.pt is damaged" in capsys.readouterr().out
-    assert checkpoint.load(ckpt)["iter"] == 6
+    for max_iters, damage in ((4, ckpt.unlink), (6, lambda: ckpt.write_bytes(ckpt.read_bytes()[:-1000]))):
+        damage()
+        train.main(["--out_dir=out/x", "--resume", f"--max_iters={max_iters}"])
+        assert "its next evaluation writes a new out/x/ckpt.pt" in capsys.readouterr().out
+        assert checkpoint.load(ckpt)["iter"] == max_iters
 
 
 # ---- errors ----
 
 
 def test_missing_data_is_reported_with_the_command_that_prepares_it(here, fails):
-    for actions in (["--resume", "--overwrite"], ["--resume=auto", "--eval_only"]):
-        assert "mutually exclusive: choose one" in fails(train.main, actions)
+    assert "mutually exclusive: choose one" in fails(train.main, ["--resume", "--overwrite"])
     line = fails(train.main, [str(ROOT / "config/quickstart.py")])
     dataset = read_config_file(ROOT / "config/quickstart.py")["dataset"]
     assert f"no data in data/{dataset}" in line and "python prepare.py nursery --tokenizer bpe:" in line
-    assert "config/quickstart.py" not in line
     assert QUICKSTART in (ROOT / "README.md").read_text(encoding="utf-8").replace(" \\\n    ", " ")
-    line = fails(train.main, [])
-    assert "no data in data/tinystories: create it with python prepare.py, or begin with" in line
-    assert line.endswith(QUICKSTART) and fails(sample.main, []).endswith(QUICKSTART)
+    assert fails(train.main, []).endswith(QUICKSTART) and fails(sample.main, []).endswith(QUICKSTART)
     assert not any(here.iterdir())
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--block_size=100000"], "block_size = 100000"),
-    (["--device=tpu"], "device = 'tpu' cannot be used"),
     (["--device=cuda:99"], "device = 'cuda:99' cannot be used"),
     (["--n_layer=50", "--n_embd=1000000"], "parameters and 128 tokens per step and process need more than the"),
-    (["--batch_size=1000000000"], "parameters and 32,000,000,000 tokens per step and process need more"),
 ])
 def test_what_cannot_work_is_reported_before_anything_is_written(with_data, fails, flags, message):
     assert message in fails(train.main, [*TINY, "--out_dir=out/x", *flags])
@@ -582,7 +535,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(with_
     checkpoint.save("out/x/last.pt", state)
     line = fails(train.main, [*words, "--resume"])
     assert "the loss is nan at iteration" in line and "lower --learning_rate" in line
-    assert bit_equal(weights("out/x", "ckpt.pt"), good) and checkpoint.load("out/x/last.pt")["step"] == 1
+    assert equal(weights("out/x", "ckpt.pt"), good) and checkpoint.load("out/x/last.pt")["step"] == 1
     assert [r["iter"] for r in records("out/x", "step")] == [2]  # the failed step is not logged
 
 
@@ -596,10 +549,6 @@ def test_an_evaluation_that_is_not_finite_is_neither_logged_nor_saved(with_data,
 
 
 def test_what_is_not_finite_is_named_with_the_settings_to_change():
-    state = state_at(Config(optimizer="muon"), 3)
-    train.check_finite(state, "loss", torch.tensor(1.0))
-    with pytest.raises(UserError, match="norm is inf at iteration 96: start .* a lower --muon_lr .now 0.02. and "):
+    state = state_at(Config(optimizer="muon"), 3, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="is inf at iteration 96: resume with --dtype=float32, or .* a lower --muon_lr"):
         train.check_finite(state, "gradient norm", torch.tensor(math.inf))
-    state.dtype = torch.bfloat16
-    with pytest.raises(UserError, match="loss is nan at iteration 96: resume with --dtype=float32, or start a new run"):
-        train.check_finite(state, "loss", torch.tensor(math.nan))

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import ROOT, TINY, use_gpt2_vocabulary
+from conftest import ROOT, TINY, load_last, use_gpt2_vocabulary
 
 import torch
 
@@ -29,7 +29,7 @@ import train
 from faults.processes import (Failure, at_file_operation, check_one_line_error, check_success, kill_this_process,
                               limit_file_size, run)
 from storygpt import checkpoint
-from storygpt.run import is_resumable, read_log
+from storygpt.run import checkpoints, read_log
 from storygpt.system.errors import Parser
 
 # With all the state that a run can have: two optimizers, dropout, accumulation, evaluations between its steps.
@@ -58,15 +58,11 @@ def main(argv=None):
             try:
                 counts = FAULTS[name][0](count, random.Random(args.seed))
             except Failure as error:
-                print(f"FAILED in {name}: {error}", file=sys.stderr)
-                sys.exit(1)
+                sys.exit(f"FAILED in {name}: {error}")
             for key, value in counts.items():
                 print(f"{key}: {value}")
             print(f"{name}_seconds: {time.monotonic() - started:.0f}\nfailures in {name}: 0", flush=True)
         os.chdir("/")
-
-
-# ---- two runs that must be equal ----
 
 
 def check_same_run(expected, actual):
@@ -79,15 +75,14 @@ def check_same_run(expected, actual):
 
 def what_must_be_equal(folder):
     """The content of a run folder without its settings and times, name of the file → content."""
-    last = checkpoint.load(Path(folder, "last.pt"), checkpoint.LAST_REQUIRED_KEYS)
-    best = checkpoint.load(Path(folder, "ckpt.pt"))
+    last, best = load_last(folder), checkpoint.load(Path(folder, "ckpt.pt"))
     logged = {"step": ("iter", "loss", "grad_norm", "lr"), "eval": ("iter", "val_loss", "train_loss"),
-              "end": ("iter", "reason")}
+              "end": ("iter", "reason"), "run": ()}
     return {
         "last.pt": [last[key] for key in ("model", "optimizers", "scaler", "iter", "metrics", "best_val_loss")],
         "ckpt.pt": [best[key] for key in ("model", "iter", "metrics")],
-        "log.jsonl": [[r[key] for key in logged[r["kind"]]] for r in read_log(Path(folder, "log.jsonl"))
-                      if r["kind"] in logged],
+        "log.jsonl": [values for r in read_log(Path(folder, "log.jsonl"))
+                      if (values := [r[key] for key in logged[r["kind"]]])],
         "samples.md": Path(folder, "samples.md").read_text(),
     }
 
@@ -103,47 +98,34 @@ def equal(a, b):
     return a == b
 
 
-# ---- kills ----
-
-
 def soak_kills(count, rng):
     """Kill runs at random moments and file operations, and resume them: the result equals the run never killed."""
-    counts = Counter({"kills": 0})
-    while counts["kills"] < count:
-        shutil.rmtree("out/killed", ignore_errors=True)
-        while not run_and_kill(rng, counts):
-            pass
-        check_same_run("out/whole", "out/killed")
-        counts["runs completed in this way, each equal to the run never killed"] += 1
-    return counts
-
-
-def run_and_kill(rng, counts):
-    """Start or resume the run out/killed, and kill it somewhere; returns whether it was complete before."""
-    flags = [*RUN, "--out_dir=out/killed", "--resume=auto"]
-    operation = rng.randint(1, 150)
-    signals = rng.choice([[signal.SIGKILL]] * 8 + [[signal.SIGTERM], [signal.SIGINT] * 2])
+    counts, folder = Counter({"kills": 0}), Path("out/killed")
+    flags = [*RUN, f"--out_dir={folder}", "--resume=auto"]
 
     def send_signals(pid):
         for number in signals:
             time.sleep(rng.uniform(0, 0.6))
             os.kill(pid, number)
 
-    if rng.random() < 0.5:
-        code, out, err = run(train.main, flags, lambda: at_file_operation(operation, "out/killed", kill_this_process))
-    else:
-        code, out, err = run(train.main, flags, while_running=send_signals)
-    if "Traceback" in err or code not in (0, -signal.SIGKILL, -signal.SIGTERM, 130):
-        raise Failure(f"exit code {code}:\n{out}{err}")
-    names = {path.name for path in Path("out/killed").glob("*.pt*")}
-    counts["of these, while writing a checkpoint"] += bool(names & {"last.pt.tmp", "ckpt.pt.tmp"})
-    counts["of these, between the two renames"] += "last.prev.pt" in names and "last.pt" not in names
-    complete = code == 0 and "stopped after" not in out
-    counts["kills"] += not complete
-    return complete
-
-
-# ---- full disks ----
+    while counts["kills"] < count or folder.exists():
+        operation = rng.randint(1, 150)
+        signals = rng.choice([[signal.SIGKILL]] * 8 + [[signal.SIGTERM], [signal.SIGINT] * 2])
+        how = ({"setup": lambda: at_file_operation(operation, str(folder), kill_this_process)} if rng.random() < 0.5
+               else {"while_running": send_signals})
+        code, out, err = run(train.main, flags, **how)
+        if "Traceback" in err or code not in (0, -signal.SIGKILL, -signal.SIGTERM, 130):
+            raise Failure(f"exit code {code}:\n{out}{err}")
+        names = {path.name for path in folder.glob("*.pt*")}
+        counts["of these, while writing a checkpoint"] += bool(names & {"last.pt.tmp", "ckpt.pt.tmp"})
+        counts["of these, between the two renames"] += "last.prev.pt" in names and "last.pt" not in names
+        complete = code == 0 and "stopped after" not in out
+        counts["kills"] += not complete
+        if complete:
+            check_same_run("out/whole", folder)
+            counts["runs completed in this way, each equal to the run never killed"] += 1
+            shutil.rmtree(folder)
+    return counts
 
 
 def soak_disks(count, rng):
@@ -161,9 +143,8 @@ def soak_disks(count, rng):
                              setup=lambda: limit_file_size(size)))[0]:
             check_one_line_error(result, str(folder))
             counts["full disks"] += 1
-            if is_resumable(folder):
-                checkpoint.load(folder / ("last.pt" if (folder / "last.pt").exists() else "last.prev.pt"),
-                                checkpoint.LAST_REQUIRED_KEYS)
+            if found := checkpoints(folder, ("last.pt", "last.prev.pt")):
+                checkpoint.load(found[0], checkpoint.LAST_REQUIRED_KEYS)
             size = None if rng.random() < 0.5 else rng.randint(5_000, 200_000)
         check_same_run("out/whole", folder)
     flags = ["nursery", "--max_stories", "2000", "--name", "full"]
@@ -176,9 +157,6 @@ def soak_disks(count, rng):
     check_success(run(prepare.main, flags))
     shutil.rmtree("data/full")
     return counts
-
-
-# ---- damaged files ----
 
 
 READERS = {  # of files of the run out/damaged and its data
@@ -196,20 +174,23 @@ def soak_damages(count, rng):
     check_success(run(train.main, [*RUN, "--out_dir=out/half", "--max_iters=110", "--lr_decay_iters=120"]))
     copies = {Path("data/nursery-bpe300"): Path("intact_data"), Path("out/damaged"): Path("out/half")}
     shutil.copytree("data/nursery-bpe300", "intact_data")
-    shutil.copytree("out/half", "out/damaged")
-    expected = {name: check_success(run(*READERS[name])) for name in READERS}
-    while counts["damaged files"] < count:
+
+    def restore():
         for folder, copy in copies.items():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(copy, folder)
+
+    restore()
+    expected = {name: check_success(run(*READERS[name])) for name in READERS}
+    for _ in range(count):
+        restore()
         path = rng.choice([path for folder in copies for path in sorted(folder.iterdir()) if path.name != ".lock"])
         damage = damage_file(path, rng)
         name = rng.choice(list(READERS))
         counts["damaged files"] += 1
         has_error = check_reader(name, run(*READERS[name]), expected[name], path, damage)
         counts["of these, named in one line" if has_error else "of these, without effect on the model"] += 1
-    shutil.rmtree("data/nursery-bpe300")
-    Path("intact_data").rename("data/nursery-bpe300")
+    restore()
     return counts
 
 
@@ -243,14 +224,11 @@ def check_reader(name, result, expected, path, damage):
         if path.name not in line and not (path.parent.parent == Path("data") and str(path.parent) in line):
             raise Failure(f"{case}: the error does not name it: {line}")
     elif name == "resume":
-        if not equal(*(checkpoint.load(Path(folder, "last.pt"))["model"] for folder in ("out/whole", "out/damaged"))):
+        if not equal(load_last("out/whole")["model"], load_last("out/damaged")["model"]):
             raise Failure(f"{case}: another model")
     elif result[1] != expected and (path.name, damage) != ("ckpt.pt", "removed"):  # then they use last.pt
         raise Failure(f"{case}: works, but with another result:\n{result[1]}{result[2]}")
     return result[0] != 0
-
-
-# ---- killed ranks ----
 
 
 def soak_rank_kills(count, rng):
@@ -275,9 +253,6 @@ def soak_rank_kills(count, rng):
     check_success((process.returncode, out, ""))
     check_same_run("out/ranks", "out/ranks_killed")
     return counts
-
-
-# ---- unusual inputs ----
 
 
 def soak_cases(count, rng):

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 import train
-from conftest import TINY
+from conftest import TINY, load_last
 from faults.processes import run_ranks, wait_for_steps
-from storygpt import checkpoint
+from faults.soak import equal
 from storygpt.corpus.dataset import with_checksum
 from storygpt.run import read_log
 from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
@@ -23,7 +23,6 @@ from storygpt.system.errors import UserError
 
 # Four optimizer steps, with a checkpoint after the second.
 FLAGS = [*TINY, "--dropout=0", "--log_interval=1", "--max_iters=8", "--lr_decay_iters=8", "--eval_interval=4"]
-ENDLESS = [*FLAGS, "--out_dir=out/x", "--max_iters=100000", "--eval_interval=100000"]
 
 
 def train_on_ranks(world_size, flags, **options):
@@ -42,13 +41,8 @@ def losses(out_dir):
     return [r["loss"] for r in log if r["kind"] == "step"] + [r["val_loss"] for r in log if r["kind"] == "eval"]
 
 
-def equal(a, b):
-    """Whether two state dicts are equal, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def last_weights(out_dir):
-    return checkpoint.load(f"{out_dir}/last.pt")["model"]
+    return load_last(out_dir)["model"]
 
 
 # ---- communication ----
@@ -63,14 +57,11 @@ WINDOWS_GLOO = r"[C:\pytorch\third_party\gloo\gloo\transport\uv\unbound_buffer.c
     (RuntimeError(WINDOWS_GLOO + "Timed out waiting 5000ms for recv"), "Timed out waiting 5000ms for recv"),
     (RuntimeError(f"Gloo connectFullMesh failed with {GLOO}no error"), "Gloo connectFullMesh failed with no error"),
     (dist.DistNetworkError("The client socket has timed out\nframe #0"), "The client socket has timed out"),
-    (dist.DistBackendError("NCCL error in: x.cpp:3, remote process exited"),
-     "NCCL error in: x.cpp:3, remote process exited"),
     (dist.DistBackendError("NCCL error in: x.cpp:3, unhandled cuda error (run with NCCL_DEBUG=INFO)"), None),
-    (torch.OutOfMemoryError("CUDA out of memory."), None),
     (ValueError("math domain error"), None),
     (ConnectionResetError(104, "Connection reset by peer"), None),  # an OSError: of something else
     (UserError(GLOO), None),
-], ids=range(10))
+], ids=range(8))
 def test_only_errors_of_the_communication_are_translated(error, reason):
     with pytest.raises(UserError if reason else type(error)) as raised, distributed_errors():
         raise error
@@ -144,7 +135,6 @@ def test_two_ranks_equal_one_process_and_resume_each_others_runs(with_data, nurs
     (code, out, err), other = train_on_ranks(2, [*FLAGS, "--out_dir=out/two"], **options)
     assert code == other[0] == 0 and "in micro-batches of 4 sequences on 2 processes" in out, err
     assert other[1] == "" and not Path("machine2/out").exists()  # only rank 0 prints and writes
-    assert losses("out/one") == pytest.approx(losses("out/two"), rel=1e-3)
 
     for name, source in {"more": "one", "fewer": "two", "same": "two"}.items():
         shutil.copytree(f"out/{source}", f"out/{name}")
@@ -152,10 +142,9 @@ def test_two_ranks_equal_one_process_and_resume_each_others_runs(with_data, nurs
     capsys.readouterr()
     train.main(["--resume", "--out_dir=out/fewer"])
     assert "changed: the world size is now 1, was 2" in capsys.readouterr().out
-    (code, out, err), _ = train_on_ranks(2, ["--resume", "--out_dir=out/more"], **options)
-    assert code == 0 and "changed: the world size is now 2, was 1" in out, err
-    (code, out, err), _ = train_on_ranks(2, ["--resume", "--out_dir=out/same"], **options)
-    assert code == 0 and "resuming after step 2 of 4" in out, err
+    for name, message in {"more": "changed: the world size is now 2, was 1", "same": "after step 2 of 4"}.items():
+        (code, out, err), _ = train_on_ranks(2, ["--resume", f"--out_dir=out/{name}"], **options)
+        assert code == 0 and message in out, err
     assert equal(last_weights("out/two"), last_weights("out/same"))
     for name in ("two", "more", "fewer"):
         assert losses(f"out/{name}") == pytest.approx(losses("out/one"), rel=1e-3)
@@ -170,8 +159,7 @@ def test_all_ranks_have_the_weights_of_rank_0(with_data):
     train.main([*flags, "--out_dir=out/one"])
     results = train_on_ranks(2, [*flags, "--out_dir=out/two"])
     assert [code for code, _, _ in results] == [0, 0], results
-    weights = torch.load("weights0.pt")
-    assert equal(weights, torch.load("weights1.pt")) and len(weights) > 10
+    assert equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
     assert losses("out/one") == pytest.approx(losses("out/two"), rel=1e-3)
 
 
@@ -180,8 +168,8 @@ def test_dropout_masks_differ_between_ranks_and_steps():
         train.seed_random(*integers)
         return torch.initial_seed()
 
-    seeds = {seed_of(1337, step, rank) for step in range(9) for rank in range(4)}
-    assert len(seeds) == 36 and seed_of(1337, 3, 1) == seed_of(1337, 3, 1) in seeds
+    assert len({seed_of(1337, step, rank) for step in range(9) for rank in range(4)}) == 36
+    assert seed_of(1337, 3, 1) == seed_of(1337, 3, 1)
 
 
 # ---- errors ----
@@ -209,27 +197,28 @@ def test_all_ranks_need_the_same_data(with_data, nursery_data):
     assert "data/nursery-bpe300 differs from rank 0's copy" in results[1][2] and results[0][0] == 1, results[0][2]
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(with_data):
-    def stop(pids):
+def send_after_three_steps(rank, number):
+    """Train on two ranks without an end, and send one of them a signal; returns what `run_ranks` does."""
+    def send(pids):
         wait_for_steps("out/x", 3)
-        os.kill(pids[1], signal.SIGTERM)
+        os.kill(pids[rank], number)
 
-    (code, out, err), other = train_on_ranks(2, ENDLESS, while_running=stop)
+    return train_on_ranks(2, [*FLAGS, "--out_dir=out/x", "--max_iters=100000", "--eval_interval=100000"],
+                          while_running=send)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(with_data):
+    (code, out, err), other = send_after_three_steps(1, signal.SIGTERM)
     assert code == other[0] == 0 and "stopped after step" in out and "Traceback" not in err
-    assert equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
-    assert checkpoint.load("out/x/last.pt")["step"] >= 3
+    assert equal(torch.load("weights0.pt"), torch.load("weights1.pt")) and load_last("out/x")["step"] >= 3
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_others(with_data, rank):
-    def kill(pids):
-        wait_for_steps("out/x", 3)
-        os.kill(pids[rank], signal.SIGKILL)
-
-    results = train_on_ranks(2, ENDLESS, while_running=kill)
+    results = send_after_three_steps(rank, signal.SIGKILL)
     code, _, err = results[1 - rank]
     assert results[rank][0] == -signal.SIGKILL and code == 1
     assert "the other processes of the run cannot be reached (" in err and "Traceback" not in err
     assert ("(rank 1 on " in err) == (rank == 0)
     train_on_ranks(2, ["--resume", "--out_dir=out/x", "--max_iters=4"])
-    assert checkpoint.load("out/x/last.pt")["step"] == 2
+    assert load_last("out/x")["step"] == 2

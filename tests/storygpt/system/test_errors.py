@@ -1,6 +1,5 @@
 """How scripts report errors: one line on stderr, and the exit code."""
 
-import os
 import platform
 import re
 
@@ -10,7 +9,6 @@ import torch
 import prepare
 import sample
 import train
-from faults.processes import run
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
 
 
@@ -26,14 +24,11 @@ def script_that_raises(error):
 @pytest.mark.parametrize("error, code, line", [
     (UserError("no data:\ncreate it"), 1, "error: no data: create it"),
     (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "error: x.txt: No such file or directory"),
-    (OSError(28, "No space left on device"), 1, "error: No space left on device"),
     (OSError("unknown"), 1, "error: unknown"),
     (KeyboardInterrupt(), 130, "stopped"),
     (MemoryError(), 1, "error: out of memory: use smaller sizes (MemoryError)"),
     (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory: use smaller sizes (CUDA)"),
-    (RuntimeError("MPS backend out of memory"), 1,
-     "error: out of memory: use smaller sizes (MPS backend out of memory)"),
-], ids=range(8))
+], ids=range(6))
 def test_errors_that_a_user_can_fix_print_one_line(capsys, monkeypatch, error, code, line):
     for rank, suffix in ((None, ""), ("0", ""), ("1", f" (rank 1 on {platform.node()})")):
         monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
@@ -46,34 +41,16 @@ def test_errors_that_a_user_can_fix_print_one_line(capsys, monkeypatch, error, c
     assert re.fullmatch(rf"Traceback .*\n{re.escape(line + suffix)}\n", capsys.readouterr().err, re.DOTALL)
 
 
-def test_a_cpu_out_of_memory_is_one_line(fails):
-    assert "out of memory: use smaller sizes" in fails(exit_with_one_line(lambda argv: torch.empty(2**50)), [])
-
-
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), SystemExit(2),
                                    torch.AcceleratorError("CUDA error: device-side assert triggered")], ids=range(4))
-def test_other_exceptions_are_not_caught(error):
+def test_other_exceptions_and_the_result_are_passed_on(error):
     with pytest.raises(type(error)) as raised:
         script_that_raises(error)()
     assert raised.value is error
-
-
-def test_the_decorated_function_passes_argv_and_the_result_on():
-    main = exit_with_one_line(lambda argv=None: argv)
-    assert main(["--x"]) == ["--x"] and main() is None
-
-
-def test_a_closed_stdout_exits_silently():
-    def close_stdout():
-        read, write = os.pipe()
-        os.dup2(write, 1)
-        os.close(read)
-
-    assert run(exit_with_one_line(lambda argv: print("x" * 10**6)), [], setup=close_stdout) == (141, "", "")
+    assert exit_with_one_line(lambda argv=None: argv)(["--x"]) == ["--x"]
 
 
 @pytest.mark.parametrize("argv, complaint", [
-    (["--sede=1"], "unknown argument --sede=1: did you mean --seed?"),
     (["--out-dir=x"], "unknown argument --out-dir=x: did you mean --out_dir?"),
     (["--out=x"], "unknown argument --out=x: did you mean --out_dir?"),  # abbreviations are not accepted
     (["--seed=x"], "argument --seed: invalid int value: 'x'"),

@@ -18,22 +18,6 @@ from storygpt.system import files
 from storygpt.system.errors import UserError
 
 
-@pytest.fixture
-def versions(tmp_path):
-    """last.pt and last.prev.pt, written twice."""
-    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
-    for text in (b"one", b"two"):
-        files.atomic_write(path, lambda file: file.write(text), previous)
-    return path, previous
-
-
-def test_atomic_write_replaces_a_file_and_keeps_the_previous_one(versions):
-    path, previous = versions
-    files.atomic_write(path, lambda file: file.write(b"three"), previous)
-    assert (path.read_bytes(), previous.read_bytes()) == (b"three", b"two")
-    assert sorted(os.listdir(path.parent)) == ["last.prev.pt", "last.pt"]
-
-
 class FailingFile(io.BytesIO):
     """A file whose write fails after some bytes: torch.save then raises an error of its own."""
 
@@ -66,14 +50,17 @@ DEVICE_ERROR = torch.AcceleratorError("CUDA error: device-side assert triggered"
     (lambda file: torch.save({"weight": FailsToPickle()}, file), type(DEVICE_ERROR)),
     (lambda file: torch.zeros(2) @ torch.zeros(3), RuntimeError),
 ], ids=["disk full", "disk full, hidden by torch", "Ctrl-C, hidden by torch", "device", "bug"])
-def test_a_failed_atomic_write_leaves_both_files_and_reports_only_errors_of_the_system(versions, write, expected):
-    path, previous = versions
+def test_an_atomic_write_keeps_the_previous_file_and_both_if_it_fails(tmp_path, write, expected):
+    """And it reports only errors of the system."""
+    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    for text in (b"zero", b"one", b"two"):
+        files.atomic_write(path, lambda file: file.write(text), previous)
     with pytest.raises(BaseException) as raised:
         files.atomic_write(path, lambda file: (file.write(b"thr"), write(file)), previous)
     assert raised.type is (expected or UserError)
     if not expected:
         assert f"cannot write {path} (No space left on device): what was saved before is intact" in str(raised.value)
-    assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one") and len(os.listdir(path.parent)) == 2
+    assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one") and len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("system, refusals, error", [
@@ -132,8 +119,7 @@ def test_a_lock_excludes_other_processes_until_its_owner_ends(tmp_path, monkeypa
     _, out, _ = run(lambda argv: (files._locked.clear(), print(files.is_locked(path))), [])
     assert out == "True\n"  # is_locked has not released the lock
     files._locked.pop(path).close()
-    assert files.is_locked(path) is False and files.is_locked(tmp_path / "none") is False
-    assert not (tmp_path / "none").exists()
+    assert files.is_locked(path) is files.is_locked(tmp_path / "none") is (tmp_path / "none").exists() is False
 
 
 def test_windows_locks_one_byte(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 from storygpt.system import hardware
 from storygpt.system.errors import UserError
-from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, describe_device, git_commit,
+from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, git_commit,
                                       out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
                                       pick_inference_dtype, pick_micro_batch_size, to_device)
 
@@ -27,14 +27,13 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 def test_micro_batches_have_at_most_4096_tokens_or_on_a_gpu_32768_and_divide_the_step(sequences, equal_sizes, size):
     for device in (CPU, MPS):
         assert pick_micro_batch_size("auto", sequences, 128, device, equal_sizes) == size
-    assert pick_micro_batch_size("auto", 8 * sequences, 1024, CUDA, True) <= 32
     assert pick_micro_batch_size("auto", 1024, 128, CUDA, True) == 256
     assert pick_micro_batch_size("auto", sequences, 5000, CPU, equal_sizes) == 1
     assert pick_micro_batch_size(7, sequences, 128, CPU, equal_sizes) == min(7, sequences)
 
 
 def test_int8_is_refused_where_it_does_not_work_and_not_picked_without_its_kernels(monkeypatch):
-    assert pick_inference_dtype("int8", CPU) == torch.int8 and pick_inference_dtype("float32", CPU) == torch.float32
+    assert pick_inference_dtype("int8", CPU) == torch.int8
     with pytest.raises(UserError, match="does not work on cuda .*: use auto"):
         pick_inference_dtype("int8", CUDA)
     monkeypatch.delattr(torch, "quantize_per_channel")
@@ -58,10 +57,9 @@ def test_several_processes_do_not_share_a_single_device(monkeypatch):
 
 def test_models_and_steps_larger_than_the_memory_are_refused():
     check_memory(29_995_392, 1024 * 128)
-    with pytest.raises(UserError, match="10,000,000,000,000 parameters .* lower n_layer, n_embd, block_size, batch_s"):
-        check_memory(10**13, 1024 * 128)
-    with pytest.raises(UserError, match="12,800,000,000,000 tokens per step and process"):
-        check_memory(29_995_392, 12_800_000_000_000)
+    for sizes in ((10**13, 1024 * 128), (29_995_392, 10**13)):
+        with pytest.raises(UserError, match=r"10,000,000,000,000 (parameters|tokens per step and process) .* lower"):
+            check_memory(*sizes)
 
 
 MACHINES = {
@@ -110,7 +108,6 @@ def test_autocast_computes_matrix_products_in_the_dtype():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         with autocast(CPU, dtype):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-            assert torch.is_autocast_enabled("cpu") == (dtype != torch.float32)
     with pytest.raises(UserError, match="'float16' is not supported on mps"):
         pick_dtype("float16", MPS)
 
@@ -122,9 +119,7 @@ def test_to_device_keeps_values_and_dtype():
 
 
 @pytest.mark.parametrize("size, sequences, advice", [
-    (32, 1024, r"try --device_batch_size=16 \(now 32\)"),
-    (27, 27, r"try --device_batch_size=9 \(now 27\)"),
-    (19, 37, r"try --device_batch_size=1 \(now 19\)"),
+    (27, 27, r"try --device_batch_size=9 \(now 27\)"), (19, 37, r"try --device_batch_size=1 \(now 19\)"),
     (1, 1024, "the micro-batch size is 1 already, so start a new run with a lower block_size, n_embd or n_layer"),
 ])
 def test_out_of_memory_advises_a_smaller_divisor_of_the_sequences(size, sequences, advice):
@@ -136,19 +131,12 @@ def test_out_of_memory_advises_a_smaller_divisor_of_the_sequences(size, sequence
 @pytest.mark.parametrize("error, expected", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), UserError),
     (RuntimeError("MPS backend out of memory (MPS allocated: 8 GiB, max allowed: 9 GiB)."), UserError),
-    (RuntimeError("shapes differ"), RuntimeError),
     (torch.AcceleratorError("CUDA error: device-side assert triggered"), torch.AcceleratorError),
-], ids=range(4))
+], ids=range(3))
 def test_out_of_memory_is_recognized_on_a_gpu_and_other_errors_pass(error, expected):
     with pytest.raises(expected) as raised, out_of_memory_errors(CUDA, 2, 2):
         raise error
     assert raised.type is expected
-
-
-def test_a_device_is_described_by_the_gpu_or_the_processor(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    assert [describe_device(device) for device in (CPU, CUDA)] == ["cpu x86_64", "NVIDIA H100"]
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
@@ -173,12 +161,10 @@ def test_git_commit_is_that_of_the_program(monkeypatch, tmp_path):
     assert git_commit() is None
 
 
-@pytest.mark.parametrize("number, other", [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+@pytest.mark.parametrize("number, other", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
 def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other):
-    number, other = getattr(signal, number), getattr(signal, other)
     before = [signal.getsignal(s) for s in STOP_SIGNALS]
     with pytest.raises(ZeroDivisionError), StopSignals(rank=0) as signals:
-        assert signals.received is False
         signal.raise_signal(number)
         assert signals.received is True
         assert capfd.readouterr().err == "\nstopping after this step or evaluation; press Ctrl-C again to abort\n"
