@@ -201,7 +201,6 @@ PLAIN = {
     "index": lambda logits, y: F.cross_entropy(logits[:, 2], y[:, 2], ignore_index=-1) + logits[0, 1, 2],
     "operators": lambda logits, y: (2 - logits @ torch.ones(50, 3, dtype=logits.dtype)).square().mean(),
     "list": lambda logits, y: torch.cat([logits, logits], 1).square().mean(),
-
     "set item": set_item,
     "change of a view": change_of_a_view,
     "hook": with_hook,

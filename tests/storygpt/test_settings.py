@@ -74,7 +74,6 @@ def test_wrong_flags_print_one_line_and_exit_with_code_2(fails):
     ("n_layer = True", "n_layer = True is not allowed: it takes a whole number from 1"),
     ("bias = 1", "bias = 1 is not allowed"),
     ("max_iters = 10**400", "max_iters = 1000"),
-
     ("n_layer = 1\nbatch_size = = 2", "line 2: SyntaxError: invalid syntax"),
     ("n_layer = 1\nbatch_size = n_laye", "line 2: NameError: name 'n_laye' is not defined"),
 ])
@@ -97,7 +96,6 @@ def test_a_missing_config_file_suggests_one(monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (dict(n_embd=100, n_head=6), "n_embd = 100 is not a multiple of n_head = 6"),
     (dict(max_iters=1000), "warmup_iters = 1000 is not below lr_decay_iters = 1000"),
-
     (dict(max_tokens=131_071), "max_tokens = 131071 is less than one step of 131072 tokens"),
     (dict(max_tokens=1_000_000), "warmup_iters = 1000 is not below lr_decay_iters = 224"),
 ])

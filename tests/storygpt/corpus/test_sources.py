@@ -163,7 +163,6 @@ def bad(here):
     ("bad.jsonl", "cannot read bad.jsonl"),
     ("empty.txt", "empty.txt: the train split has no stories, or only empty ones"),
     ("empty.jsonl", "empty.jsonl"),
-
     ("none.parquet", "none.parquet"),
     ("hollow", "a folder must contain .txt, .jsonl or .parquet files"),
     ("repo", "repo has no split 'train', only test"),
