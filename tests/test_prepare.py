@@ -72,9 +72,6 @@ def prepare_as(name, *argv):
     return prepared(name)
 
 
-# ---- sources and splits ----
-
-
 def test_text_file(here):
     source = write(here / "Mine.txt", STORIES)
     prepare.main([source, "--validation_fraction", "0.2"])
@@ -131,9 +128,6 @@ def test_batches_stay_in_order(fast, monkeypatch):
     assert stories["train"] == [story for story in nursery.stories(100, 5) if story not in stories["validation"]]
 
 
-# ---- vocabularies ----
-
-
 def test_a_trained_vocabulary_and_that_of_another_dataset(here, fails):
     prepare.main(["nursery", "--tokenizer", "bpe:300", "--max_stories", "40"])
     meta, stories = prepared("nursery-bpe300")
@@ -169,9 +163,6 @@ def test_vocabulary_above_65536_tokens_uses_uint32(here):
     save(Tokenizer("pairs", GPT2_PATTERN, BYTES | pairs, {END_OF_TEXT: 256 + 65_536}), ".")
     meta, stories = prepare_as("mine", write(here / "mine.txt", STORIES), "--tokenizer", str(here))
     assert meta["dtype"] == "uint32" and sorted(stories["train"] + stories["validation"]) == sorted(STORIES)
-
-
-# ---- a dataset that exists, faults ----
 
 
 def test_existing_dataset_is_kept_unless_forced(fast, capsys, fails):
@@ -235,9 +226,6 @@ def test_a_run_that_dies_leaves_no_dataset_and_the_next_one_succeeds(fast, fault
     assert data_entries() == entries
     prepare.main(words)
     assert prepared("x")
-
-
-# ---- user errors ----
 
 
 @pytest.mark.parametrize("flags, code, message", [

@@ -77,12 +77,12 @@ def what_must_be_equal(folder):
     """The content of a run folder without its settings and times, name of the file → content."""
     last, best = load_last(folder), checkpoint.load(Path(folder, "ckpt.pt"))
     logged = {"step": ("iter", "loss", "grad_norm", "lr"), "eval": ("iter", "val_loss", "train_loss"),
-              "end": ("iter", "reason"), "run": ()}
+              "end": ("iter", "reason")}
     return {
         "last.pt": [last[key] for key in ("model", "optimizers", "scaler", "iter", "metrics", "best_val_loss")],
         "ckpt.pt": [best[key] for key in ("model", "iter", "metrics")],
-        "log.jsonl": [values for r in read_log(Path(folder, "log.jsonl"))
-                      if (values := [r[key] for key in logged[r["kind"]]])],
+        "log.jsonl": [[r[key] for key in logged[r["kind"]]] for r in read_log(Path(folder, "log.jsonl"))
+                      if r["kind"] in logged],
         "samples.md": Path(folder, "samples.md").read_text(),
     }
 

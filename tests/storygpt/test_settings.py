@@ -1,17 +1,15 @@
 """Settings: defaults, config files, flags, and the errors for wrong ones."""
 
 import importlib
-import math
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import pytest
 
 import storygpt
 from conftest import ROOT
-from model import GPTConfig, ModelSettings
 from storygpt.corpus.dataset import prepare_command
-from storygpt.settings import Config, allowed_values, apply_overrides, read_command_line, read_config_file
+from storygpt.settings import Config, apply_overrides, read_command_line, read_config_file
 from storygpt.system.errors import UserError
 
 
@@ -121,13 +119,6 @@ def test_the_length_of_a_run_has_one_unit_and_a_flag_replaces_that_of_the_config
         read_config_file(path)
 
 
-def test_the_model_of_a_config_has_its_settings():
-    cfg = Config(n_layer=3, dropout=0.25, bias=False, architecture="modern")
-    model_config = cfg.model_config(300)
-    assert type(model_config) is GPTConfig and model_config.vocab_size == 300
-    assert {f.name: getattr(cfg, f.name) for f in fields(ModelSettings)} | {"vocab_size": 300} == asdict(model_config)
-
-
 def test_a_plain_field_of_the_model_settings_is_a_setting(tmp_path, monkeypatch, capsys):
     """As a reader adds it to model.py: without a meaning, and without anything elsewhere."""
     source = (ROOT / "model.py").read_text(encoding="utf-8")
@@ -138,17 +129,9 @@ def test_a_plain_field_of_the_model_settings_is_a_setting(tmp_path, monkeypatch,
         monkeypatch.delitem(sys.modules, name)
     edited = importlib.import_module("storygpt.settings")
     _, flags, _ = edited.read_command_line(["--window=9"], {})
-    assert edited.Config().model_config(300).window == 7 and edited.Config(**flags).model_config(300).window == 9
+    assert edited.Config().model_config(300).window == 7
+    cfg = edited.Config(**flags, n_layer=3, dropout=0.25)
+    assert asdict(cfg.model_config(300)).items() <= asdict(cfg).items() | {("vocab_size", 300)} and cfg.window == 9
     with pytest.raises(SystemExit):
         edited.read_command_line(["--help-all"], {})
-    assert "--window VALUE" in capsys.readouterr().out
-
-
-def test_help_all_lists_every_setting_with_its_default_and_bounds(capsys):
-    with pytest.raises(SystemExit) as exit:
-        config_of("--help-all")
-    text = " ".join(capsys.readouterr().out.split())
-    assert exit.value.code == 0
-    for f in fields(Config):
-        assert f"--{f.name} VALUE {f.metadata['meaning']}; {allowed_values(f)}; default: {f.default}" in text
-    assert "a whole number from 1 to 1000; default: 6" in text and math.inf not in vars(Config()).values()
+    assert "--window VALUE ; a whole number; default: 7" in " ".join(capsys.readouterr().out.split())

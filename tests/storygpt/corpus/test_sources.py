@@ -36,9 +36,6 @@ def read(*args, **options):
     return splits
 
 
-# ---- good sources ----
-
-
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 def test_files_of_every_format(here, suffix):
     corpus = Corpus(write(here / f"Mine.{suffix}", STORIES, "story"), "story")
@@ -123,9 +120,6 @@ def test_duplicates(here):
             "within_train": len(train) - len(set(train)), "dropped": len(train) - len(kept),
             "validation_in_train": sum(story in train for story in validation)}
         assert list(corpus) == [("train", story) for story in kept] + [("validation", story) for story in validation]
-
-
-# ---- bad sources ----
 
 
 @pytest.fixture

@@ -45,9 +45,6 @@ def last_weights(out_dir):
     return load_last(out_dir)["model"]
 
 
-# ---- communication ----
-
-
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
 WINDOWS_GLOO = r"[C:\pytorch\third_party\gloo\gloo\transport\uv\unbound_buffer.cc:67] "
 
@@ -97,20 +94,6 @@ def test_collectives(here):
     results = run_ranks(2, main, [])
     assert [code for code, _, _ in results] == [0, 0], results
     assert torch.load("0.pt") == torch.load("1.pt") == [2, "of rank 0", 3, (False, 5.0), True]
-
-
-@pytest.mark.parametrize("rank, expected", [(0, ["block", "wait"]), (1, ["wait", "block"])])
-def test_rank_0_first(monkeypatch, rank, expected):
-    events = []
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda values: events.append("wait"))
-    with rank_0_first():
-        events.append("block")
-    assert events == expected
-
-
-# ---- training ----
 
 
 def other_machine(nursery_data, change):
@@ -170,9 +153,6 @@ def test_dropout_masks_differ_between_ranks_and_steps():
 
     assert len({seed_of(1337, step, rank) for step in range(9) for rank in range(4)}) == 36
     assert seed_of(1337, 3, 1) == seed_of(1337, 3, 1)
-
-
-# ---- errors ----
 
 
 @pytest.mark.parametrize("world_size, flag, complaint", [

@@ -93,9 +93,6 @@ def test_a_failed_append_names_the_file(tmp_path):
         files.append_line(tmp_path / "log.jsonl", {"kind": "step"})
 
 
-# ---- locks ----
-
-
 def lock_and_wait(path, locked):
     """What another process does until it is killed."""
     files.acquire_lock(path, "out/x")
