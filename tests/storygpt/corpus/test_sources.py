@@ -136,7 +136,6 @@ def bad(here):
         Path(name).touch()
     Path("hollow").mkdir()
     write(Path("a.parquet"), STORIES)
-    write(Path("none.parquet"), [])
     write(Path("repo/data/test-00000-of-00001.parquet"), STORIES)
     write(Path("books/train.txt"), STORIES)
     write(Path("books/valid.txt"), ["", "  "])
@@ -157,7 +156,6 @@ def bad(here):
     ("bad.jsonl", "cannot read bad.jsonl"),
     ("empty.txt", "empty.txt: the train split has no stories, or only empty ones"),
     ("empty.jsonl", "empty.jsonl"),
-    ("none.parquet", "none.parquet"),
     ("hollow", "a folder must contain .txt, .jsonl or .parquet files"),
     ("repo", "repo has no split 'train', only test"),
     ("a.csv", "a.csv: unsupported file type, use one of .txt, .jsonl, .parquet"),
