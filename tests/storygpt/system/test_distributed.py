@@ -6,7 +6,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,24 +95,19 @@ def test_collectives(here):
     assert torch.load("0.pt") == torch.load("1.pt") == [2, "of rank 0", 3, (False, 5.0), True]
 
 
-def other_machine(nursery_data, change):
-    """Another working folder, with a copy of the data; `change(folder)` changes it."""
-    data = Path("machine2/data/nursery-bpe300")
-    shutil.copytree(nursery_data / "data/nursery-bpe300", data)
-    change(data)
-    return "machine2"
+@pytest.fixture
+def machine2(with_data, nursery_data):
+    """Another working folder, with a copy of the data."""
+    shutil.copytree(nursery_data / "data", with_data / "machine2/data")
+    return with_data / "machine2"
 
 
-def damage_the_last_token(data):
-    """It is in no evaluation window."""
-    tokens = np.fromfile(data / "validation.bin", "<u2")
-    tokens[-1] = 5
-    tokens.tofile(data / "validation.bin")
-
-
-def test_two_ranks_equal_one_process_and_resume_each_others_runs(with_data, nursery_data, large_eps, capsys):
+def test_two_ranks_equal_one_process_and_resume_each_others_runs(with_data, machine2, large_eps, capsys):
     """Rank 1 needs no run folder, and does not hash the data, as another process of its machine does."""
-    options = {"other_folder": other_machine(nursery_data, damage_the_last_token)}
+    with open(machine2 / "data/nursery-bpe300/validation.bin", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\0")  # of a token that is in no evaluation window
+    options = {"other_folder": machine2}
     train.main([*FLAGS, "--out_dir=out/one"])
     (code, out, err), other = train_on_ranks(2, [*FLAGS, "--out_dir=out/two"], **options)
     assert code == other[0] == 0 and "in micro-batches of 4 sequences on 2 processes" in out, err
@@ -167,13 +161,12 @@ def test_an_error_of_all_ranks_is_printed_once(with_data, world_size, flag, comp
         assert "Traceback" not in err
 
 
-def test_all_ranks_need_the_same_data(with_data, nursery_data):
-    def change(data):
-        meta = json.loads((data / "meta.json").read_text())
-        meta["splits"]["train"]["sha256"] = "another"
-        (data / "meta.json").write_text(json.dumps(with_checksum(meta)))
-
-    results = train_on_ranks(2, [*FLAGS, "--out_dir=out/x"], other_folder=other_machine(nursery_data, change))
+def test_all_ranks_need_the_same_data(machine2):
+    path = machine2 / "data/nursery-bpe300/meta.json"
+    meta = json.loads(path.read_text())
+    meta["splits"]["train"]["sha256"] = "another"
+    path.write_text(json.dumps(with_checksum(meta)))
+    results = train_on_ranks(2, [*FLAGS, "--out_dir=out/x"], other_folder=machine2)
     assert "data/nursery-bpe300 differs from rank 0's copy" in results[1][2] and results[0][0] == 1, results[0][2]
 
 
