@@ -344,16 +344,16 @@ def test_hooks_on_the_replaced_head_and_printing_see_the_logits(model):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_recomputed_head(model, use_reentrant):
-    """torch.utils.checkpoint around the head, and around the head with the loss."""
-    for recomputed in (lambda head, logits, y: mean_loss(checkpoint(head, logits, use_reentrant=use_reentrant), y),
-                       lambda head, logits, y: checkpoint(lambda x: mean_loss(head(x), y), logits,
-                                                          use_reentrant=use_reentrant)):
+    """torch.utils.checkpoint around the last norm and the head, and around these with the loss."""
+    for recomputed in (lambda head, x, y: mean_loss(checkpoint(head, x, use_reentrant=use_reentrant), y),
+                       lambda head, x, y: checkpoint(lambda x: mean_loss(head(x), y), x, use_reentrant=use_reentrant)):
         results = []
         for m in (fused(model), model):
             x, y = batch()
-            loss = recomputed(m.lm_head, m.hidden_states(x, torch.arange(8), None), y)
+            head = torch.nn.Sequential(m.transformer.ln_f, m.lm_head)
+            loss = recomputed(head, m.hidden_states(x, torch.arange(8), None), y)
             loss.backward()
-            results.append([loss.detach(), m.lm_head.weight.grad])
+            results.append([loss.detach(), *(p.grad for p in m.parameters())])
             m.zero_grad()
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
