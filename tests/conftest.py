@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,14 @@ def trained(nursery_data):
     train.main([*TINY, "--out_dir=out/tiny"])
     os.chdir(before)
     return nursery_data
+
+
+@pytest.fixture
+def run(trained, here):
+    """A folder with only the run out/tiny, which may be changed, and its data; it is the current folder."""
+    shutil.copytree(trained / "out/tiny", "out/tiny")
+    os.symlink(trained / "data", "data")
+    return here
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.nn as nn
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extra.txt")
 from huggingface_hub import constants
+from safetensors.torch import load, save
 
 import prepare
 import sample
@@ -26,28 +26,16 @@ from storygpt.corpus.dataset import Split
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from storygpt.generate import generate
 from storygpt.run import read_log
-from tools import gguf_file, hf, model_card
+from tools import gguf_file, hf
 
 SHAPE = dict(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=16)  # of out/tiny
 TEXTS = ["Once upon a time, there was a fox.", "  two  spaces\n\n and lines \n", "trailing   ", "", "\n",
          "naïve 🦊 façade\tx1234567 don't I'LL", "\r\n\r\n  \n x\u00a0y\u2003z  ", "一二三 été №5 ½ … !?!?  --",
          " \n\n\n  a  \n b"]
 README = (ROOT / "README.md").read_text().replace(END_OF_TEXT, "")  # transformers would encode it as the token
-# The patterns of cl100k_base and o200k_base, whose vocabularies would have to be downloaded.
+# The pattern of cl100k_base, whose vocabulary would have to be downloaded.
 CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
           r"\s+(?!\S)|\s")
-O200K = "|".join([
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
-
-
-@pytest.fixture
-def run(trained, here):
-    """A folder that contains only the run out/tiny and its data."""
-    shutil.copytree(trained / "out/tiny", "out/tiny")
-    os.symlink(trained / "data", "data")
-    return here
 
 
 def export(out_dir, folder):
@@ -63,45 +51,34 @@ def validation_tokens(B, T):
     return torch.from_numpy(split.windows(range(0, B * T, T))[0])  # (B, T)
 
 
-def test_exported_model_and_tokenizer_give_equal_results(run, capsys):
+def test_exported_model_and_tokenizer_give_equal_results(run, capsys, fails):
     hf_model, hf_tokenizer = export("out/tiny", "model")
     assert "model: exported out/tiny/ckpt.pt, 11,648 parameters" in capsys.readouterr().out
-    model, tokenizer, _ = checkpoint.load_model(Path("out/tiny/ckpt.pt"))
+    assert sorted(os.listdir()) == ["data", "model", "out"]
+    model, tokenizer, state = checkpoint.load_model(Path("out/tiny/ckpt.pt"))
     idx = validation_tokens(4, 16)
     with torch.no_grad():
         torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-4, rtol=0)
     for text in [*TEXTS, README]:
         assert hf_tokenizer.encode(text) == tokenizer.encode(text)
         assert hf_tokenizer.decode(tokenizer.encode(text)) == text
+    assert hf_tokenizer.encode(END_OF_TEXT) == [299] == [hf_tokenizer.eos_token_id]
+    assert hf_tokenizer.model_max_length == hf_model.config.n_ctx == 16
     prompt = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("One")]])
     new = 16 - prompt.size(1)
     story = [int(token) for token in generate(model, prompt, new, temperature=0, end_of_text=tokenizer.end_of_text)]
     hf_story = hf_model.generate(prompt, max_new_tokens=new, do_sample=False, temperature=1.0, top_k=50)
     assert hf_story[0, prompt.size(1):].tolist() == story
 
-
-def test_exported_files_and_model_card(run, fails, capsys):
-    _, hf_tokenizer = export("out/tiny", "model")
-    assert sorted(os.listdir("model")) == ["README.md", "config.json", "generation_config.json", "model.safetensors",
-                                           "tokenizer.json", "tokenizer_config.json"]
-    state = checkpoint.load("out/tiny/ckpt.pt")
-    config = json.loads(Path("model/config.json").read_text())
-    assert config["activation_function"] == "gelu_new" and config["n_positions"] == config["n_ctx"] == 16
-    assert config["tie_word_embeddings"] and config["architectures"] == ["GPT2LMHeadModel"]
-    generation = json.loads(Path("model/generation_config.json").read_text())
-    assert generation["eos_token_id"] == generation["bos_token_id"] == 299 == hf_tokenizer.eos_token_id
-    assert hf_tokenizer.model_max_length == 16 and hf_tokenizer.bos_token == END_OF_TEXT
-    assert hf_tokenizer.encode(END_OF_TEXT) == [299]
-    card = Path("model/README.md").read_text()
+    card = Path("model/README.md").read_text(encoding="utf-8")
     for text in (f"{state['metrics']['val_loss']:.4f} nats/token", f"{state['metrics']['val_bpb']:.4f} bits per byte",
                  "| learning_rate | 0.01 |", "tokens of 54 stories (nursery-bpe300)", "| training tokens | 1,536 |",
                  "bpe300, 300 tokens"):
         assert text in card
-    assert "python -m tools.hf import model out/NAME" in fails(sample.main, ["--out_dir=model"])
     code = card.split("```python")[1].split("```")[0].replace("max_length=16", "max_length=16, do_sample=False")
-    capsys.readouterr()
     exec(code, {})
     assert capsys.readouterr().out.startswith("Once upon a time")
+    assert "python -m tools.hf import model out/NAME" in fails(sample.main, ["--out_dir=model"])
 
 
 def edit(monkeypatch, cls, layers, **methods):
@@ -122,16 +99,9 @@ def swiglu(self, x):
 @pytest.mark.parametrize("bias, cls, layers, methods, parameter", [
     (True, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, "h.0.ln_1.bias"),
     (False, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, None),  # the names and shapes are GPT-2's
-    (True, Block, {"mlp": lambda c: nn.Sequential(nn.Linear(c.n_embd, 64), nn.GELU("tanh"), nn.Linear(64, c.n_embd))},
-     {}, "h.0.mlp.c_fc.weight"),
-    (True, Block, {"scales": lambda c: nn.ParameterList([torch.ones(1)])}, {}, "h.0.scales.0"),
     (True, Block, {"scale": lambda c: nn.Buffer(torch.ones(1))}, {}, "h.0.scale"),
-    (True, Block, {"scale": lambda c: nn.Buffer(torch.tensor(0.9), persistent=False)},
-     {"forward": lambda self, x, cache=None, forward=Block.forward: self.scale * forward(self, x, cache)}, None),
     (True, MLP, {}, {"forward": lambda self, x: self.c_proj(self.c_fc(x).relu())}, None),
     (False, MLP, {"c_fc": lambda c: nn.Linear(c.n_embd, 128, bias=False)}, {"forward": swiglu},
-     "h.0.mlp.c_fc.weight"),
-    (True, MLP, {"c_fc": lambda c: nn.utils.parametrizations.weight_norm(nn.Linear(c.n_embd, 64))}, {},
      "h.0.mlp.c_fc.weight"),
     # What depends on the length of the text, but not in a full block, and what only an end of text changes.
     (True, CausalSelfAttention, {}, {"attend": lambda self, q, k, v, cache, attend=CausalSelfAttention.attend: attend(
@@ -152,79 +122,91 @@ def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, bias, 
         assert sorted(os.listdir()) == ["data", "out"]
 
 
+def check_logits_after_export_and_import(name, model):
+    """Check that the exported run out/NAME and its import have the logits of this model."""
+    idx = validation_tokens(2, 16)
+    hf_model, _ = export(f"out/{name}", name)
+    torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-5, rtol=0)
+    hf.main(["import", name, "out/back"])
+    torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), model(idx))
+
+
 @torch.no_grad()
 def test_a_model_with_an_untied_head(run, monkeypatch, fails):
     with monkeypatch.context() as edited:
         edit(edited, GPT, {"lm_head": lambda c: nn.Linear(c.n_embd, c.vocab_size, bias=False)})
-        edited.setattr(model_card, "sample_section", lambda name, path: "")  # its process has model.py unedited
-        model, idx = write_run("out/untied", GPTConfig(**SHAPE)), validation_tokens(2, 16)
-        hf_model, _ = export("out/untied", "model")
-        torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-5, rtol=0)
-        hf.main(["import", "model", "out/back"])
-        torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), model(idx))
-        hf.main(["export", "out/untied", "model.gguf"])
-        values = torch.from_numpy(read_gguf("model.gguf")[1]["output.weight"][1])
+        model = write_run("out/untied", GPTConfig(**SHAPE))
+        check_logits_after_export_and_import("untied", model)
+        hf.main(["export", "out/untied", "untied.gguf"])
+        values = torch.tensor(read_gguf("untied.gguf")[1]["output.weight"][1])
         torch.testing.assert_close(values, model.lm_head.weight, atol=1e-3, rtol=0)
-    assert "the model shares transformer.wte.weight with another" in fails(hf.main, ["import", "model", "out/tied"])
+    assert "the model shares transformer.wte.weight with another" in fails(hf.main, ["import", "untied", "out/tied"])
+
+
+@torch.no_grad()
+def test_a_model_without_biases_and_with_the_exact_gelu(run):
+    check_logits_after_export_and_import("bare", write_run("out/bare", GPTConfig(**SHAPE, bias=False, gelu="exact")))
 
 
 def test_a_modern_model_is_not_exported(run, fails):
     train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
-    error = fails(hf.main, ["export", "out/modern", "model"])
-    assert "transformers has no model of the architecture 'modern'" in error and "--architecture=gpt2" in error
-    assert not Path("model").exists()
+    for target in ("model", "model.gguf"):
+        error = fails(hf.main, ["export", "out/modern", target])
+        assert "transformers has no model of the architecture 'modern'" in error and "--architecture=gpt2" in error
+        assert not Path(target).exists()
 
 
-def test_export_then_import_gives_the_same_model(run, capsys):
+def test_export_then_import_gives_the_same_model_which_can_be_fine_tuned(run, capsys, fails):
     hf.main(["export", "out/tiny", "model"])
     hf.main(["import", "model", "out/back"])
     assert "out/back: " in capsys.readouterr().out
     (model, tokenizer, _), (back, back_tokenizer, _) = (checkpoint.load_model(Path(f"out/{name}/ckpt.pt"))
                                                          for name in ("tiny", "back"))
     assert back_tokenizer == tokenizer and back_tokenizer.name == tokenizer.name
-    assert model.state_dict().keys() == back.state_dict().keys()
-    assert all(torch.equal(p, back.state_dict()[name]) for name, p in model.state_dict().items())
+    torch.testing.assert_close(back.state_dict(), model.state_dict(), atol=0, rtol=0)
     hf.main(["export", "out/back", "again"])
-    card = Path("again/README.md").read_text()
+    card = Path("again/README.md").read_text(encoding="utf-8")
     assert "| training data | unknown (imported model) |" in card and "learning_rate" not in card
     sample.main(["--out_dir=out/back", "--seed=1"])
     assert "out/back/ckpt.pt: trained elsewhere" in capsys.readouterr().err
 
-
-def test_fine_tuning_an_import_with_a_shorter_block_on_data_with_its_tokenizer(run, capsys, fails):
-    hf.main(["export", "out/tiny", "model"])
-    hf.main(["import", "model", "out/base"])
-    prepare.main(["nursery", "--tokenizer", "out/base", "--max_stories", "30", "--seed", "5"])
+    prepare.main(["nursery", "--tokenizer", "out/back", "--max_stories", "30", "--seed", "5"])
     flags = [flag for flag in TINY if not flag.startswith(("--dataset", "--n_", "--block"))]
-    train.main([*flags, "--dataset=nursery-base", "--init_from=out/base", "--block_size=8", "--out_dir=out/tuned"])
-    model = checkpoint.load_model(Path("out/tuned/ckpt.pt"))[0]
+    train.main([*flags, "--dataset=nursery-back", "--init_from=out/back", "--block_size=8", "--out_dir=out/tuned"])
     steps = [r for r in read_log("out/tuned/log.jsonl") if r["kind"] == "step"]
-    assert model.config.block_size == 8 and steps[0]["loss"] < 5.3  # ln 300 is 5.7
-    assert "no checkpoint out/base/last.pt" in fails(train.main, ["--out_dir=out/base", "--resume"])
-    train.main(["--out_dir=out/base", "--eval_only", "--dataset=nursery-bpe300"])
+    assert checkpoint.load_model(Path("out/tuned/ckpt.pt"))[0].config.block_size == 8
+    assert steps[0]["loss"] < 5.3  # ln 300 is 5.7
+    assert "no checkpoint out/back/last.pt" in fails(train.main, ["--out_dir=out/back", "--resume"])
+    train.main(["--out_dir=out/back", "--eval_only", "--dataset=nursery-bpe300"])
     assert "perplexity: " in capsys.readouterr().out
+
+
+@torch.no_grad()
+def randomize(model):
+    """Add noise to all weights, also to biases and norms, which are initialized to zeros and ones."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.add_(torch.randn_like(p), alpha=0.1)
+    return model.eval()
 
 
 def write_run(out_dir, config):
     """Write a model with random weights, and the tokenizer of out/tiny, as a run; returns the model."""
-    torch.manual_seed(0)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # also of biases and norms, which are initialized to zeros and ones
-            p.add_(torch.randn_like(p), alpha=0.1)
+    model = randomize(GPT(config))
     hf.write_run(Path(out_dir), model, Tokenizer.load("out/tiny"), overwrite=False)
     return model
 
 
-def save_gpt2(tokenizer, folder="gpt2", **settings):
-    """Save a transformers GPT-2 with random weights and a tokenizer to a folder; returns the model."""
-    torch.manual_seed(0)
+def random_gpt2(**settings):
+    """A transformers GPT-2 with random weights."""
     shape = {"vocab_size": 300, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 299,
              "eos_token_id": 299}
-    hf_model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | settings)).eval()
-    with torch.no_grad():
-        for p in hf_model.parameters():  # also of biases and norms, which are initialized to zeros and ones
-            p.add_(torch.randn_like(p), alpha=0.1)
+    return randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | settings)))
+
+
+def save_gpt2(tokenizer, folder="gpt2", **settings):
+    """Save a `random_gpt2` and a tokenizer to a folder; returns the model."""
+    hf_model = random_gpt2(**settings)
     hf_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return hf_model
@@ -236,7 +218,7 @@ def hf_tokenizer(run):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"vocab_size": 320}, {"activation_function": "gelu_pytorch_tanh"}, {"activation_function": "gelu"},
+    {"vocab_size": 320}, {"activation_function": "gelu_pytorch_tanh"}, {"activation_function": "gelu"},
     {"n_inner": 128, "resid_pdrop": 0.0}])
 def test_import_of_a_model_created_by_transformers(hf_tokenizer, capsys, settings):
     hf_model = save_gpt2(hf_tokenizer, **settings)
@@ -266,10 +248,8 @@ def test_import_with_other_special_tokens_and_another_eos_token(run, hf_tokenize
 
 @pytest.mark.parametrize("settings, complaint", [
     ({"activation_function": "relu"}, "is not a GPT-2 model with GELU"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "the logits would change by up to 0.0"),
     ({"n_inner": 64}, "shape torch.Size([64, 32])"),
     ({"layer_norm_epsilon": 1e-3}, "the logits would change by up to 0.0"),
-    ({"tie_word_embeddings": False}, "the model shares transformer.wte.weight with another parameter"),
     ({"vocab_size": 290, "eos_token_id": 2, "bos_token_id": 2}, "shape torch.Size([290, 32])"),
 ])
 def test_other_architectures_are_rejected(hf_tokenizer, fails, settings, complaint):
@@ -292,7 +272,7 @@ def change_json(path, change):
     lambda t: t["model"].update(dropout=0.5),
     lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 300, "content": "xyzzy", "special": False}),
     lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
-], ids=["merges", "token", "byte", "normalizer", "dropout", "added", "words"])
+])
 def test_other_tokenizers_are_rejected(hf_tokenizer, fails, change):
     save_gpt2(hf_tokenizer)
     change_json("gpt2/tokenizer.json", change)
@@ -302,35 +282,17 @@ def test_other_tokenizers_are_rejected(hf_tokenizer, fails, change):
 
 def test_damaged_model_folders_give_one_line(hf_tokenizer, fails):
     save_gpt2(hf_tokenizer)
-    intact = Path("gpt2/model.safetensors").read_bytes()
-    Path("gpt2/model.safetensors").write_bytes(intact[:1000])
-    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
-    Path("gpt2/model.safetensors").unlink()
-    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
-    Path("gpt2/tokenizer.json").rename("gpt2/tokenizer.old")
-    Path("gpt2/model.safetensors").write_bytes(intact)
-    assert "the tokenizer of gpt2 is not a byte-level BPE" in fails(hf.main, ["import", "gpt2", "out/x"])
-    Path("gpt2/tokenizer.old").rename("gpt2/tokenizer.json")
-    change_json("gpt2/config.json", lambda config: config.update(n_embd=64))
-    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
-    Path("gpt2/config.json").write_text("{")
-    assert "cannot load the model gpt2: " in fails(hf.main, ["import", "gpt2", "out/x"])
-    Path("gpt2/config.json").unlink()
-    for source in ("gpt2", "nobody/nothing", "./none", "a/b/c", "none/ckpt.pt"):
+    path = Path("gpt2/model.safetensors")
+    intact, weights = path.read_bytes(), load(path.read_bytes())
+    path.write_bytes(intact[:1000])
+    for source in ("gpt2", "nobody/nothing", "none/ckpt.pt"):
         assert f"cannot load the model {source}: " in fails(hf.main, ["import", source, "out/x"])
-
-
-def test_missing_and_non_finite_weights_are_rejected(hf_tokenizer, fails):
-    from safetensors.torch import load_file, save_file
-    save_gpt2(hf_tokenizer)
-    weights = load_file("gpt2/model.safetensors")
-    save_file(weights | {"transformer.ln_f.bias": torch.full((32,), torch.nan)}, "gpt2/model.safetensors",
-              {"format": "pt"})
-    assert "some weights are not finite" in fails(hf.main, ["import", "gpt2", "out/x"])
     del weights["transformer.h.1.mlp.c_fc.weight"]
-    save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
-    assert "gpt2 is damaged: transformer.h.1.mlp.c_fc.weight is missing" in fails(
-        hf.main, ["import", "gpt2", "out/x"])
+    path.write_bytes(save(weights, {"format": "pt"}))
+    assert "gpt2 is damaged: transformer.h.1.mlp.c_fc.weight is missing" in fails(hf.main, ["import", "gpt2", "out/x"])
+    path.write_bytes(intact)
+    Path("gpt2/tokenizer.json").unlink()
+    assert "the tokenizer of gpt2 is not a byte-level BPE" in fails(hf.main, ["import", "gpt2", "out/x"])
 
 
 def test_import_of_a_hub_model_from_the_cache(hf_tokenizer, monkeypatch, capsys):
@@ -345,61 +307,24 @@ def test_import_of_a_hub_model_from_the_cache(hf_tokenizer, monkeypatch, capsys)
 
 # ---- nanoGPT ----
 
-class NanoBlock(nn.Module):
-    """A block of nanoGPT in plain torch, with its names of parameters."""
+@torch.no_grad()
+def save_nanogpt(change=lambda state: None, bias=False, vocab_size=50304):
+    """Save nano.pt as nanoGPT's train.py does, after `change` of its dict; returns the same model of transformers.
 
-    def __init__(self, n_embd, n_head, bias):
-        super().__init__()
-        self.ln_1, self.ln_2 = (nn.LayerNorm(n_embd, bias=bias) for _ in range(2))
-        self.attn, self.mlp, self.n_head = nn.Module(), nn.Module(), n_head
-        self.attn.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
-        self.attn.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-        self.mlp.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
-        self.mlp.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D) each
-                   for part in self.attn.c_attn(self.ln_1(x)).split(C, 2))
-        scores = q @ k.mT / (C / self.n_head) ** 0.5  # (B, H, T, T)
-        weights = scores.masked_fill(torch.ones(T, T).triu(1) == 1, float("-inf")).softmax(-1)
-        x = x + self.attn.c_proj((weights @ v).transpose(1, 2).reshape(B, T, C))
-        h = self.mlp.c_fc(self.ln_2(x))
-        return x + self.mlp.c_proj(h * (1 + torch.erf(h / 2 ** 0.5)) / 2)  # the exact GELU
-
-
-class NanoGPT(nn.Module):
-    """The model of nanoGPT in plain torch, with random weights: token ids (B, T) -> logits (B, T, V)."""
-
-    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True):
-        super().__init__()
-        torch.manual_seed(0)
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(vocab_size, n_embd), wpe=nn.Embedding(block_size, n_embd),
-            h=nn.ModuleList(NanoBlock(n_embd, n_head, bias) for _ in range(n_layer)),
-            ln_f=nn.LayerNorm(n_embd, bias=bias)))
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
-        for p in self.parameters():
-            nn.init.normal_(p, std=0.2)
-
-    def forward(self, idx):
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:idx.size(1)]  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
-        return self.lm_head(self.transformer.ln_f(x))
-
-
-def save_nanogpt(change=lambda state: None, **changes):
-    """Save nano.pt as nanoGPT's train.py does, after `change` of its dict; returns the model."""
-    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, bias=False, vocab_size=50304, dropout=0.1) | changes
-    model = NanoGPT(**shape)
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "model_args": shape, "iter_num": 2000,
+    nanoGPT's parameters have transformers' names, but its matrices are torch's, (out, in).
+    """
+    hf_model = random_gpt2(vocab_size=vocab_size, activation_function="gelu")
+    if not bias:
+        for name, p in hf_model.named_parameters():
+            p.mul_(not name.endswith(".bias"))
+    weights = {name: p.mT if ".h." in name and p.dim() == 2 else p for name, p in hf_model.state_dict().items()
+               if bias or not name.endswith(".bias")}
+    shape = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, bias=bias, vocab_size=vocab_size, dropout=0.1)
+    state = {"model": weights, "optimizer": {"state": {}, "param_groups": []}, "model_args": shape, "iter_num": 2000,
              "best_val_loss": torch.tensor(3.2), "config": {"out_dir": "out", "learning_rate": 6e-4, "compile": True}}
     change(state)
     torch.save(state, "nano.pt")
-    return model
+    return hf_model
 
 
 def as_saved_by_old_versions(state):
@@ -411,39 +336,24 @@ def as_saved_by_old_versions(state):
 @torch.no_grad()
 @pytest.mark.parametrize("settings, change", [
     ({}, lambda state: None), ({"bias": True, "vocab_size": 50257}, as_saved_by_old_versions)])
-def test_import_of_a_checkpoint_of_nanogpt(here, capsys, settings, change):
-    nanogpt = save_nanogpt(change, **settings)
+def test_import_of_a_checkpoint_of_nanogpt_without_transformers(here, monkeypatch, capsys, settings, change):
+    nanogpt, idx = save_nanogpt(change, **settings), torch.randint(50257, (2, 24))
+    logits = nanogpt(idx).logits[..., :50257]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
     hf.main(["import", "nano.pt", "out/nano"])
     assert ("dropped 47 token embeddings" in capsys.readouterr().out) == (not settings)
     model, tokenizer, _ = checkpoint.load_model(Path("out/nano/ckpt.pt"))
     assert tokenizer == Tokenizer.named("gpt2") and model.config.bias == settings.get("bias", False)
     assert model.config.gelu == "exact" and model.config.dropout == 0.1
-    idx = torch.randint(50257, (2, 24))
-    torch.testing.assert_close(model(idx), nanogpt(idx)[..., :50257], atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_run_with_the_exact_gelu_in_nanogpt_and_transformers(run, bias):
-    model = write_run("out/exact", GPTConfig(**SHAPE, bias=bias, gelu="exact"))
-    nanogpt = NanoGPT(**SHAPE, bias=bias)
-    idx = validation_tokens(4, 16)
-    nanogpt.load_state_dict(checkpoint.load("out/exact/ckpt.pt")["model"])
-    torch.testing.assert_close(nanogpt(idx), model(idx), atol=1e-5, rtol=0)
-    hf_model, _ = export("out/exact", "model")
-    assert hf_model.config.activation_function == "gelu"
-    torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-5, rtol=0)
-    hf.main(["import", "model", "out/back"])
-    torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), model(idx))
+    torch.testing.assert_close(model(idx), logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("change, complaint", [
     (lambda state: state["model_args"].update(vocab_size=65), "has 65 tokens: only models with GPT-2's tokenizer"),
     (lambda state: state["model_args"].update(n_kv_head=1), "unexpected keyword argument 'n_kv_head'"),
-    (lambda state: state["model_args"].update(n_head=3), "n_embd = 16 is not a multiple of n_head = 3"),
     (lambda state: state["model_args"].update(n_layer=1), "transformer.h.1.ln_1.weight"),
     (lambda state: state["model"].pop("transformer.wte.weight"), "KeyError: 'transformer.wte.weight'"),
-    (lambda state: state["model"].update({"lm_head.weight": torch.zeros(50304, 16)}), "shares transformer.wte.weight"),
     (lambda state: state["model"]["transformer.ln_f.weight"].fill_(torch.nan), "some weights are not finite"),
     (lambda state: state.pop("model_args"), "nano.pt is not a checkpoint of nanoGPT"),
     (lambda state: state["config"].update(learning_rate=np.float64(6e-4)), "not loaded because that can run code"),
@@ -452,20 +362,6 @@ def test_other_checkpoints_than_nanogpts_are_rejected(here, fails, change, compl
     save_nanogpt(change)
     assert complaint in fails(hf.main, ["import", "nano.pt", "out/nano"])
     assert not Path("out").exists()
-
-
-def test_a_damaged_checkpoint_and_one_of_this_program_are_rejected(run, fails):
-    Path("nano.pt").write_bytes(Path("out/tiny/ckpt.pt").read_bytes()[:-100])
-    for path in ("nano.pt", "out/tiny/ckpt.pt"):
-        assert f"{path} is not a checkpoint of nanoGPT" in fails(hf.main, ["import", path, "out/x"])
-
-
-def test_import_from_nanogpt_needs_no_transformers(here, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers.utils", None)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    save_nanogpt()
-    hf.main(["import", "nano.pt", "out/nano"])
-    sample.main(["--out_dir=out/nano", "--start=Once", "--max_new_tokens=3", "--seed=1"])
 
 
 # ---- tokenizers and command line ----
@@ -479,7 +375,7 @@ def test_export_and_import_of_gpt2s_vocabulary(here):
     assert back == tokenizer and back.name == "gpt2"
 
 
-@pytest.mark.parametrize("pattern", [GPT2_PATTERN, CL100K, O200K], ids=["gpt2", "cl100k_base", "o200k_base"])
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, CL100K])
 def test_export_of_tokenizers_with_other_patterns(here, pattern):
     ranks = Tokenizer.named("gpt2").ranks
     ranks = {token: rank for token, rank in ranks.items() if rank < 5000}
@@ -493,16 +389,30 @@ def test_export_of_tokenizers_with_other_patterns(here, pattern):
     assert hf_tokenizer.eos_token_id == 5002 and hf_tokenizer.encode("<|fim_prefix|>") == [5004]
 
 
-def test_existing_folders_are_replaced_only_with_overwrite(run, fails, capsys):
+def test_existing_folders_are_replaced_only_with_overwrite(run, fails):
     hf.main(["export", "out/tiny", "model"])
     assert "model already exists" in fails(hf.main, ["export", "out/tiny", "model"])
-    assert "--overwrite has no effect on export to x" in fails(
-        hf.main, ["export", "out/tiny", "x", "--overwrite"], code=2)
     assert "out/tiny already contains a run" in fails(hf.main, ["import", "model", "out/tiny"])
     hf.main(["import", "model", "out/tiny", "--overwrite"])
     assert sorted(os.listdir("out/tiny")) == [".lock", "ckpt.pt", "meta.json", "tokenizer.tiktoken"]
-    Path("file").write_text("")
-    assert "file already exists" in fails(hf.main, ["export", "out/tiny", "file"])
+
+
+@pytest.mark.parametrize("command, target, flag", [
+    ("export", "x", "--overwrite"), ("export", "x", "--public"), ("export", "x", "--modelfile"),
+    ("export", "x", "--dtype=f16"), ("push", "a/x", "--overwrite"), ("import", "x.gguf", "--dtype=f16")])
+def test_flags_of_other_commands(fails, command, target, flag):
+    assert f"{flag.split('=')[0]} has no effect on {command} to {target}" in fails(
+        hf.main, [command, "out/tiny", target, flag], code=2)
+
+
+def test_a_missing_run_and_a_missing_package(run, fails, monkeypatch):
+    for target in ("model", "model.gguf"):
+        assert "no checkpoint in out/none" in fails(hf.main, ["export", "out/none", target])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    assert "needs transformers: pip install -r requirements-extra.txt" in fails(
+        hf.main, ["export", "out/tiny", "model"])
+    assert sorted(os.listdir()) == ["data", "out"]
 
 
 # ---- GGUF ----
@@ -514,26 +424,23 @@ def read_gguf(path):
     return {key: field.contents() for key, field in reader.fields.items()}, tensors
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", [("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 8e-3)])
-def test_a_gguf_file_has_the_weights(run, capsys, dtype, tolerance, bias):
-    write_run("out/wide", GPTConfig(**SHAPE | {"n_embd": 32}, bias=bias))
+@pytest.mark.parametrize("dtype, file_type, tolerance, bias", [
+    ("f16", 1, 1e-3, True), ("bf16", 32, 8e-3, False), ("q8_0", 7, 8e-3, False)])
+def test_a_gguf_file_has_the_weights(run, dtype, file_type, tolerance, bias):
+    model = write_run("out/wide", GPTConfig(**SHAPE | {"n_embd": 32}, bias=bias))
     hf.main(["export", "out/wide", "new/wide.gguf", "--dtype", dtype])
-    assert "new/wide.gguf: exported out/wide/ckpt.pt" in capsys.readouterr().out
     metadata, tensors = read_gguf("new/wide.gguf")
-    assert os.listdir("new") == ["wide.gguf"]
-    assert metadata["general.file_type"] == {"f16": 1, "q8_0": 7, "bf16": 32}[dtype]
-    model, _, _ = checkpoint.load_model(Path("out/wide/ckpt.pt"))
-    weights = {name.replace("transformer.", ""): p for name, p in model.state_dict().items()}
-    for name, gguf_name in {"wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight",
-                            "h.1.attn.c_attn.weight": "blk.1.attn_qkv.weight", "ln_f.weight": "output_norm.weight",
-                            "h.0.mlp.c_proj.weight": "blk.0.ffn_down.weight"}.items():
-        stored, values = tensors[gguf_name]
-        assert stored == ("F32" if "norm" in gguf_name or "position" in gguf_name else dtype.upper())
-        torch.testing.assert_close(torch.from_numpy(values), weights[name], rtol=0,
+    assert os.listdir("new") == ["wide.gguf"] and metadata["general.file_type"] == file_type
+    weights = model.transformer.state_dict()
+    for name, gguf_name, stored in [
+            ("wte.weight", "token_embd.weight", dtype.upper()), ("wpe.weight", "position_embd.weight", "F32"),
+            ("h.1.attn.c_attn.weight", "blk.1.attn_qkv.weight", dtype.upper()),
+            ("ln_f.weight", "output_norm.weight", "F32")]:
+        assert tensors[gguf_name][0] == stored
+        torch.testing.assert_close(torch.tensor(tensors[gguf_name][1]), weights[name], rtol=0,
                                    atol=tolerance * weights[name].abs().max().item())
-    assert len(tensors) == 28 and tensors["blk.0.attn_qkv.bias"][0] == "F32"  # with bias = False, too
-    assert bias or not tensors["blk.0.attn_qkv.bias"][1].any()
+    stored, biases = tensors["blk.0.attn_qkv.bias"]  # with bias = False, too
+    assert len(tensors) == 28 and stored == "F32" and biases.any() == bias
 
 
 def test_metadata_and_modelfile_of_a_gguf_file(run, capsys):
@@ -570,22 +477,20 @@ def test_an_export_tells_no_paths_and_no_settings_that_are_not_known(run):
     assert "training.settings" not in read_gguf("imported.gguf")[0]
 
 
-@pytest.mark.parametrize("trained_vocabulary", [True, False])
-def test_a_gguf_file_has_the_tokenizer(run, trained_vocabulary):
+def test_a_gguf_file_has_the_tokenizer(run):
     """As read by transformers, which encodes as GPT-2 does if the vocabulary and the merges are right."""
-    tokenizer = Tokenizer.load("data/nursery-bpe300") if trained_vocabulary else Tokenizer.named("gpt2")
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(**SHAPE | {"vocab_size": tokenizer.vocab_size + 2}))  # padded, as some models are
+    tokenizer = Tokenizer.load("data/nursery-bpe300")
+    model = GPT(GPTConfig(**SHAPE | {"vocab_size": 302}))  # padded, as some models are
     gguf_file.write_gguf("model.gguf", model, "f16", tokenizer)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(".", gguf_file="model.gguf")
     for text in [*TEXTS, README]:
-        assert hf_tokenizer.encode(text) == [tokenizer.end_of_text, *tokenizer.encode(text)]
-    assert hf_tokenizer.convert_ids_to_tokens(tokenizer.vocab_size) == f"[UNUSED{tokenizer.vocab_size}]"
+        assert hf_tokenizer.encode(text) == [299, *tokenizer.encode(text)]
+    assert hf_tokenizer.convert_ids_to_tokens(300) == "[UNUSED300]"
 
 
 def test_what_gguf_cannot_hold_gives_one_line(run, fails):
-    def error(out_dir, *words, code=1):
-        line = fails(hf.main, ["export", out_dir, *words], code)
+    def error(out_dir, *words):
+        line = fails(hf.main, ["export", out_dir, *words])
         assert sorted(os.listdir()) == ["data", "other.gguf", "out", "x.Modelfile"], "nothing may be left"
         return line
     Path("other.gguf").touch()
@@ -593,11 +498,6 @@ def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     assert "other.gguf already exists" in error("out/tiny", "other.gguf")
     assert "x.Modelfile already exists" in error("out/tiny", "x.gguf", "--modelfile")
     assert error("out/tiny", "new/x.gguf", "--dtype=q8_0").startswith("error: q8_0 stores blocks of 32")
-    assert "other.gguf: File exists" in error("out/tiny", "other.gguf/x.gguf")
-    assert "--modelfile has no effect on export to x" in error("out/tiny", "x", "--modelfile", code=2)
-    assert "invalid choice: 'q4'" in error("out/tiny", "x.gguf", "--dtype=q4", code=2)
-    train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
-    assert "no model of the architecture 'modern'" in error("out/modern", "x.gguf")
     tokenizer = Tokenizer.load("out/tiny")
     other = Tokenizer("x", CL100K, tokenizer.ranks, tokenizer.special_tokens)
     hf.write_run(Path("out/x"), GPT(GPTConfig(**SHAPE)), other, overwrite=False)
@@ -606,14 +506,3 @@ def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     state["model"]["transformer.h.0.mlp.c_proj.weight"] *= 1e7  # more than float16 has
     torch.save(state, "out/tiny/ckpt.pt")
     assert "the logits would change by up to " in error("out/tiny", "x.gguf")
-
-
-def test_other_user_errors_give_one_line(run, fails, monkeypatch):
-    assert "no checkpoint in out/none" in fails(hf.main, ["export", "out/none", "model"])
-    assert not Path("model").exists()
-    assert "did you mean --overwrite?" in fails(hf.main, ["export", "out/tiny", "model", "--overwite"], code=2)
-    assert "invalid choice: 'exprt'" in fails(hf.main, ["exprt", "out/tiny", "model"], code=2)
-    monkeypatch.setitem(sys.modules, "transformers.utils", None)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "needs transformers: pip install -r requirements-extra.txt" in fails(
-        hf.main, ["export", "out/tiny", "model"])

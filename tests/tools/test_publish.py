@@ -11,31 +11,28 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 
-import train
-from conftest import ROOT, TINY
-from faults.processes import ForkedProcess, check_success, wait_for_steps
+from conftest import ROOT
+from faults.processes import ForkedProcess
 from storygpt.run import read_log
 from storygpt.system import files
 from tools import publish
 
-EVENTS = "tensorboard/events.out.tfevents.*"
 NAMES = {"step": ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s"),
          "eval": ("eval/train_loss", "eval/val_loss", "eval/val_bpb")}
-STORIES = {8: "Tim & <b>Ann</b>\nsaid: \"## iteration 7\"\n\n- *hm*\r\n\n\n   ", 16: "",
+STORIES = {8: "Tim &amp; <b>Ann</b>\nsaid: \"## iteration 7\"\n\n- *hm*\r\n\n\n   ", 16: "",
            24: "\n\nOnce upon a time, 小猫 🐈\x00\x85\u2028"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def wandb_environment():
+@pytest.fixture(autouse=True)
+def wandb_environment(monkeypatch):
     """Set W&B to offline mode and remove all other variables of W&B."""
-    others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    ours = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_PROJECT": "mine"}
-    with mock.patch.dict(os.environ, others | ours, clear=True):
-        yield
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "PROJECT": "mine"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
 
 
 def metrics(folder):
@@ -51,7 +48,7 @@ def read_tensorboard(folder):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
-    (path,), found, times = folder.glob(EVENTS), {}, []
+    (path,), found, times = folder.glob("tensorboard/events.out.tfevents.*"), {}, []
     for event in EventFileLoader(str(path)).Load():
         for item in event.summary.value:
             value = make_ndarray(item.tensor).item()
@@ -96,11 +93,9 @@ def locked(folder):
     process = ForkedProcess(lock_and_wait, folder)
     while not files.is_locked(folder / ".lock"):
         time.sleep(0.01)
-    try:
-        yield
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.result()
+    yield
+    os.kill(process.pid, signal.SIGKILL)
+    process.result()
 
 
 def write_log(folder, records, stories=(), rest=""):
@@ -138,11 +133,10 @@ def train_and_resume(folder):
         write_log(folder, [*first, start(8, max_iters=24), *again, record("step", 24), record("eval", 24)], [8, 16, 24])
 
 
-@pytest.fixture(scope="module", params=["tensorboard", "wandb"])
-def published(request, tmp_path_factory):
-    """What a service received from out/x, published while it trained from before its log to its end. Read-only."""
-    package = pytest.importorskip(request.param)
-    folder = tmp_path_factory.mktemp("published") / "out/x"
+@pytest.mark.parametrize("to, read", [("tensorboard", read_tensorboard), ("wandb", read_wandb)])
+def test_everything_is_published_once_also_of_a_run_that_is_stopped_and_resumed(to, read, here, monkeypatch):
+    package = pytest.importorskip(to)
+    folder = here / "out/x"
     folder.mkdir(parents=True)
     training = train_and_resume(folder)
     next(training)
@@ -152,72 +146,62 @@ def published(request, tmp_path_factory):
         records = read_log(path)
         next(training, None)
         return records
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(publish, "read_log", read_slowly)
-        monkeypatch.setattr(publish, "time", SimpleNamespace(  # not time.sleep, which threads of wandb use
-            sleep=lambda seconds: (folder / "log.jsonl").exists() or next(training)))
-        publish.main([str(folder), "--to", request.param])
-    if request.param == "wandb":
+    monkeypatch.setattr(publish, "read_log", read_slowly)
+    monkeypatch.setattr(publish, "time", SimpleNamespace(  # not time.sleep, which threads of wandb use
+        sleep=lambda seconds: (folder / "log.jsonl").exists() or next(training)))
+    publish.main([str(folder), "--to", to])
+    if to == "wandb":
         package.teardown()  # waits for its process, which may still be writing
-    return request.param, folder, *{"tensorboard": read_tensorboard, "wandb": read_wandb}[request.param](folder)
 
-
-def test_everything_is_published_once(published):
-    to, folder, found, times = published
-    expected = metrics(folder) | {"story": list(STORIES.items())}
+    found, times = read(folder)
+    settings, expected = found.pop("settings"), metrics(folder) | {"story": list(STORIES.items())}
     expected["train/tokens_per_s"][3] = (12, pytest.approx(3 + 1 / 12))  # published before the run was resumed
     if to == "wandb":  # iteration 16 was published before 14, and W&B's iterations may only increase
         expected = {name: [value for value in values if value[0] != 14] for name, values in expected.items()}
-    assert {name: sorted(values) for name, values in found.items() if name != "settings"} == expected
+        assert {"project": "mine", "name": "x", "n_layer": 2, "max_iters": 24}.items() <= settings.items()
+    else:
+        assert [(iteration, text.replace(" ", "").splitlines()[2:]) for iteration, text in settings] == [
+            (0, ["|n_layer|2|", "|max_iters|16|"]), (8, ["|n_layer|2|", "|max_iters|24|"])]
+    assert {name: sorted(values) for name, values in found.items()} == expected
     assert max(times) == pytest.approx((folder / "log.jsonl").stat().st_mtime, abs=0.01)
 
 
-def test_settings_are_published_and_those_changed_on_resume(published):
-    to, _, found, _ = published
-    if to == "wandb":
-        assert {"project": "mine", "name": "x", "n_layer": 2, "max_iters": 24}.items() <= found["settings"].items()
-    else:
-        assert [(iteration, text.replace(" ", "").splitlines()[2:]) for iteration, text in found["settings"]] == [
-            (0, ["|n_layer|2|", "|max_iters|16|"]), (8, ["|n_layer|2|", "|max_iters|24|"])]
-
-
 @pytest.fixture
-def run(here):
-    """A finished run, out/x."""
+def short(here):
+    """A run with two evaluations, out/x."""
     folder = Path("out/x")
     folder.mkdir(parents=True)
     write_log(folder, [start(), record("eval", 8), record("eval", 24)], [8, 24])
     return folder
 
 
-def test_publishing_again_replaces_event_files(run, capsys):
+def test_publishing_again_replaces_event_files(short, capsys):
     pytest.importorskip("tensorboard")
     for _ in range(2):
         publish.main(["out/x/", "--to=tensorboard"])
-        (run / "tensorboard/mine.txt").write_text("mine")
-    found, times = read_tensorboard(run)
-    assert found["eval/val_loss"] == metrics(run)["eval/val_loss"]
+        (short / "tensorboard/mine.txt").write_text("mine")
+    found, times = read_tensorboard(short)
+    assert found["eval/val_loss"] == metrics(short)["eval/val_loss"]
     assert max(times) - min(times) == pytest.approx(240, abs=1e-3)
-    assert len(os.listdir(run / "tensorboard")) == 2
-    assert capsys.readouterr().out.endswith("view: tensorboard --logdir out\npublishing out/x\n"
-                                            "published up to iteration 24\n")
+    assert (short / "tensorboard/mine.txt").exists()
+    assert "view: tensorboard --logdir out\n" in capsys.readouterr().out
 
 
-def test_a_run_that_is_replaced_by_another_is_an_error(run, monkeypatch, fails):
+def test_a_run_that_is_replaced_by_another_is_an_error(short, monkeypatch, fails):
     pytest.importorskip("tensorboard")
-    monkeypatch.setattr(publish, "time", SimpleNamespace(sleep=lambda seconds: write_log(run, [start(n_layer=3)])))
-    with locked(run):
+    monkeypatch.setattr(publish, "time", SimpleNamespace(sleep=lambda seconds: write_log(short, [start(n_layer=3)])))
+    with locked(short):
         assert "out/x was replaced" in fails(publish.main, ["out/x", "--to=tensorboard"])
 
 
-def test_folders_without_a_log_give_one_line(run, fails):
-    for folder in ("out", "out/nothing", "out/x/log.jsonl"):
+def test_folders_without_a_log_give_one_line(short, fails):
+    for folder in ("out", "out/nothing"):
         assert f"no log in {folder}: give a run folder" in fails(publish.main, [folder, "--to=tensorboard"])
-    assert sorted(os.listdir("out")) == ["x"] and not (run / "tensorboard").exists()
+    assert os.listdir("out") == ["x"]
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb"])
-def test_missing_packages_give_one_line(to, run, monkeypatch, fails):
+def test_missing_packages_give_one_line(to, short, monkeypatch, fails):
     for name in (to, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     line = fails(publish.main, ["out/x", "--to", to])
@@ -225,7 +209,7 @@ def test_missing_packages_give_one_line(to, run, monkeypatch, fails):
 
 
 @pytest.mark.parametrize("mode, complaint", [("online", "No API key configured"), ("onlin", "onlin")])
-def test_wandb_errors_give_one_line(mode, complaint, run, here, monkeypatch, fails):
+def test_wandb_errors_give_one_line(mode, complaint, short, here, monkeypatch, fails):
     wandb = pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": mode, "HOME": str(here), "NETRC": str(here / "none")}.items():
         monkeypatch.setenv(name, value)
@@ -234,36 +218,27 @@ def test_wandb_errors_give_one_line(mode, complaint, run, here, monkeypatch, fai
     assert line.startswith("error: cannot create a W&B run: ") and complaint in line and "WANDB_MODE=offline" in line
 
 
-def test_publishing_continues_until_training_ends(with_data, monkeypatch):
+def test_a_run_of_train_py(run):
     pytest.importorskip("tensorboard")
-    run = Path("out/x")
-    flags = [*TINY, "--out_dir=out/x", "--max_iters=4000", "--lr_decay_iters=4000", "--eval_interval=40"]
-    training = ForkedProcess(train.main, flags)
-    wait_for_steps(run, 1)
-    monkeypatch.setattr(publish, "POLL_SECONDS", 0.2)
-    publishing = ForkedProcess(publish.main, ["out/x", "--to", "tensorboard"])
-    while not list(run.glob(EVENTS)) or len(read_tensorboard(run)[0].get("eval/val_loss", [])) < 2:
-        time.sleep(0.05)
-    os.kill(training.pid, signal.SIGINT)  # training ends after the current optimizer step
-    check_success(training.result())
-    assert "publishing out/x until its training ends" in check_success(publishing.result())
-    (found, _), losses = read_tensorboard(run), dict(metrics(run)["eval/val_loss"])
-    assert {name: found[name] for name in metrics(run)} == metrics(run)
-    assert (run / "samples.md").read_bytes().decode() == "".join(
+    folder = Path("out/tiny")
+    publish.main(["out/tiny/", "--to=tensorboard"])
+    (found, _), losses = read_tensorboard(folder), dict(metrics(folder)["eval/val_loss"])
+    assert {name: found[name] for name in metrics(folder)} == metrics(folder)
+    assert (folder / "samples.md").read_bytes().decode() == "".join(
         f"## iteration {i}: validation loss {losses[i].expected:.4f}\n\n{story}\n\n" for i, story in found["story"])
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_everything_published_on_wandb(run):
+def test_ctrl_c_leaves_everything_published_on_wandb(short):
     """In a process group of its own: a terminal interrupts also the process that wandb started."""
     pytest.importorskip("wandb")
-    with locked(run):
-        publishing = subprocess.Popen([sys.executable, "-m", "tools.publish", run.absolute(), "--to=wandb"], cwd=ROOT,
+    with locked(short):
+        publishing = subprocess.Popen([sys.executable, "-m", "tools.publish", short.absolute(), "--to=wandb"], cwd=ROOT,
                                       start_new_session=True, stderr=subprocess.PIPE, text=True)
-        while len(list(run.glob("wandb/offline-run-*/files/media/html/*"))) < 2:  # the first one is then published
+        while len(list(short.glob("wandb/offline-run-*/files/media/html/*"))) < 2:  # the first one is then published
             time.sleep(0.05)
         os.killpg(publishing.pid, signal.SIGINT)
         _, error = publishing.communicate()
     assert publishing.returncode == 130 and error.endswith("stopped\n"), error
-    found, _ = read_wandb(run)
-    assert found["story"][0] == (8, STORIES[8]) and found["eval/val_loss"][0] == metrics(run)["eval/val_loss"][0]
+    found, _ = read_wandb(short)
+    assert found["story"][0] == (8, STORIES[8]) and found["eval/val_loss"][0] == metrics(short)["eval/val_loss"][0]
