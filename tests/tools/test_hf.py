@@ -13,7 +13,6 @@ import torch.nn as nn
 
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extra.txt")
-from huggingface_hub import constants
 from safetensors.torch import load, save
 
 import prepare
@@ -258,12 +257,6 @@ def test_other_architectures_are_rejected(hf_tokenizer, fails, settings, complai
     assert not Path("out/gpt2").exists()
 
 
-def change_json(path, change):
-    value = json.loads(Path(path).read_text())
-    change(value)
-    Path(path).write_text(json.dumps(value))
-
-
 @pytest.mark.parametrize("change", [
     lambda t: t["model"]["merges"].reverse(),
     lambda t: t["model"]["vocab"].update(qxz=300),
@@ -275,8 +268,12 @@ def change_json(path, change):
 ])
 def test_other_tokenizers_are_rejected(hf_tokenizer, fails, change):
     save_gpt2(hf_tokenizer)
-    change_json("gpt2/tokenizer.json", change)
-    change_json("gpt2/tokenizer_config.json", lambda t: t.update(tokenizer_class="PreTrainedTokenizerFast"))
+    for name, apply in (("tokenizer", change),
+                        ("tokenizer_config", lambda t: t.update(tokenizer_class="PreTrainedTokenizerFast"))):
+        path = Path(f"gpt2/{name}.json")
+        description = json.loads(path.read_text())
+        apply(description)
+        path.write_text(json.dumps(description))
     assert "is not a byte-level BPE" in fails(hf.main, ["import", "gpt2", "out/gpt2"])
 
 
@@ -293,16 +290,6 @@ def test_damaged_model_folders_give_one_line(hf_tokenizer, fails):
     path.write_bytes(intact)
     Path("gpt2/tokenizer.json").unlink()
     assert "the tokenizer of gpt2 is not a byte-level BPE" in fails(hf.main, ["import", "gpt2", "out/x"])
-
-
-def test_import_of_a_hub_model_from_the_cache(hf_tokenizer, monkeypatch, capsys):
-    save_gpt2(hf_tokenizer, "cache/models--someone--stories/snapshots/0123abcd")
-    Path("cache/models--someone--stories/refs").mkdir()
-    Path("cache/models--someone--stories/refs/main").write_text("0123abcd")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")  # huggingface_hub has read the environment already
-    hf.main(["import", "someone/stories", "out/gpt2"])
-    assert "imported someone/stories" in capsys.readouterr().out
-    assert checkpoint.load_model(Path("out/gpt2/ckpt.pt"))[0].config.block_size == 24
 
 
 # ---- nanoGPT ----

@@ -120,13 +120,6 @@ def test_probabilities_are_those_of_the_model(url):
         assert top == [tokenizer.decode([ranked[rank]]) for rank in range(1, 6)] and max(ranked) >= 6
 
 
-def test_the_page_and_the_runs_but_not_for_other_sites(url):
-    assert requests.get(url).content == (ROOT / "tools/serve.html").read_bytes()
-    assert get(url, "/runs") == {"runs": ["tiny", OTHER]}  # the newest first
-    for headers in ({"Host": "evil.example"}, {"Content-Type": "text/plain"}):
-        assert requests.post(f"{url}/generate", json={"run": "tiny"}, headers=headers).status_code == 400
-
-
 def test_the_losses_and_the_stories_of_the_evaluations(url):
     evals = [record for record in read_log("out/tiny/log.jsonl") if record["kind"] == "eval"]
     assert get(url, "/losses") == {"loss": "val_loss", "notes": [],
@@ -150,17 +143,19 @@ def test_the_losses_and_the_stories_of_the_evaluations(url):
     assert get(url, "/sample?run=imported&iteration=8") == {"story": None}
 
 
-def test_invalid_requests(url):
+def test_the_page_and_the_runs_but_not_for_other_sites_or_invalid_requests(url):
+    assert requests.get(url).content == (ROOT / "tools/serve.html").read_bytes()
+    assert get(url, "/runs") == {"runs": ["tiny", OTHER]}  # the newest first
+    for headers in ({"Host": "evil.example"}, {"Content-Type": "text/plain"}):
+        assert requests.post(f"{url}/generate", json={"run": "tiny"}, headers=headers).status_code == 400
     for request, complaint in [
-        ('{"run": "none"}', "there is no run 'none' under out/"), ('{"run": ["tiny"]}', "there is no run"),
-        ('{"run": "../out/tiny"}', "there is no run"), ("[]", "a request may only have run, prompt, temperature"),
-        ('{"run": "tiny", "tempurature": 1}', "a request may only have"), ("{", "the request is not JSON"),
-        (b"\xff", "the request is not JSON"), ('{"run": "tiny", "prompt": 5}', "the prompt is not a text"),
+        (b"\xff", "the request is not JSON"), ("[]", "a request may only have run, prompt, temperature"),
+        ('{"run": "../out/tiny"}', "there is no run '../out/tiny' under out/"),
+        ('{"run": "tiny", "tempurature": 1}', "a request may only have"),
         (json.dumps({"run": "tiny", "prompt": "a" * 10_001}), "the prompt is not a text of at most 10,000 characters"),
         (json.dumps({"run": "tiny", "prompt": "a" * 170_000}), "the request is too long"),
-        ('{"run": "tiny", "temperature": "hot"}', "temperature = 'hot' is not a number from 0 to 100"),
-        ('{"run": "tiny", "top_p": NaN}', "top_p = nan is not a number"),
-        ('{"run": "tiny", "max_new_tokens": 2001}', "max_new_tokens = 2001 is not an integer from 1 to 2000"),
+        ('{"run": "tiny", "top_p": NaN}', "top_p = nan is not a number from 1e-09 to 1"),
+        ('{"run": "tiny", "max_new_tokens": 2.5}', "max_new_tokens = 2.5 is not an integer from 1 to 2000"),
     ]:
         response = requests.post(f"{url}/generate", request, headers={"Content-Type": "application/json"})
         assert response.status_code == 400 and complaint in response.json()["error"]
@@ -360,8 +355,6 @@ def test_comparing_two_runs_on_a_desktop_and_on_a_phone(page, url):
 def test_errors_are_shown(page):
     shutil.rmtree(Path("out", OTHER))
     find(page, "#compare option")[2].click()
-    page.execute_script("top_p.value = 5; $('generate').click(); top_p.value = 1")  # 5 is too large: no story
-    assert find(page, "article") == []
     find(page, "#generate")[0].click()
     wait_for_text(page, "error", f"{OTHER}: there is no run ")
     wait(page, "document.querySelectorAll('.token').length >= 40")  # of the other story
@@ -420,10 +413,8 @@ def test_the_losses_are_updated_while_runs_train(losses_page):
 
 
 def test_choosing_an_evaluation_with_mouse_and_keyboard(losses_page):
-
     def places(css):
         return [(point.get_attribute("cx"), point.get_attribute("cy")) for point in find(losses_page, css)]
-
     expected, points = places("#plot .chosen circle"), find(losses_page, "#plot .chosen circle")
     assert places("#plot .ring") == expected[2:] and len(find(losses_page, "#plot .training")) == 1
     Path("out", OTHER, "samples.md").write_text("## iteration 16: validation loss 1\n\nThe other story.\n\n")
