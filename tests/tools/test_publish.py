@@ -82,15 +82,10 @@ def read_wandb(folder):
     return {name: found[name] for name in names if name in found} | {"settings": settings}, times
 
 
-def lock_and_wait(folder):
-    files.acquire_lock(folder / ".lock", "it")
-    signal.pause()
-
-
 @contextmanager
 def locked(folder):
     """Another process has the lock of a run folder, like one that is training."""
-    process = ForkedProcess(lock_and_wait, folder)
+    process = ForkedProcess(lambda folder: (files.acquire_lock(folder / ".lock", "it"), signal.pause()), folder)
     while not files.is_locked(folder / ".lock"):
         time.sleep(0.01)
     yield

@@ -355,6 +355,8 @@ def test_comparing_two_runs_on_a_desktop_and_on_a_phone(page, url):
 def test_errors_are_shown(page):
     shutil.rmtree(Path("out", OTHER))
     find(page, "#compare option")[2].click()
+    page.execute_script("top_p.value = 5; $('generate').click(); top_p.value = 1")  # 5 is too large: no story
+    assert find(page, "article") == []
     find(page, "#generate")[0].click()
     wait_for_text(page, "error", f"{OTHER}: there is no run ")
     wait(page, "document.querySelectorAll('.token').length >= 40")  # of the other story
