@@ -13,6 +13,7 @@ import torch.nn as nn
 
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extra.txt")
+from huggingface_hub import constants
 from safetensors.torch import load, save
 
 import prepare
@@ -290,6 +291,15 @@ def test_damaged_model_folders_give_one_line(hf_tokenizer, fails):
     path.write_bytes(intact)
     Path("gpt2/tokenizer.json").unlink()
     assert "the tokenizer of gpt2 is not a byte-level BPE" in fails(hf.main, ["import", "gpt2", "out/x"])
+
+
+def test_import_of_a_hub_model_from_the_cache(hf_tokenizer, monkeypatch):
+    save_gpt2(hf_tokenizer, "cache/models--someone--stories/snapshots/0123abcd")
+    Path("cache/models--someone--stories/refs").mkdir()
+    Path("cache/models--someone--stories/refs/main").write_text("0123abcd")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")  # huggingface_hub has read the environment already
+    hf.main(["import", "someone/stories", "out/gpt2"])
+    assert checkpoint.load_model(Path("out/gpt2/ckpt.pt"))[0].config.block_size == 24
 
 
 # ---- nanoGPT ----
