@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 import storygpt.generate as generation
 import train
+from sample import number
 from model import GPT, GPTConfig
 from storygpt import checkpoint, fast
 from storygpt import loss as loss_module
@@ -87,8 +88,8 @@ def parse_args(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     parser.add_argument("--tiny", action="store_true", help="a toy model: only to try the benchmark itself")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant; race: seeds of the config "
-                        "(default: 3)")
+    parser.add_argument("--rounds", type=number(int, 1, 1000, "from 1 to 1000"), default=3,
+                        help="measurements of each variant; race: seeds of the config (default: 3)")
     parser.add_argument("--out_dir", help="generate: measure with this run, and also its validation loss in each dtype")
     args = parser.parse_args(argv)
     if (args.subject == "race") != bool(args.race_config):

@@ -14,6 +14,7 @@ import storygpt  # noqa: F401  (first: it prepares the process for importing tor
 import functools
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -79,8 +80,11 @@ def read_groups(folder):
     Raises UserError as `read_run` does.
     """
     logs = [] if Path(folder, "log.jsonl").exists() else sorted(Path(folder).glob("*/log.jsonl"))
-    groups = {}
-    for run in [read_run(log.parent) for log in logs] or [read_run(folder)]:
+    runs, groups = [], {}
+    for log in logs:
+        with suppress(NoLogYet):
+            runs.append(read_run(log.parent))
+    for run in runs or [read_run(folder)]:
         settings = run["config"] | {"seed": None, "out_dir": None}
         groups.setdefault((str(settings), run["data"]), []).append(run)
     return list(groups.values())
@@ -93,9 +97,10 @@ def group_name(group):
 
 
 def read_run(folder):
-    """A run's log as a dict: name, settings, hash of the validation data, evaluations, and tokens and seconds so far.
+    """A run's log as a dict: name, settings, hashes of the data (of validation, and of all splits), evaluations, tokens
+    and seconds so far, and the reason for which it ended or None.
 
-    Raises NoLogYet if the folder has no log.jsonl or an empty one, UserError for a damaged log.
+    Raises NoLogYet if the folder has no log.jsonl or one without a complete line, UserError for a damaged log.
     """
     path = Path(folder, "log.jsonl")
     if not path.exists() or not path.stat().st_size:
@@ -108,12 +113,15 @@ def read_changed_run(folder, size, modified):
     """`read_run`, for a log of this size and modification time."""
     records = read_log(Path(folder, "log.jsonl"))
     starts, evals = ([record for record in records if record["kind"] == kind] for kind in ("run", "eval"))
+    if not starts:
+        raise NoLogYet(f"no complete line in {folder}/log.jsonl yet")
     config = {f.name: f.default for f in fields(Config)} | starts[-1]["config"]  # older logs lack newer settings
     if config["max_minutes"]:
         config |= {"max_iters": "–", "lr_decay_iters": "–"}  # not used
     last = next((record for record in reversed(records) if "seconds" in record), {"tokens": 0, "seconds": 0.0})
-    return {"name": str(Path(folder)), "config": config, "data": starts[-1]["data_sha256"].get("validation"),
-            "evals": evals, "tokens": last["tokens"], "seconds": last["seconds"]}
+    data = starts[-1]["data_sha256"]
+    return {"name": str(Path(folder)), "config": config, "data": data.get("validation"), "data_sha256": data,
+            "evals": evals, "tokens": last["tokens"], "seconds": last["seconds"], "end": records[-1].get("reason")}
 
 
 def comparability_warnings(runs):

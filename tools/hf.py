@@ -95,12 +95,12 @@ def silence_transformers():
 @contextmanager
 def library_errors_as_user_errors(action):
     """Convert the errors of transformers and its libraries about files, the network and the hub into a UserError."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot {action}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -185,7 +185,7 @@ def check_logits(source, model, hf_model, end_of_text, tolerance):
     if not difference <= tolerance:  # so that NaN is an error, too
         raise UserError(f"{source} cannot be converted: the logits would change by up to {difference:.2g} of the "
                         f"largest, more than {tolerance:g}, because model.py and transformers' GPT-2 compute different "
-                        "things (another norm, activation or the like) or the weights do not fit the --dtype")
+                        "things (another norm, activation or the like), or the weights are too large for the dtype")
     return difference
 
 
@@ -320,16 +320,23 @@ def read_hf(source):
     Raises UserError if the model cannot be read, or computes another function than model.py.
     """
     silence_transformers()
-    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+    if not Path(source).exists() and (source.endswith(".pt") or source.startswith(".") or source.count("/") > 1):
+        raise UserError(f"there is no {source}: give a model folder, a ckpt.pt of nanoGPT, or a hub model")
     with library_errors_as_user_errors(f"load the model {source}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type != "gpt2" or config.activation_function not in GELU:  # before the weights are downloaded
             raise UserError(f"{source} is not a GPT-2 model with GELU, and other models cannot be imported")
+        for name in ("layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+            if getattr(config, name) != getattr(GPT2Config(), name):
+                raise UserError(f"{source} has {name} = {getattr(config, name)}, which model.py does not have")
         hf_tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        hf_model, loading = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    if loading["missing_keys"]:  # transformers only warns about them and initializes them randomly
-        raise UserError(f"{source} is damaged: {min(loading['missing_keys'])} is missing")
+        hf_model, loading = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True,
+                                                            ignore_mismatched_sizes=True)
+    # transformers only warns about these weights and initializes them randomly.
+    if bad := sorted(loading["missing_keys"]) + [name for name, *_ in loading["mismatched_keys"]]:
+        raise UserError(f"{source} is damaged: {bad[0]} is missing or has another shape than in config.json")
     tokenizer = from_hf_tokenizer(source, hf_tokenizer)
     gpt_config = GPTConfig(block_size=config.n_positions, n_layer=config.n_layer, n_head=config.n_head,
                            n_embd=config.n_embd, dropout=config.resid_pdrop, gelu=GELU[config.activation_function])

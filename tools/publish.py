@@ -42,6 +42,8 @@ def main(argv=None):
     locked = files.is_locked(folder / ".lock")
     if not locked and not (folder / "log.jsonl").exists():
         raise UserError(f"no log in {folder}: give a run folder, such as out/tinystories")
+    if not locked:
+        read_log(folder / "log.jsonl")  # a damaged one is an error before anything is replaced
     with {"tensorboard": tensorboard_writer, "wandb": wandb_writer}[args.to](folder) as write:
         print(f"publishing {folder}" + " until its training ends, or Ctrl-C" * (locked is not False), flush=True)
         publish(folder, write)
@@ -82,7 +84,7 @@ def read_events(folder, records):
     for record in records:
         seconds = record.get("seconds", seconds)
         if record["kind"] == "run":
-            yield record["resumed_at"] or 0, start + seconds, {"settings": record["config"]}
+            yield record.get("resumed_at") or 0, start + seconds, {"settings": record["config"]}
         elif record["kind"] in METRICS:
             prefix, keys = METRICS[record["kind"]]
             values = {f"{prefix}/{key}": record[key] for key in keys if record.get(key) is not None}
@@ -100,12 +102,14 @@ def read_stories(folder):
 def tensorboard_writer(folder):
     """Replace the event files in tensorboard/ in a run folder by new ones; yields a function that writes an event.
 
-    Raises UserError if tensorboard is not installed.
+    Raises UserError if tensorboard is not installed, or another process publishes to this folder.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--to tensorboard needs tensorboard:  pip install -r requirements-extra.txt") from error
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    files.acquire_lock(folder / "tensorboard/.lock", folder / "tensorboard")  # two would delete each other's files
     for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
         path.unlink()
 

@@ -21,6 +21,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,8 +29,7 @@ import numpy as np
 import torch
 
 from sample import number
-from storygpt.corpus.dataset import read_meta
-from storygpt.run import read_log
+from storygpt.corpus.dataset import data_sha256, read_meta
 from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
@@ -50,6 +50,7 @@ class Run:
     seed: int
     folder: Path
     flags: dict  # all settings that train.py gets
+    data: dict  # the hashes of its data, split → hex
     state: str = "not finished"  # or "finished", "pruned", "failed"
     log: dict = None  # from `compare.read_run`; None: it has not begun
     loss: float = math.inf  # its lowest validation loss, once it is finished
@@ -82,7 +83,8 @@ def main(argv=None):
     find_runs(sweep)
     kind = f"search, {sweep.trials} settings" if sweep.trials else f"grid, {len(sweep.planned)} settings"
     print(f"{sweep.base.out_dir}: {kind}, seeds {', '.join(map(str, sweep.seeds))}; {count_done(sweep)} runs are done",
-          flush=True)
+          *[f"waiting for the train.py in {run.folder}" for run in sweep.runs.values() if is_left_over(run)],
+          sep="\n", flush=True)
     stopped = train_all(sweep)
     print_results(sweep)
     if picture:
@@ -119,8 +121,10 @@ def parse_args(argv):
     try:
         import optuna
         import scipy.stats  # noqa: F401  (for the verdicts: now is the time to miss it, not after the training)
+        if args.picture:
+            import matplotlib  # noqa: F401  (the same)
     except ImportError as error:
-        raise UserError("sweeps need optuna and scipy:  pip install -r requirements-extra.txt") from error
+        raise UserError(f"{error}: pip install -r requirements-extra.txt") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # this program prints one line per run itself
     try:
         varied = parse_varied(args.vary)
@@ -186,6 +190,8 @@ def find_runs(sweep):
     for settings in sweep.planned:
         read_meta(Path("data", Config(**apply_overrides(sweep.settings, settings)).dataset))
     out_dir = Path(sweep.base.out_dir)
+    if (out_dir / "log.jsonl").exists():
+        raise UserError(f"{out_dir} is a run: choose another folder for the sweep (--out_dir)")
     out_dir.mkdir(parents=True, exist_ok=True)
     files.acquire_lock(out_dir / ".lock", out_dir)
     # Not in the first half of a run: a high learning rate is worse there, also where it is better in the end.
@@ -195,10 +201,11 @@ def find_runs(sweep):
         add_run(sweep, settings, seed)
     if sweep.trials:
         for log in sorted(out_dir.glob("*/log.jsonl")):
-            config = compare.read_run(log.parent)["config"]
-            settings = {name: config[name] for name in sweep.varied}
-            if config["seed"] == sweep.seeds[0] and is_searched(sweep, settings):
-                add_run(sweep, settings, sweep.seeds[0])
+            with suppress(compare.NoLogYet):
+                config = compare.read_run(log.parent)["config"]
+                settings = {name: config[name] for name in sweep.varied}
+                if config["seed"] == sweep.seeds[0] and is_searched(sweep, settings):
+                    add_run(sweep, settings, sweep.seeds[0])
         begun = sum(run.seed == sweep.seeds[0] for run in sweep.runs.values())
         sweep.suggestions = (suggest_run(sweep) for _ in range(sweep.trials - begun))
 
@@ -209,7 +216,8 @@ def add_run(sweep, settings, seed):
     if name not in sweep.runs:
         folder = Path(sweep.base.out_dir, name)
         flags = apply_overrides(sweep.settings, settings | {"seed": seed, "out_dir": str(folder)})
-        sweep.runs[name] = Run(settings, seed, folder, flags)
+        data = data_sha256(read_meta(Path("data", Config(**flags).dataset)))
+        sweep.runs[name] = Run(settings, seed, folder, flags, data)
         read(sweep, sweep.runs[name])
         learn(sweep, sweep.runs[name])
     return sweep.runs[name]
@@ -226,9 +234,12 @@ def read(sweep, run):
         if name not in ("out_dir", "device") and value not in (expected.get(name), "–"):
             raise UserError(f"{run.folder} is of another sweep ({name} = {value!r}, not {expected.get(name)!r}): "
                             "repeat its command, or choose another folder (--out_dir)")
+    if run.log["data_sha256"] != run.data:
+        raise UserError(f"{run.folder} was trained on other data than are in data/{expected['dataset']} now: choose "
+                        "another folder (--out_dir)")
     if (run.folder / "pruned").exists():
         run.state = "pruned"
-    elif read_log(run.folder / "log.jsonl")[-1].get("reason") == "finished":
+    elif run.log["end"] == "finished":
         run.state = "finished"
         run.loss = min(record[sweep.metric] for record in run.log["evals"])
         run.speed = run.log["tokens"] / run.log["seconds"]
@@ -279,7 +290,8 @@ def is_to_be_pruned(sweep, run):
     # Only runs of the first seed: without its unlucky seeds, a setting would look better than it is.
     if not sweep.prune or run.seed != sweep.seeds[0] or run.settings == sweep.planned[0]:
         return False
-    read(sweep, run)
+    with suppress(UserError):  # a damaged log
+        read(sweep, run)
     return run.log and run.state == "not finished" and sweep.study.pruner.prune(sweep.study, as_trial(sweep, run))
 
 
@@ -292,7 +304,8 @@ def train_all(sweep):
     with StopSignals(rank=0) as signals:
         try:
             while not signals.received:
-                for job in set(range(sweep.jobs)) - jobs.keys():
+                left = sum(run.state == "not finished" and is_left_over(run) for run in sweep.runs.values())
+                for job in sorted(set(range(sweep.jobs)) - jobs.keys())[left:]:
                     if run := next_run(sweep):
                         jobs[job] = run
                         start_training(sweep, run, job)
@@ -317,10 +330,14 @@ def train_all(sweep):
 def next_run(sweep):
     """A run that can be trained now, in a search also one that Optuna suggests; None if there is none."""
     for run in sweep.runs.values():
-        # The folder is locked if only the sweep was killed: its train.py goes on.
-        if run.state == "not finished" and not run.process and not files.is_locked(run.folder / ".lock"):
+        if run.state == "not finished" and not run.process and not is_left_over(run):
             return run
     return next(filter(None, sweep.suggestions), None)
+
+
+def is_left_over(run):
+    """Whether a train.py of an earlier command still trains a run: it goes on if only the sweep was killed."""
+    return not run.process and files.is_locked(run.folder / ".lock")
 
 
 def start_training(sweep, run, job):
@@ -340,7 +357,8 @@ def end_run(sweep, run, stopped):
     """Wait for the train.py of a run; set what became of the run, and print it."""
     code = run.process.wait()
     run.process = None
-    read(sweep, run)
+    with suppress(UserError):  # a damaged log
+        read(sweep, run)
     learn(sweep, run)
     result = f"loss {run.loss:.4f}, {run.speed:,.0f} tokens/s" if run.state == "finished" else run.state
     if run.state == "not finished" and not stopped:
@@ -382,7 +400,7 @@ def table_lines(sweep):
     for runs in groups:
         finished = [run for run in runs if run.state == "finished"]
         losses = {run.seed: run.loss for run in finished}
-        difference, verdict = "–", runs[0].state
+        difference, verdict = "–", "no result of the baseline" if losses else runs[0].state
         if runs is groups[0]:
             baseline, verdict = losses, "baseline"
         elif losses.keys() & baseline.keys():

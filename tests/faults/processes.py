@@ -9,10 +9,13 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch._inductor  # noqa: F401  imported by every training run: here once, as it takes two seconds
 from torch.distributed import TCPStore
+
+from storygpt.system import files
 
 TIMEOUT = 300  # seconds, for what takes a few on a machine that is not busy
 
@@ -165,3 +168,14 @@ def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
     if while_running:
         while_running([process.pid for process in processes])
     return [process.result() for process in processes]
+
+
+@contextmanager
+def locked(folder):
+    """Another process has the lock of a run folder, like one that is training."""
+    process = ForkedProcess(lambda folder: (files.acquire_lock(folder / ".lock", "it"), signal.pause()), folder)
+    while not files.is_locked(folder / ".lock"):
+        time.sleep(0.01)
+    yield
+    os.kill(process.pid, signal.SIGKILL)
+    process.result()

@@ -8,16 +8,14 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from conftest import ROOT
-from faults.processes import ForkedProcess
+from faults.processes import locked
 from storygpt.run import read_log
-from storygpt.system import files
 from tools import publish
 
 NAMES = {"step": ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s"),
@@ -80,17 +78,6 @@ def read_wandb(folder):
     times = [seconds for _, seconds in found["_timestamp"]]
     names = ("story", *NAMES["step"], *NAMES["eval"])
     return {name: found[name] for name in names if name in found} | {"settings": settings}, times
-
-
-@contextmanager
-def locked(folder):
-    """Another process has the lock of a run folder, like one that is training."""
-    process = ForkedProcess(lambda folder: (files.acquire_lock(folder / ".lock", "it"), signal.pause()), folder)
-    while not files.is_locked(folder / ".lock"):
-        time.sleep(0.01)
-    yield
-    os.kill(process.pid, signal.SIGKILL)
-    process.result()
 
 
 def write_log(folder, records, stories=(), rest=""):
@@ -170,7 +157,7 @@ def short(here):
     return folder
 
 
-def test_publishing_again_replaces_event_files(short, capsys):
+def test_publishing_again_replaces_event_files_unless_the_log_is_damaged(short, capsys, fails):
     pytest.importorskip("tensorboard")
     for _ in range(2):
         publish.main(["out/x/", "--to=tensorboard"])
@@ -180,6 +167,9 @@ def test_publishing_again_replaces_event_files(short, capsys):
     assert max(times) - min(times) == pytest.approx(240, abs=1e-3)
     assert (short / "tensorboard/mine.txt").exists()
     assert "view: tensorboard --logdir out\n" in capsys.readouterr().out
+    (short / "log.jsonl").write_text("{}\n")
+    assert "line 1 is damaged" in fails(publish.main, ["out/x", "--to=tensorboard"])
+    assert read_tensorboard(short) == (found, times)
 
 
 def test_a_run_that_is_replaced_by_another_is_an_error(short, monkeypatch, fails):

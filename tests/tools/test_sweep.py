@@ -4,11 +4,13 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from storygpt.run import read_log
 from storygpt.settings import Config
 from conftest import TINY
+from faults.processes import locked
 from tools import compare, sweep
 
 
@@ -43,7 +46,7 @@ def write_run(words, settings, seed, losses, reason="finished"):
     evals = [{"kind": "eval", "iter": 8 * i, "tokens": 512 * i, "seconds": i, "train_loss": loss, "val_loss": loss,
               "val_bpb": loss} for i, loss in enumerate(losses, 1)]
     run.folder.mkdir(parents=True)
-    lines = [{"kind": "run", "config": config, "data_sha256": {}}, *evals, {"kind": "end", "reason": reason}]
+    lines = [{"kind": "run", "config": config, "data_sha256": run.data}, *evals, {"kind": "end", "reason": reason}]
     Path(run.folder, "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run.folder
 
@@ -156,10 +159,22 @@ def test_fewer_values_and_seeds_are_a_part_of_the_grid(grid, capsys):
 def test_another_sweep_in_the_folder_is_refused(grid, fails):
     for flag in ("--max_iters=40", "--dropout=0.2"):
         assert f"is of another sweep ({flag[2:].split('=')[0]} = " in fails(sweep.main, [*TINY, *GRID, flag])
+    log = Path("out/grid/learning_rate=0.001,seed=1338/log.jsonl")
+    log.write_text(log.read_text().replace('"train": "', '"train": "0'))
+    assert f"{log.parent} was trained on other data than are in data/nursery-bpe300" in fails(
+        sweep.main, [*TINY, *GRID])
+    shutil.copy(log, "out/grid")
+    assert "out/grid is a run" in fails(sweep.main, [*TINY, *GRID])
 
 
-def test_a_damaged_log_is_named(grid, fails):
+def test_an_empty_log_is_that_of_a_run_that_begins_and_a_damaged_one_is_named(grid, fails):
     log = Path("out/grid/learning_rate=0.001,seed=1337/log.jsonl")
+    for name in "ab":
+        shutil.copytree(log.parent, f"out/grid/{name}")
+    Path("out/grid/a/log.jsonl").write_text("")
+    Path("out/grid/b/log.jsonl").write_text('{"kind": "ru')
+    assert sum(map(len, compare.read_groups("out/grid"))) == 4
+    sweep.main([*TINY, "--vary=learning_rate=1e-4..1e-2", "--trials=2", "--seeds=2", "--out_dir=out/grid"])
     log.write_text(log.read_text().replace('{"kind": "eval"', "{", 1))
     assert f"{log}, line " in fails(sweep.main, [*TINY, *GRID])
 
@@ -238,7 +253,7 @@ def test_what_is_missing_is_trained_and_a_failed_run_is_reported(with_data, caps
 
 def test_if_all_runs_fail_it_is_one_line():
     a_sweep = sweep.parse_args(["--vary=dropout=0.5"])[0]
-    a_sweep.runs["x"] = sweep.Run({"dropout": 0.5}, 1, Path("x"), {}, state="failed")
+    a_sweep.runs["x"] = sweep.Run({"dropout": 0.5}, 1, Path("x"), {}, {}, state="failed")
     with pytest.raises(sweep.UserError, match="all runs failed, for the reasons above"):
         sweep.print_results(a_sweep)
 
@@ -266,6 +281,16 @@ def test_a_stopped_sweep_resumes_its_runs_bit_for_bit(with_data, capsys):
     assert [record["resumed_at"] for record in records(folder, "run")][1:] != []
     train.main([*words, "--out_dir=out/whole"])
     assert records(folder, "eval")[-1]["val_loss"] == records("out/whole", "eval")[-1]["val_loss"]
+
+
+def test_a_run_that_still_trains_after_its_sweep_was_killed_takes_a_job(with_data, monkeypatch, capsys):
+    folder = Path("out/grid/learning_rate=0.001,seed=1337")
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGINT)))
+    with locked(folder), pytest.raises(SystemExit):
+        sweep.main([*TINY, "--vary=learning_rate=1e-3", "--seeds=1", "--out_dir=out/grid"])
+    assert f"waiting for the train.py in {folder}\n" in capsys.readouterr().out
+    assert os.listdir("out/grid") == [".lock", folder.name]
 
 
 def test_a_bad_setting_is_pruned(with_data, monkeypatch, capsys):
