@@ -231,15 +231,21 @@ def test_a_run_that_dies_leaves_no_dataset_and_the_next_one_succeeds(fast, fault
 @pytest.mark.parametrize("flags, code, message", [
     ("", 1, "cannot reach roneneldan/TinyStories"),
     ("nursery --tokenizer=gpt5", 1, "cannot load tokenizer 'gpt5' (ValueError): use one of cl100k_base, "),
+    ("one.txt", 1, "one.txt has only one text, of 3 characters, but training and validation need 3,072"),
+    ("nursery --tokenizer=bpe:many", 1, "the vocabulary size must be at least 257"),
     ("nursery --tokenizer=bpe:256", 1, "the vocabulary size must be at least 257"),
     ("nursery --tokenizer=bpe:60000 --max_stories=50", 1, "use --tokenizer bpe:"),
     ("nursery --name=../up", 1, "'../up' is not a valid folder name"),
+    ("nursery --name=", 1, "'' is not a valid folder name"),
+    ("my_tales~.txt", 1, "'my_tales~' is not a valid folder name: set --name"),
     ("--max_stories=0", 2, "--max_stories must be at least 1"),
     ("--seed=-1", 2, "--seed must be at least 0"),
+    ("--validation_fraction=1", 2, "--validation_fraction must be between 0 and 1"),
     ("--validation_fraction=nan", 2, "--validation_fraction must be between 0 and 1"),
     ("a.txt b.txt", 2, "unknown argument b.txt"),
 ])
 def test_user_errors_print_one_line_and_leave_no_files(here, fails, flags, code, message):
+    (here / "one.txt").write_text("One")
     assert message in fails(prepare.main, flags.split(), code)
     assert not (here / "data").exists() or data_entries() == []
 

@@ -260,6 +260,13 @@ def test_a_finished_run_says_how_it_can_be_trained_further():
         assert hint in train.extension_hint(state_at(cfg, 625))
 
 
+def test_a_run_of_no_time_at_all_is_one_step(with_data, capsys):
+    """As with the start taking longer than max_minutes."""
+    train.main([*ANY_LENGTH, "--max_minutes=0.00001", "--warmup_iters=1000", "--out_dir=out/x"])
+    assert checkpoint.load("out/x/ckpt.pt")["step"] == load_last("out/x")["step"] == 1
+    assert "warning: the run ended during warmup" in capsys.readouterr().out
+
+
 # ---- one optimizer step ----
 
 

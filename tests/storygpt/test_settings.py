@@ -2,14 +2,14 @@
 
 import importlib
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 
 import storygpt
 from conftest import ROOT
 from storygpt.corpus.dataset import prepare_command
-from storygpt.settings import Config, apply_overrides, read_command_line, read_config_file
+from storygpt.settings import Config, allowed_values, apply_overrides, read_command_line, read_config_file
 from storygpt.system.errors import UserError
 
 
@@ -135,3 +135,12 @@ def test_a_plain_field_of_the_model_settings_is_a_setting(tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         edited.read_command_line(["--help-all"], {})
     assert "--window VALUE ; a whole number; default: 7" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_all_lists_every_setting_with_its_default_and_bounds(capsys):
+    with pytest.raises(SystemExit) as exit:
+        config_of("--help-all")
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0 and "a whole number from 1 to 1000; default: 6" in text
+    for f in fields(Config):
+        assert f"--{f.name} VALUE {f.metadata['meaning']}; {allowed_values(f)}; default: {f.default}" in text

@@ -28,7 +28,9 @@ def script_that_raises(error):
     (KeyboardInterrupt(), 130, "stopped"),
     (MemoryError(), 1, "error: out of memory: use smaller sizes (MemoryError)"),
     (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory: use smaller sizes (CUDA)"),
-], ids=range(6))
+    (RuntimeError("MPS backend out of memory"), 1,
+     "error: out of memory: use smaller sizes (MPS backend out of memory)"),
+], ids=range(7))
 def test_errors_that_a_user_can_fix_print_one_line(capsys, monkeypatch, error, code, line):
     for rank, suffix in ((None, ""), ("0", ""), ("1", f" (rank 1 on {platform.node()})")):
         monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)

@@ -12,7 +12,7 @@ import torch
 
 from storygpt.system import hardware
 from storygpt.system.errors import UserError
-from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, git_commit,
+from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, describe_device, git_commit,
                                       out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
                                       pick_inference_dtype, pick_micro_batch_size, to_device)
 
@@ -159,6 +159,11 @@ def test_git_commit_is_that_of_the_program(monkeypatch, tmp_path):
     assert git_commit() == commit + "+"
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None
+
+
+def test_a_gpu_is_described_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert describe_device(CUDA) == "NVIDIA H100"
 
 
 @pytest.mark.parametrize("number, other", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
