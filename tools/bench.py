@@ -35,8 +35,8 @@ import torch.nn.functional as F
 
 import storygpt.generate as generation
 import train
-from sample import number
 from model import GPT, GPTConfig
+from sample import number
 from storygpt import checkpoint, fast
 from storygpt import loss as loss_module
 from storygpt.corpus import nursery

@@ -100,7 +100,7 @@ def read_run(folder):
     """A run's log as a dict: name, settings, hashes of the data (of validation, and of all splits), evaluations, tokens
     and seconds so far, and the reason for which it ended or None.
 
-    Raises NoLogYet if the folder has no log.jsonl or one without a complete line, UserError for a damaged log.
+    Raises NoLogYet if the folder has no log.jsonl or one without a record of a run, UserError for a damaged log.
     """
     path = Path(folder, "log.jsonl")
     if not path.exists() or not path.stat().st_size:
@@ -114,7 +114,7 @@ def read_changed_run(folder, size, modified):
     records = read_log(Path(folder, "log.jsonl"))
     starts, evals = ([record for record in records if record["kind"] == kind] for kind in ("run", "eval"))
     if not starts:
-        raise NoLogYet(f"no complete line in {folder}/log.jsonl yet")
+        raise NoLogYet(f"no record of a run in {folder}/log.jsonl yet")
     config = {f.name: f.default for f in fields(Config)} | starts[-1]["config"]  # older logs lack newer settings
     if config["max_minutes"]:
         config |= {"max_iters": "–", "lr_decay_iters": "–"}  # not used
