@@ -28,6 +28,7 @@ import numpy as np
 
 from storygpt.corpus import sources
 from storygpt.corpus.dataset import read_meta, with_checksum
+from storygpt.corpus.stories import Corpus
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
@@ -47,7 +48,8 @@ def main(argv=None):
     files.acquire_lock(folder.with_name(f".{folder.name}.lock"), folder)
     clean_up(partial, folder)  # after a run that died
     if folder.exists():  # with --force too: what is not a dataset is never replaced
-        before = {"drop_duplicates": False} | read_meta(folder).get("made_with", {})  # older datasets lack the former
+        before = {"drop_duplicates": False, "config": None, "clean": False}  # which older datasets lack
+        before |= read_meta(folder).get("made_with", {})
         changed = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in made_with.items()
                    if value != before.get(key)]
         if changed and not args.force:
@@ -60,7 +62,7 @@ def main(argv=None):
     if not trained:  # opened before the corpus is read, to fail early
         is_folder = Path(args.tokenizer, "tokenizer.tiktoken").exists()
         tokenizer = Tokenizer.load(args.tokenizer) if is_folder else Tokenizer.named(args.tokenizer)
-    corpus = sources.Corpus(args.source, args.text_column, args.max_stories, args.seed)
+    corpus = Corpus(args.source, args.text_column, args.config, args.max_stories, args.seed, args.clean)
     characters, findings = corpus.examine(args.validation_fraction, args.seed, args.drop_duplicates)
     if trained:
         tokenizer = train_tokenizer(corpus, int(args.tokenizer.removeprefix("bpe:")), characters)
@@ -90,33 +92,33 @@ def parse_args(argv):
                     description="Convert stories into token files under data/<name>/.")
     add = parser.add_argument
     add("source", nargs="?", default=sources.HUB_DATASET, metavar="SOURCE",
-        help="a file, a folder, a dataset on the Hugging Face hub, or 'nursery', the synthetic corpus (default: "
-             "%(default)s); files are .txt (stories separated by lines of <|endoftext|>), .jsonl or .parquet; a folder "
-             "contains .txt files or has the layout of a Hugging Face dataset")
+        help="a file, a folder, a dataset on the Hugging Face hub, - (standard input), or nursery, the synthetic corpus "
+             "(default: %(default)s); files are .txt (<|endoftext|> separates stories), .jsonl, .json or .parquet; in "
+             "a folder, words in the names of files and folders tell the split: train or training; validation, valid, "
+             "val or dev; test or testing (left out); docs/training.md has all rules")
     add("--name", help="name of the folder under data/; default: last part of SOURCE, and the tokenizer if not gpt2")
     add("--tokenizer", default="gpt2", help="a tiktoken encoding, or bpe:4096 to train one of 4096 tokens on the text "
         "(default: %(default)s); or the folder of a run or dataset, to reuse its tokenizer")
     add("--text_column", default="text", help="the column that contains the stories (default: %(default)s)")
+    add("--config", help="which configuration of a source that has several, such as a language")
     add("--validation_fraction", type=float, default=0.01, help="fraction of the stories, chosen at random, for the "
         "validation split if the source has none; of a single text, its last part (default: %(default)s)")
     add("--max_stories", type=int, help="use only the first MAX_STORIES stories of the training split; duplicates "
         f"included; default: all, of nursery {sources.NURSERY_STORIES:,}")
     add("--drop_duplicates", action="store_true",
         help="drop training stories that repeat an earlier one or are also in the validation split")
+    add("--clean", action="store_true", help="make quotes, dashes and spaces plain and drop stories that stop in "
+        "mid-sentence; or are shorter than 100 characters; also drops invisible characters; for English text")
     add("--seed", type=int, default=1337, help="seed of the validation split and of nursery (default: %(default)s)")
     add("--force", action="store_true", help="replace the dataset if it already exists")
     args = parser.parse_args(argv)
     if not 0 < args.validation_fraction < 1:
         parser.error(f"--validation_fraction must be between 0 and 1, not {args.validation_fraction}")
-    for name, low in (("max_stories", 1), ("seed", 0)):
+    for name, low in (("max_stories", 2), ("seed", 0)):  # one for each split
         if (value := getattr(args, name)) is not None and value < low:
             parser.error(f"--{name} must be at least {low}, not {value}")
-    if args.name is None:  # tinystories, or nursery-bpe2048 for nursery and bpe:2048
-        path = Path(args.source)
-        args.name = (path.stem if path.suffix in sources.FORMATS else path.resolve().name).lower()
-        if args.tokenizer != "gpt2":
-            args.name += f"-{Path(args.tokenizer).name.replace(':', '')}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):  # hidden, a path, or special in a shell
+    args.name = default_name(args) if args.name is None else args.name
+    if not re.fullmatch(r"\w[\w.-]*", args.name):  # hidden, a path, or special in a shell
         raise UserError(f"{args.name!r} is not a valid folder name: set --name to letters, digits, '.', '_' and '-'")
     size = args.tokenizer.removeprefix("bpe:")
     if args.tokenizer.startswith("bpe:") and not (size.isdecimal() and int(size) > 256):  # bytes and end of text
@@ -124,13 +126,26 @@ def parse_args(argv):
     return args
 
 
+def default_name(args):
+    """The name of a dataset that has none: tinystories, nursery-bpe2048 for nursery and bpe:2048, my_texts for the
+    folder "My texts/", the configuration if one is chosen.
+    """
+    path = Path(args.source)
+    name = args.config or (path.stem if path.suffix.lower() in sources.FORMATS else path.resolve().name)
+    if args.source == "-" or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe
+        name = "stdin"
+    if args.tokenizer != "gpt2":
+        name += f"-{Path(args.tokenizer).name.replace(':', '')}"
+    return re.sub(r"[^\w.-]+", "_", name.lower()).strip("_.-")
+
+
 def train_tokenizer(corpus, vocab_size, characters):
     """Train a vocabulary on about SAMPLE_CHARACTERS of training text, sampled evenly from all `characters`."""
     step = math.ceil(characters / SAMPLE_CHARACTERS)
     # Long stories are sampled in pieces: training takes 100 bytes of memory for each byte of a piece.
-    pieces = ((split, story[start:start + BATCH_CHARACTERS])
-              for split, story in corpus.progress(f"sampling for bpe:{vocab_size}")
-              for start in range(0, len(story), BATCH_CHARACTERS))
+    pieces = ((split, piece[start:start + BATCH_CHARACTERS])
+              for split, piece, _ in corpus.progress(f"sampling for bpe:{vocab_size}")
+              for start in range(0, len(piece), BATCH_CHARACTERS))
     sample = (piece for split, piece in itertools.islice(pieces, 0, None, step) if split == "train")
     return Tokenizer.train(sample, vocab_size, show_progress=sys.stderr.isatty())
 
@@ -155,11 +170,11 @@ def write_dataset(folder, corpus, tokenizer, findings):
 
 
 def batch_stories(corpus):
-    """Group a corpus into (split, list of stories) of about BATCH_CHARACTERS, in order within a split."""
+    """Group a corpus into (split, list of (piece, ends)) of about BATCH_CHARACTERS, in order within a split."""
     batches, characters = {}, Counter()
-    for split, story in corpus.progress("encoding"):
-        batches.setdefault(split, []).append(story)
-        characters[split] += len(story)
+    for split, piece, ends in corpus.progress("encoding"):
+        batches.setdefault(split, []).append((piece, ends))
+        characters[split] += len(piece)
         if characters[split] >= BATCH_CHARACTERS:
             yield split, batches.pop(split)
             characters[split] = 0
@@ -170,12 +185,13 @@ def encode_batches(batches, tokenizer, dtype):
     """Encode batches on all cores; yield (split, tokens, sizes for meta.json) of each, in the given order."""
     local, pending = threading.local(), deque()  # threads are enough, because tiktoken releases the GIL
 
-    def encode(split, stories):
+    def encode(split, batch):
         if not hasattr(local, "tokenizer"):  # threads that share one wait for its regular expressions
             local.tokenizer = copy.deepcopy(tokenizer)
-        tokens = local.tokenizer.encode_stories(stories).astype(np.dtype(dtype).newbyteorder("<"))
-        size = sum(len(story.encode()) for story in stories)
-        return split, tokens, {"stories": len(stories), "tokens": len(tokens), "bytes": size}
+        pieces, ends = zip(*batch)
+        tokens = local.tokenizer.encode_stories(pieces, ends).astype(np.dtype(dtype).newbyteorder("<"))
+        size = sum(len(piece.encode()) for piece in pieces)
+        return split, tokens, {"stories": sum(ends), "tokens": len(tokens), "bytes": size}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches:
@@ -191,6 +207,9 @@ def print_table(folder, meta):
     splits, duplicates = meta["splits"], meta["duplicates"]
     print(f"{folder}: {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens in the vocabulary, "
           f"{meta['empty_stories_dropped']:,} empty stories dropped, validation split: {meta['validation_split']}")
+    if "cleaned" in meta:
+        print(f"cleaned: {meta['cleaned']['stories_changed']:,} stories changed, "
+              f"{meta['cleaned']['fragments_dropped']:,} fragments dropped")
     print(f"duplicates: {duplicates['within_train']:,} training stories repeat an earlier one, "
           f"{duplicates['validation_in_train']:,} validation stories are also in training; "
           f"dropped by --drop_duplicates: {duplicates['dropped']:,}")

@@ -1,155 +1,307 @@
-"""Reading stories: from the Hugging Face hub, from local files and folders, or from the synthetic nursery corpus."""
+"""Where texts come from: local files and folders, the Hugging Face hub, a pipe, or the synthetic nursery corpus.
 
-import glob
-import itertools
+`open_source` returns the splits of a source. A split is a function that returns an iterator over its texts from the
+start. A text is an iterable of its parts in order, so that no file has to fit into memory. docs/training.md has the
+rules: which files of a folder are read, and how their names tell the split.
+"""
+
+import json
 import logging
+import os
 import re
+import shutil
 import sys
-from array import array
+import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 from storygpt.corpus import nursery
-from storygpt.corpus.tokenizer import END_OF_TEXT
 from storygpt.system.errors import UserError
+from storygpt.system.files import open_text
 
 HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
-WINDOW_CHARACTERS = 1024  # a window of 128 tokens (the default block_size) takes fewer, if they average 7 or less
-FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # file extension → its name in `datasets`
+FORMATS = (".txt", ".jsonl", ".json", ".parquet")
+PART_CHARACTERS = 1 << 20  # of a .txt file that are in memory at a time
+# Words in the names of files and folders that tell the split.
+SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
+               "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
+# .txt files that describe a folder of texts and are none.
+DOCUMENTS = {"readme", "license", "licence", "copying", "notice", "changelog", "citation", "requirements"}
 
 
-class Corpus:
-    """The stories of a source as (split, story) pairs, streamed; can be iterated any number of times."""
+def open_source(source, text_column="text", config=None, max_stories=None, seed=0):
+    """Open a source: a dict, "train" and perhaps "validation" → function that iterates over the texts of the split.
 
-    def __init__(self, source, text_column="text", max_stories=None, seed=0):
-        """`max_stories` limits the training split. Raises UserError if the source cannot be opened."""
-        self.source, self.max_stories = source, max_stories
-        self.splits = open_source(source, text_column, max_stories, seed)
-        self.split_of = itertools.repeat("train")  # of each training story of the source; set by `examine`
-        self.count = None  # of stories, set by `examine`
-        self.empty_stories = 0  # dropped by the latest iteration
-
-    def __iter__(self):
-        """Yield (split, story) pairs in the order of the source, with outer white space stripped."""
-        self.empty_stories = 0
-        train = itertools.islice(self._clean("train"), self.max_stories)
-        yield from ((split, story) for story, split in zip(train, self.split_of) if split)
-        if "validation" in self.splits:
-            yield from (("validation", story) for story in self._clean("validation"))
-
-    def _clean(self, split):
-        """Strip the stories of a split and drop the empty ones. Raises UserError for values that are not text."""
-        for i, story in enumerate(self.splits[split](), 1):
-            if not isinstance(story, str | None):
-                raise UserError(f"{self.source}: story {i} of the {split} split is {type(story).__name__}, not text: "
-                                "choose another column with --text_column")
-            if story := (story or "").strip():
-                yield story
-            else:
-                self.empty_stories += 1
-
-    def progress(self, description):
-        """The (split, story) pairs, with a progress bar on a terminal; it shows the time left once `count` is set."""
-        return tqdm(self, description, self.count, unit=" stories", unit_scale=True, dynamic_ncols=True, disable=None)
-
-    def examine(self, fraction, seed, drop_duplicates):
-        """Count the stories, make a validation split of `fraction` if the source has none, and find duplicates.
-
-        Returns the number of characters, and the entries of meta.json about all this. Raises UserError if a split has
-        too little text.
-        """
-        hashes, characters = {"train": array("q"), "validation": array("q")}, 0
-        for split, story in self.progress("counting"):
-            hashes[split].append(hash(story))  # 64 bits: among 2 million stories, two have the same with p = 1e-7
-            characters += len(story)
-        for split in self.splits:
-            if not hashes[split]:
-                raise UserError(f"{self.source}: the {split} split has no stories, or only empty ones")
-        found = {"empty_stories_dropped": self.empty_stories, "validation_split": "source"}
-        train, validation = (np.asarray(values) for values in hashes.values())
-        self.split_of = np.full(len(train), "train", object)
-        if "validation" not in self.splits and len(train) == 1:
-            found["validation_split"] = "end of the text"
-            self.splits = {name: partial(iter, [part]) for name, part in self.divide(story, fraction).items()}
-        elif "validation" not in self.splits:
-            found["validation_split"] = "random stories"
-            size = min(max(1, round(len(train) * fraction)), len(train) - 1)
-            chosen = np.random.default_rng(seed).choice(len(train), size, replace=False, shuffle=False)
-            self.split_of[chosen] = "validation"
-            train, validation = np.delete(train, chosen), train[chosen]
-
-        stories, first = np.unique(train, return_index=True)
-        repeated = np.ones(len(train), bool)
-        repeated[first] = False
-        # `np.isin(validation, train)`, but that is slow if the second argument is the longer one.
-        in_train = stories.take(np.searchsorted(stories, validation), mode="clip") == validation
-        dropped = repeated | np.isin(train, validation) if drop_duplicates else np.zeros(len(train), bool)
-        if dropped.all():
-            raise UserError(f"{self.source}: --drop_duplicates would leave none of the training stories: use more text")
-        self.split_of[np.flatnonzero(self.split_of == "train")[dropped]] = None
-        self.count = len(train) + len(validation) - int(dropped.sum())
-        found["duplicates"] = {"within_train": int(repeated.sum()), "validation_in_train": int(in_train.sum()),
-                               "dropped": int(dropped.sum())}
-        return characters, found
-
-    def divide(self, text, fraction):
-        """Divide the only text of a source, split → text, in characters to suit all tokenizers.
-
-        The last `fraction` is the validation split, at least one window; training needs two, or UserError is raised.
-        """
-        if len(text) < 3 * WINDOW_CHARACTERS:
-            raise UserError(f"{self.source} has only one text, of {len(text):,} characters, but training and "
-                            f"validation need {3 * WINDOW_CHARACTERS:,}: use more text (in a .txt file, lines of "
-                            f"{END_OF_TEXT} separate stories)")
-        size = min(max(round(len(text) * fraction), WINDOW_CHARACTERS), len(text) - 2 * WINDOW_CHARACTERS)
-        # At the end of a word. The search is bounded, for languages that do not separate words.
-        cut = re.compile(r"\S{,99}").match(text, len(text) - size).end()
-        return {"train": text[:cut], "validation": text[cut:]}
-
-
-def open_source(source, text_column="text", max_stories=None, seed=0):
-    """Open a source; returns a dict, split → function that iterates over its stories (str or None) from the start.
-
-    Raises UserError if it does not exist or cannot be read.
+    `config`: one of the configurations of a folder or a dataset on the hub. `max_stories` and `seed`: of nursery.
+    Raises UserError if the source does not exist or cannot be read.
     """
+    path = Path("/dev/stdin" if source == "-" else source).expanduser()
+    if config and (path.is_file() or source in ("nursery", "-")):
+        raise UserError(f"{source} has no configurations: leave out --config")
     if source == "nursery":
-        return {"train": partial(nursery.stories, max_stories or NURSERY_STORIES, seed)}
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix not in FORMATS:
+        return {"train": lambda: ((story,) for story in nursery.stories(max_stories or NURSERY_STORIES, seed))}
+    if path.is_dir():
+        splits = load_saved_dataset(path) or split_files(path, find_files(path, config))
+    elif path.is_file() and path.suffix.lower() not in (*FORMATS, ""):
         raise UserError(f"{path}: unsupported file type, use one of {', '.join(FORMATS)}")
-    if not path.exists() and (path.suffix in FORMATS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
-        raise UserError(f"{path} does not exist: give a file, a folder, a dataset on the Hugging Face hub, or nursery")
-    if texts := text_files(path):
-        return {split: partial(read_text_files, paths) for split, paths in texts.items()}
-
-    if path.is_file():
-        arguments = {"path": FORMATS[path.suffix], "data_files": glob.escape(str(path)), "streaming": True}
-    elif path.is_dir():
-        arguments = {"path": str(path), "streaming": True}
+    elif path.exists():
+        splits = {"train": [path if path.is_file() else copy_of_pipe(path)]}
     else:
-        print(f"loading {source} from the Hugging Face hub", file=sys.stderr)
-        use_only_the_cache_if_offline(source)
-        arguments = {"path": source}  # not streamed: the downloaded files stay in the cache of `datasets`
-    import datasets  # not at the top: it takes seconds, and --help, .txt files and nursery do not need it
-
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # their warnings only precede an error
-    with reading_source(source):
-        splits = datasets.load_dataset(**arguments)
+        splits = load_from_hub(source, config)
     if "train" not in splits:
-        raise UserError(f"{source} has no split 'train', only {', '.join(splits)}")
-    return {split: partial(read_column, splits[split], text_column, source)
+        raise UserError(f"{source} has no split 'train'{', only ' * bool(splits)}{', '.join(splits)}")
+    return {split: partial(read_split, splits[split], text_column, source)
             for split in ("train", "validation") if split in splits}
+
+
+def copy_of_pipe(path):
+    """The path of a temporary copy of what a pipe delivers: a source is read several times."""
+    copy = tempfile.NamedTemporaryFile(prefix="storygpt-")  # deleted at exit
+    _copies.append(copy)
+    with open(path, "rb") as pipe:
+        shutil.copyfileobj(pipe, copy)
+    copy.flush()
+    return Path(copy.name)
+
+
+_copies = []  # the open copies of pipes: a copy is deleted when its file is closed
+
+
+# ---- the files of a folder ----
+
+
+def find_files(folder, config):
+    """The files of a folder that belong to a configuration (None: its only one): path → split, None if it has no name
+    of a split. Raises UserError if there are several configurations and `config` is none of them.
+    """
+    files = {path: split_of(path.relative_to(folder)) for path in walk(folder)}
+    configurations = listed_configurations(folder) or configuration_folders(folder, files)
+    if config is None and len(configurations) < 2:
+        return next(iter(configurations.values()), files)
+    if config not in configurations:
+        names = ", ".join(configurations) or "the folder has none, so leave it out"
+        raise UserError(f"{folder}: choose a configuration with --config: {names}")
+    return configurations[config]
+
+
+def walk(folder):
+    """The paths of all files in a folder and its sub-folders, links to folders included, sorted; none that is hidden.
+
+    Raises UserError for a link to a folder that contains it, OSError for a folder that cannot be read.
+    """
+    def fail(error):
+        raise error
+
+    files, seen = [], {}  # the latter: real path of a folder → path where it was found first
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        first = seen.setdefault(os.path.realpath(root), root)
+        if first != root and Path(root).is_relative_to(first):
+            raise UserError(f"{root} is a link to a folder that contains it: remove it")
+        if first == root:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files += [Path(root, name) for name in names if not name.startswith(".")]
+        else:
+            folders.clear()  # it is read already
+    return sorted(files)
+
+
+def split_of(path):
+    """The split that a path tells (train, validation, test), or None. A folder's whole name counts first, then the
+    words of the file's name, then those of the folders' names; the last one counts.
+    """
+    *folders, name = path.parts
+    exact = [folder.lower() for folder in folders]
+    words = re.findall(r"[^\W\d_]+", " ".join([*folders, name.removesuffix(path.suffix)]).lower())
+    return next((SPLIT_WORDS[word] for word in [*reversed(exact), *reversed(words)] if word in SPLIT_WORDS), None)
+
+
+def listed_configurations(folder):
+    """The configurations that a dataset's README.md lists, as the hub defines it: name → files, see `find_files`."""
+    if not (folder / "README.md").exists():
+        return {}
+    from huggingface_hub import metadata_load  # not at the top: it takes a moment
+
+    configurations = {}
+    for entry in (metadata_load(folder / "README.md") or {}).get("configs", []):
+        data_files = entry.get("data_files", f"{entry.get('data_dir', '.')}/**/*")
+        files = configurations.setdefault(entry.get("config_name", "default"), {})
+        for item in data_files if isinstance(data_files, list) else [data_files]:
+            item = item if isinstance(item, dict) else {"path": item}
+            for pattern in item["path"] if isinstance(item["path"], list) else [item["path"]]:
+                found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+                split = SPLIT_WORDS.get(item.get("split"), item.get("split"))
+                files |= {path: split or split_of(path.relative_to(folder)) for path in found}
+    return configurations
+
+
+def configuration_folders(folder, files):
+    """Sub-folders that have a file of a training split each, as `en/train.jsonl` and `fr/train.jsonl`, if there are
+    several: name → files, see `find_files`; and "all".
+    """
+    parts = {}
+    for path, split in files.items():
+        name, *rest = path.relative_to(folder).parts
+        if rest and name.lower() not in SPLIT_WORDS:
+            parts.setdefault(name, {})[path] = split
+    parts = {name: part for name, part in parts.items()
+             if any(split_of(path.relative_to(folder / name)) == "train" for path in part)}
+    return parts | {"all": files} if len(parts) > 1 else {}
+
+
+def split_files(folder, files):
+    """The files of a folder that are read, split → paths; what is left out is said in one line on stderr.
+
+    `files`: as of `find_files`. Only files of one format are read: .txt, or else the one with the most bytes; and of a
+    folder with the hub's layout, data/train-00000-of-00001.parquet, only its shards.
+    """
+    texts = {path: split or "train" for path, split in files.items()
+             if path.suffix.lower() in FORMATS and path.stem.lower() not in DOCUMENTS}
+    shards = {path: split for path, split in texts.items()
+              if re.match(r"data/\w+-\d{5}-of-\d{5}", path.relative_to(folder).as_posix())}
+    sizes = Counter()
+    for path in shards or texts:
+        sizes[path.suffix.lower()] += 1 + path.stat().st_size
+    if not sizes:
+        raise UserError(f"{folder} has no {', '.join(FORMATS)} files")
+    suffix = ".txt" if ".txt" in sizes else max(sizes, key=sizes.get)
+    splits = {}
+    for path, split in (shards or texts).items():
+        if path.suffix.lower() == suffix:
+            splits.setdefault(split, []).append(path)
+    read = {path for paths in splits.values() for path in paths}
+    others = Counter(path.name if path.suffix.lower() == suffix else path.suffix or path.name
+                     for path in files if path not in read)
+    print(f"{folder}: {suffix} files: " + ", ".join(f"{len(paths)} {split}" for split, paths in splits.items())
+          + " (left out: test)" * ("test" in splits) + "; skipped: " * bool(others)
+          + ", ".join(f"{count} {name}" for name, count in sorted(others.items())), file=sys.stderr)
+    return splits
+
+
+# ---- the texts of a file ----
+
+
+def read_split(split, column, source):
+    """Iterate over the texts of a split: a list of paths, or a `datasets` dataset."""
+    if not isinstance(split, list):
+        yield from texts_of_values(read_dataset(split, column, source), source)
+        return
+    for path in split:
+        suffix = path.suffix.lower()
+        if suffix == ".parquet":
+            yield from texts_of_values(read_parquet(path, column), path)
+        elif suffix in (".json", ".jsonl"):
+            yield from texts_of_values(read_json(path, column), path)
+        else:
+            yield read_text(path)
+
+
+def texts_of_values(values, where):
+    """A text of one part for each value of a column; a missing value is an empty text. UserError: it is not text."""
+    for i, value in enumerate(values, 1):
+        if not isinstance(value, str | None):
+            raise UserError(f"{where}: value {i} is {type(value).__name__}, not text: choose another column with "
+                            "--text_column")
+        yield (value or "",)
+
+
+def read_text(path):
+    """The parts of a text file."""
+    with open_text(path) as file:
+        while part := file.read(PART_CHARACTERS):
+            yield part
+
+
+def read_json(path, column):
+    """The values of a column of a file with a JSON object in each line, or with a list of objects."""
+    with open_text(path) as file:
+        while (character := file.read(1)).isspace():
+            pass
+        file.seek(0)
+        for where, row in json_list(path, file) if character == "[" else json_lines(path, file):
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is {type(row).__name__}, not a JSON object such as {{\"{column}\": \"…\"}}")
+            if column not in row:
+                raise missing_column(where, column, row)
+            yield row[column]
+
+
+def json_list(path, file):
+    """The items of a JSON list, each with where it is."""
+    try:
+        items = json.load(file)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): it may be damaged") from error
+    return ((f"{path}, item {i}", item) for i, item in enumerate(items, 1))
+
+
+def json_lines(path, file):
+    """The values of a file with one JSON value in each line, each with where it is; blank lines are skipped."""
+    for i, line in enumerate(file, 1):
+        if not line.isspace():
+            try:
+                yield f"{path}, line {i}", json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {i} is not valid JSON ({error}): the file may be damaged; it needs an "
+                                "object in each line, or must be a list of objects") from error
+
+
+def read_parquet(path, column):
+    """The values of a column of a Parquet file; other columns are not read."""
+    import pyarrow.parquet  # not at the top, like all that only some sources need
+
+    with reading(path):
+        file = pyarrow.parquet.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise missing_column(path, column, file.schema_arrow.names)
+        for batch in file.iter_batches(1000, columns=[column]):
+            yield from batch.column(0).to_pylist()
+
+
+def missing_column(where, column, names):
+    """The UserError for a column that does not exist."""
+    return UserError(f"{where} has no column '{column}': choose one of {', '.join(names)} with --text_column")
+
+
+# ---- Hugging Face: the hub, and what `datasets` has saved ----
+
+
+def load_saved_dataset(folder):
+    """The splits of a folder that `save_to_disk` of `datasets` wrote, as of `load_from_hub`; None for other folders."""
+    if not any(all((folder / name).exists() for name in names)
+               for names in (["dataset_dict.json"], ["dataset_info.json", "state.json"])):
+        return None
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever is missing or damaged
+        raise UserError(f"cannot read {folder}, which `save_to_disk` wrote: {error or type(error).__name__}") from error
+    return by_split(saved if isinstance(saved, dict) else {"train": saved})
+
+
+def load_from_hub(source, config):
+    """The splits of a dataset on the hub, split → `datasets` dataset. Raises UserError if there is no such dataset."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        if Path(source).suffix.lower() in FORMATS:
+            raise HFValidationError
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise UserError(f"{source} does not exist: give a file, a folder, a dataset on the Hugging Face hub, or nursery"
+                        ) from error
+    print(f"loading {source} from the Hugging Face hub", file=sys.stderr)
+    with writing_the_cache():
+        use_only_the_cache_if_offline(source)
+        return load_dataset(source, config)
 
 
 def use_only_the_cache_if_offline(source):
     """Switch the hub's library to its offline mode if the hub does not answer: it would retry for 25 seconds."""
-    from huggingface_hub import HfApi, constants  # not at the top, as `datasets` above
+    from huggingface_hub import HfApi, constants
 
     try:
         HfApi().dataset_info(source, timeout=10)  # seconds; does not retry
@@ -161,53 +313,59 @@ def use_only_the_cache_if_offline(source):
             raise
 
 
-def text_files(path):
-    """The paths of each split, if `path` is a .txt file, or a folder without other files except hidden ones; or {}."""
-    if path.is_file():
-        return {"train": [path]} if path.suffix == ".txt" else {}
-    visible = sorted(file for name in glob.glob("**", root_dir=path, recursive=True) if (file := path / name).is_file())
-    if not visible or any(file.suffix != ".txt" for file in visible):
-        return {}
-    validation = [file for file in visible if re.search(r"(^|[-_.])valid(ation)?$", file.stem)]  # TinyStories-valid.txt
-    train = [file for file in visible if file not in validation]
-    return {"train": train, "validation": validation} if validation else {"train": train}
+@contextmanager
+def writing_the_cache():
+    """Convert an error of the system to a UserError: Hugging Face's libraries write to a folder in the user's home."""
+    try:
+        yield
+    except OSError as error:
+        if not error.errno:  # an answer of the hub
+            raise
+        raise UserError(f"cannot use the cache of Hugging Face's libraries, {error.filename} ({error.strerror}): set "
+                        "HF_HOME to a folder that can be written") from error
 
 
-def read_text_files(paths):
-    """Yield the stories of UTF-8 files, separated by lines of `<|endoftext|>`."""
-    for path in paths:
-        with reading_source(path), open(path, encoding="utf-8-sig") as file:
-            for is_separator, lines in itertools.groupby(file, lambda line: line.strip() == END_OF_TEXT):
-                if not is_separator:
-                    yield "".join(lines)
+def load_dataset(source, config):
+    """The splits of a dataset that `datasets` loads, split → dataset. Raises UserError, or OSError for its cache."""
+    import datasets  # not at the top: it takes seconds
+
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # their warnings only precede an error
+    try:
+        with reading(source):
+            return by_split(datasets.load_dataset(source, config))  # not streamed: the files stay in its cache
+    except (ValueError, RuntimeError) as error:
+        message = f"cannot read {source}: {' '.join(str(error).split())[:300]}"
+        if names := re.search(r"[Aa]vailable.*?: \[(.*?)\]", str(error)):
+            message = f"{source}: choose a configuration with --config: {names[1].replace(chr(39), '')}"
+        raise UserError(message) from error
 
 
-def read_column(dataset, column, source):
-    """Yield the values of a column of a `datasets` dataset. Raises UserError if it is missing or a file is damaged."""
-    with reading_source(source):
-        for table in dataset.with_format("arrow").iter(batch_size=1000):
-            if column not in table.column_names:
-                raise UserError(f"{source} has no column '{column}': choose one of {', '.join(table.column_names)} "
-                                "with --text_column")
+def by_split(datasets):
+    """A dict of datasets by the names of splits that are used here: one may be called dev."""
+    return {SPLIT_WORDS.get(name, name): dataset for name, dataset in datasets.items()}
+
+
+def read_dataset(dataset, column, source):
+    """The values of a column of a `datasets` dataset."""
+    if column not in dataset.column_names:
+        raise missing_column(source, column, dataset.column_names)
+    with reading(source):
+        for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=1000):
             yield from table[column].to_pylist()
 
 
 @contextmanager
-def reading_source(source):
-    """Convert the errors of reading a source, in Python's files or in the libraries behind `datasets`, to UserError."""
+def reading(source):
+    """Convert the errors of the libraries that read a source to UserError."""
     try:
         yield
     except UnicodeDecodeError as error:
-        encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"  # most likely from Windows
-        raise UserError(f"{source} is not UTF-8 text ({error.reason}): convert it, for example with  "
-                        f"iconv -f {encoding} -t utf-8 OLD > NEW") from error
+        raise UserError(f"{source} has text that is not UTF-8 ({error.reason}): convert it") from error
     except ConnectionError as error:
         raise UserError(f"cannot reach {source} on the Hugging Face hub: check the name and the network, or use local "
                         "text or synthetic stories (python prepare.py nursery --tokenizer bpe:2048)") from error
     except Exception as error:
-        library_error = type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow"))
-        if not library_error and not isinstance(error, (OSError, ValueError, StopIteration)):  # the last: no lines
+        if not type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow")):
             raise
-        raise UserError(f"cannot read {source}: {str(error) or type(error).__name__} (a file may be empty or damaged, "
-                        "or of another type than its name says; a folder must contain .txt, .jsonl or .parquet files)"
-                        ) from error
+        raise UserError(f"cannot read {source}: {error or type(error).__name__} (it may be damaged)") from error

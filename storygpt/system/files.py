@@ -1,5 +1,6 @@
-"""Atomic writes, appends with clear errors, and locks that one process holds at a time."""
+"""Text of any encoding, atomic writes, appends with clear errors, and locks that one process holds at a time."""
 
+import codecs
 import json
 import os
 import platform
@@ -61,6 +62,35 @@ def sync_folder(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def open_text(path):
+    """Open a UTF-8 text file for reading, with or without a byte-order mark and with line ends of any system.
+
+    Raises UserError with the likely encoding of text that is not UTF-8, also while it is read; and OSError.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            if b"\0" in (start := file.buffer.peek()):  # UTF-16 without a byte-order mark may be valid UTF-8
+                raise UnicodeDecodeError("utf-8", start, 0, 1, "it has NUL bytes")
+            yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it, for example with  "
+                        f"iconv -f {likely_encoding(error.object)} -t utf-8 OLD > NEW") from error
+
+
+def likely_encoding(data):
+    """The most likely encoding of bytes that are not UTF-8 text, as iconv calls it."""
+    for mark, encoding in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+                           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if data.startswith(mark):
+            return encoding
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if even == odd == 0:
+        return "cp1252"  # from Windows
+    # Of a Latin letter's bytes, all are 0 but the first (little-endian) or the last.
+    return ("utf-32" if min(even, odd) > len(data) // 8 else "utf-16") + ("le" if odd > even else "be")
 
 
 def append(path, text):

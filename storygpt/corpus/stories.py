@@ -1,0 +1,196 @@
+"""The stories of a source: separated, stripped, perhaps cleaned, and divided into a training and a validation split."""
+
+import re
+from array import array
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from storygpt.corpus.clean import clean, is_fragment
+from storygpt.corpus.sources import open_source
+from storygpt.corpus.tokenizer import END_OF_TEXT
+from storygpt.system.errors import UserError
+
+WINDOW_CHARACTERS = 1024  # a window of 128 tokens (the default block_size) takes fewer, if they average 7 or less
+PIECE_CHARACTERS = 1 << 20  # a longer story comes in pieces of this length or more
+# Where a story may be cut: between a word and a single white-space character, where no tokenizer has a token.
+BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?=\s\S)")
+
+
+class Corpus:
+    """The stories of a source, streamed: (split, piece, ends) triples, which can be read any number of times.
+
+    `ends`: whether the piece is the last one of its story, which only very long stories have more of.
+    """
+
+    def __init__(self, source, text_column="text", config=None, max_stories=None, seed=0, cleaned=False):
+        """`max_stories` limits the training split. Raises UserError if the source cannot be opened."""
+        self.source, self.max_stories, self.cleaned = source, max_stories, cleaned
+        self.splits = open_source(source, text_column, config, max_stories, seed)
+        self.split_of = None  # of each training story of the source, None for a dropped one; set by `examine`
+        self.cut = None  # if the source is one text: number of characters before the validation split
+        self.count = None  # of stories, set by `examine`
+        self.counts = Counter()  # of stories that the latest iteration found empty, a fragment, or changed by cleaning
+
+    def __iter__(self):
+        """Yield the triples in the order of the source, the training split first."""
+        self.counts.clear()
+        for split in self.splits:
+            pieces, number = self._pieces(split), 0  # of the story
+            if split == "train" and self.cut:
+                pieces = cut_in_two(pieces, self.cut)
+            for piece, ends in pieces:
+                assigned = split if split == "validation" or self.split_of is None else self.split_of[number]
+                if assigned:
+                    yield assigned, piece, ends
+                number += ends
+                if split == "train" and number == self.max_stories:
+                    break
+
+    def _pieces(self, split):
+        """Yield (piece, ends) of each story of a split of the source; blank stories are dropped, and fragments."""
+        for text in self.splits[split]():
+            begins = True
+            for piece, ends in pieces_of_stories(text):
+                if "\0" in piece:
+                    raise UserError(f"{self.source}: text of the {split} split has NUL characters, after "
+                                    f"{piece[:piece.index(chr(0))][-30:]!r}: remove them, or convert it to UTF-8")
+                piece = piece.lstrip() if begins else piece
+                piece = piece.rstrip() if ends else piece
+                before, whole, begins = piece, begins and ends, ends
+                piece = clean(piece) if self.cleaned else piece
+                if whole and not piece:
+                    self.counts["empty"] += 1
+                elif whole and self.cleaned and is_fragment(piece):
+                    self.counts["fragment"] += 1
+                else:
+                    self.counts["changed"] += ends and piece != before
+                    yield piece, ends
+
+    def progress(self, description):
+        """The triples, with a progress bar on a terminal; it shows the time left once `count` is set."""
+        with tqdm(desc=description, total=self.count, unit=" stories", unit_scale=True, dynamic_ncols=True,
+                  disable=None) as bar:
+            for split, piece, ends in self:
+                yield split, piece, ends
+                bar.update(ends)
+
+    def examine(self, fraction, seed, drop_duplicates):
+        """Count the stories, make a validation split of `fraction` if the source has none, and find duplicates.
+
+        Returns the number of characters, and the entries of meta.json about all this. Raises UserError if a split has
+        too little text.
+        """
+        hashes, characters = self._hash_stories()
+        for split in self.splits:
+            if not len(hashes[split]):
+                raise UserError(f"{self.source}: the {split} split has no stories, or only empty ones")
+        found = {"empty_stories_dropped": self.counts["empty"]}
+        if self.cleaned:
+            found["cleaned"] = {"stories_changed": self.counts["changed"], "fragments_dropped": self.counts["fragment"]}
+        train, validation = hashes["train"], hashes["validation"]
+        self.split_of = np.full(len(train), "train", object)
+        if "validation" in self.splits:
+            found["validation_split"] = "source"
+        elif len(train) == 1:
+            found["validation_split"] = "end of the text"
+            self.cut, self.split_of = self._place_of_cut(characters, fraction), np.array(["train", "validation"], object)
+        else:
+            found["validation_split"] = "random stories"
+            size = min(max(1, round(len(train) * fraction)), len(train) - 1)
+            chosen = np.random.default_rng(seed).choice(len(train), size, replace=False, shuffle=False)
+            self.split_of[chosen] = "validation"
+            train, validation = np.delete(train, chosen), train[chosen]
+        dropped, found["duplicates"] = find_duplicates(train, validation, drop_duplicates)
+        if dropped.all():
+            raise UserError(f"{self.source}: --drop_duplicates would leave none of the training stories: use more text")
+        self.split_of[np.flatnonzero(self.split_of == "train")[dropped]] = None
+        self.count = len(train) + len(validation) - int(dropped.sum())
+        return characters, found
+
+    def _hash_stories(self):
+        """The hashes of the stories of each split, as arrays, and the number of characters of all."""
+        hashes, characters, so_far = {"train": array("q"), "validation": array("q")}, 0, 0
+        for split, piece, ends in self.progress("counting"):
+            so_far = hash((so_far, piece))  # 64 bits: among 2 million stories, two have the same with p = 1e-7
+            characters += len(piece)
+            if ends:
+                hashes[split].append(so_far)
+                so_far = 0
+        return {split: np.asarray(values) for split, values in hashes.items()}, characters
+
+    def _place_of_cut(self, length, fraction):
+        """The number of characters of the only text before its validation split, which is its last `fraction`.
+
+        It has at least one window; training needs two, or UserError is raised.
+        """
+        if length < 3 * WINDOW_CHARACTERS:
+            raise UserError(f"{self.source} has only one text, of {length:,} characters, but training and validation "
+                            f"need {3 * WINDOW_CHARACTERS:,}: use more text (in a .txt file, {END_OF_TEXT} separates "
+                            "stories)")
+        return length - min(max(round(length * fraction), WINDOW_CHARACTERS), length - 2 * WINDOW_CHARACTERS)
+
+
+def pieces_of_stories(text):
+    """Divide a text, an iterable of strings, into stories at END_OF_TEXT; yield (piece, ends) as `Corpus` does.
+
+    Blank text before the first and after the last END_OF_TEXT is no story.
+    """
+    rest, separated = "", False
+    for part in text:
+        *stories, rest = (rest + part).split(END_OF_TEXT)
+        for story in stories:
+            if separated or story.strip():
+                *first, last = cut_in_pieces(story)
+                yield from ((piece, False) for piece in first)
+                yield last, True
+            separated = True
+        *first, rest = cut_in_pieces(rest)  # the rest may end within END_OF_TEXT
+        yield from ((piece, False) for piece in first)
+    if rest.strip() or not separated:
+        yield rest, True
+
+
+def cut_in_pieces(story):
+    """Cut a story of more than 2 * PIECE_CHARACTERS into pieces of at least PIECE_CHARACTERS, if possible between words.
+
+    All pieces but the last are then of at most 2 * PIECE_CHARACTERS.
+    """
+    pieces, start = [], 0
+    while len(story) - start > 2 * PIECE_CHARACTERS:
+        match = BETWEEN_WORDS.search(story, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        end = match.start() if match else start + PIECE_CHARACTERS
+        pieces.append(story[start:end])
+        start = end
+    return [*pieces, story[start:]]
+
+
+def cut_in_two(pieces, place):
+    """Divide the pieces of the only story in two stories after `place` characters, or later: at the end of a word."""
+    position, begins = 0, False  # the latter: whether the next piece is the first of the second story
+    for piece, ends in pieces:
+        start, position = position, position + len(piece)
+        if start <= place < position:
+            # The search is bounded, for languages that do not separate words.
+            end = re.compile(r"\S{,99}").match(piece, place - start).end()
+            yield piece[:end].rstrip(), True
+            piece, begins = piece[end:], True
+        piece = piece.lstrip() if begins else piece
+        if piece or ends:
+            yield piece, ends
+            begins = False
+
+
+def find_duplicates(train, validation, drop):
+    """Find equal hashes of training (N) and validation stories (M): which of the N to drop, if `drop`, as a bool array,
+    and how many there are, for meta.json.
+    """
+    stories, first = np.unique(train, return_index=True)
+    repeated = np.ones(len(train), bool)
+    repeated[first] = False
+    # `np.isin(validation, train)`, but that is slow if the second argument is the longer one.
+    in_train = stories.take(np.searchsorted(stories, validation), mode="clip") == validation
+    dropped = repeated | np.isin(train, validation) if drop else np.zeros(len(train), bool)
+    return dropped, {"within_train": int(repeated.sum()), "validation_in_train": int(in_train.sum()),
+                     "dropped": int(dropped.sum())}
