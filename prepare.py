@@ -128,12 +128,14 @@ def parse_args(argv):
 
 def default_name(args):
     """The name of a dataset that has none: tinystories, nursery-bpe2048 for nursery and bpe:2048, my_texts for the
-    folder "My texts/", the configuration if one is chosen.
+    folder "My texts/", wikitext-en for --config en.
     """
     path = Path(args.source)
-    name = args.config or (path.stem if path.suffix.lower() in sources.FORMATS else path.resolve().name)
-    if args.source == "-" or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe
+    name = path.stem if path.suffix.lower() in sources.FORMATS else path.resolve().name
+    if sources.is_pipe(args.source):
         name = "stdin"
+    if args.config:
+        name += f"-{args.config}"
     if args.tokenizer != "gpt2":
         name += f"-{Path(args.tokenizer).name.replace(':', '')}"
     return re.sub(r"[^\w.-]+", "_", name.lower()).strip("_.-")

@@ -7,7 +7,7 @@ MIN_CHARACTERS = 100  # a shorter story is a fragment
 TO_BE_CLEANED = re.compile(r"[^\n -~]|  | \n|\n |\n{3}")
 # UTF-8 that was decoded as Windows' cp1252 (“ became â€œ, é became Ã©); the last byte of ” has no character there.
 MOJIBAKE = re.compile("â€[\x80-\xbf\u0152-\u02dc\u2013-\u2122]?|[ÂÃ][\x80-\xbf\u0152-\u02dc\u2013-\u2122]")
-# In the middle of a sentence, perhaps of quoted speech; "The end" often has no full stop.
+# The end of a text in the middle of a sentence, perhaps in quotation marks; "The end" often has no full stop.
 UNFINISHED = re.compile(r"""(?<!\bthe end)(?<=[\w,;:(-])["')\]]*$""", re.IGNORECASE)
 
 
@@ -46,4 +46,4 @@ def decode_again(match):
 
 def is_fragment(story):
     """Whether a cleaned story has less than MIN_CHARACTERS or stops in mid-sentence."""
-    return len(story) < MIN_CHARACTERS or UNFINISHED.search(story) is not None
+    return len(story) < MIN_CHARACTERS or UNFINISHED.search(story[-20:]) is not None

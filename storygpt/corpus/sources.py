@@ -38,17 +38,19 @@ def open_source(source, text_column="text", config=None, max_stories=None, seed=
     `config`: one of the configurations of a folder or a dataset on the hub. `max_stories` and `seed`: of nursery.
     Raises UserError if the source does not exist or cannot be read.
     """
-    path = Path("/dev/stdin" if source == "-" else source).expanduser()
-    if config and (path.is_file() or source in ("nursery", "-")):
+    path = Path(source).expanduser()
+    if config and (path.is_file() or is_pipe(source) or source == "nursery"):
         raise UserError(f"{source} has no configurations: leave out --config")
     if source == "nursery":
         return {"train": lambda: ((story,) for story in nursery.stories(max_stories or NURSERY_STORIES, seed))}
-    if path.is_dir():
+    if is_pipe(source):
+        splits = {"train": [copy_of_pipe(source)]}
+    elif path.is_dir():
         splits = load_saved_dataset(path) or split_files(path, find_files(path, config))
     elif path.is_file() and path.suffix.lower() not in (*FORMATS, ""):
         raise UserError(f"{path}: unsupported file type, use one of {', '.join(FORMATS)}")
-    elif path.exists():
-        splits = {"train": [path if path.is_file() else copy_of_pipe(path)]}
+    elif path.is_file():
+        splits = {"train": [path]}
     else:
         splits = load_from_hub(source, config)
     if "train" not in splits:
@@ -57,17 +59,22 @@ def open_source(source, text_column="text", config=None, max_stories=None, seed=
             for split in ("train", "validation") if split in splits}
 
 
-def copy_of_pipe(path):
-    """The path of a temporary copy of what a pipe delivers: a source is read several times."""
-    copy = tempfile.NamedTemporaryFile(prefix="storygpt-")  # deleted at exit
+def is_pipe(source):
+    """Whether a source is standard input (-) or another pipe, as <(zcat a.gz) is in a shell."""
+    return source == "-" or source.startswith("/dev/") or Path(source).is_fifo()
+
+
+def copy_of_pipe(source):
+    """The path of a temporary copy of the text that a pipe delivers: a source is read several times."""
+    copy = tempfile.NamedTemporaryFile(prefix="storygpt-")  # deleted when it is closed
     _copies.append(copy)
-    with open(path, "rb") as pipe:
+    with sys.stdin.buffer if source in ("-", "/dev/stdin") else open(source, "rb") as pipe:
         shutil.copyfileobj(pipe, copy)
     copy.flush()
     return Path(copy.name)
 
 
-_copies = []  # the open copies of pipes: a copy is deleted when its file is closed
+_copies = []  # of pipes: files that stay open until this process ends
 
 
 # ---- the files of a folder ----
@@ -90,7 +97,7 @@ def find_files(folder, config):
 def walk(folder):
     """The paths of all files in a folder and its sub-folders, links to folders included, sorted; none that is hidden.
 
-    Raises UserError for a link to a folder that contains it, OSError for a folder that cannot be read.
+    Raises UserError for a link to a folder that contains the link, OSError for a folder that cannot be read.
     """
     def fail(error):
         raise error
@@ -99,7 +106,7 @@ def walk(folder):
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         first = seen.setdefault(os.path.realpath(root), root)
         if first != root and Path(root).is_relative_to(first):
-            raise UserError(f"{root} is a link to a folder that contains it: remove it")
+            raise UserError(f"{root} is {first} again: remove the link that leads there")
         if first == root:
             folders[:] = [name for name in folders if not name.startswith(".")]
             files += [Path(root, name) for name in names if not name.startswith(".")]
