@@ -92,10 +92,10 @@ def parse_args(argv):
                     description="Convert stories into token files under data/<name>/.")
     add = parser.add_argument
     add("source", nargs="?", default=sources.HUB_DATASET, metavar="SOURCE",
-        help="a file, a folder, a dataset on the Hugging Face hub, - (standard input), or nursery, the synthetic corpus "
-             "(default: %(default)s); files are .txt (<|endoftext|> separates stories), .jsonl, .json or .parquet; in "
-             "a folder, words in the names of files and folders tell the split: train or training; validation, valid, "
-             "val or dev; test or testing (left out); docs/training.md has all rules")
+        help="a file, a folder, a dataset on the Hugging Face hub, - for standard input, or nursery, the synthetic "
+             "corpus (default: %(default)s); files are .txt (<|endoftext|> separates stories), .jsonl, .json or "
+             ".parquet; words in the names of a folder's files and sub-folders tell the split: train, training; "
+             "validation, valid, val, dev; test, testing (left out)")
     add("--name", help="name of the folder under data/; default: last part of SOURCE, and the tokenizer if not gpt2")
     add("--tokenizer", default="gpt2", help="a tiktoken encoding, or bpe:4096 to train one of 4096 tokens on the text "
         "(default: %(default)s); or the folder of a run or dataset, to reuse its tokenizer")

@@ -19,7 +19,7 @@ from storygpt.corpus.dataset import with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from storygpt.system import files
 
-STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", f"He said {END_OF_TEXT} and left."]
+STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", "He said 'yes' and left."]
 BOOK = "Ein naïver Fuchs 🦊 läuft über die Straße. " * 200  # 8,600 characters
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -84,9 +84,8 @@ def test_text_file(here):
 
 
 def test_one_long_text_in_a_column_of_a_jsonl_file_is_cut(here, fast, capsys):
-    (here / "book.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in (" ", BOOK, STORIES[0])))
-    meta, stories = prepare_as("book", "book.jsonl", "--text_column", "story", "--max_stories", "1",
-                               "--validation_fraction", "0.25", fast)
+    (here / "book.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in (" ", BOOK)))
+    meta, stories = prepare_as("book", "book.jsonl", "--text_column", "story", "--validation_fraction", "0.25", fast)
     assert f"{stories['train'][0]} {stories['validation'][0]}" == BOOK.strip() and len(stories["train"]) == 1
     assert abs(len(stories["validation"][0]) - 0.25 * len(BOOK)) < 100 and meta["empty_stories_dropped"] == 1
     assert "1 empty stories dropped, validation split: end of the text\n" in capsys.readouterr().out
@@ -237,8 +236,9 @@ def test_a_run_that_dies_leaves_no_dataset_and_the_next_one_succeeds(fast, fault
     ("nursery --tokenizer=bpe:60000 --max_stories=50", 1, "use --tokenizer bpe:"),
     ("nursery --name=../up", 1, "'../up' is not a valid folder name"),
     ("nursery --name=", 1, "'' is not a valid folder name"),
-    ("my_tales~.txt", 1, "'my_tales~' is not a valid folder name: set --name"),
-    ("--max_stories=0", 2, "--max_stories must be at least 1"),
+    ("--name=.hidden", 1, "'.hidden' is not a valid folder name: set --name"),
+    ("~~~.txt", 1, "'' is not a valid folder name: set --name"),
+    ("--max_stories=1", 2, "--max_stories must be at least 2"),
     ("--seed=-1", 2, "--seed must be at least 0"),
     ("--validation_fraction=1", 2, "--validation_fraction must be between 0 and 1"),
     ("--validation_fraction=nan", 2, "--validation_fraction must be between 0 and 1"),

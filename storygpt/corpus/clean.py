@@ -31,7 +31,7 @@ def clean(text):
     if not TO_BE_CLEANED.search(text):
         return text
     text = MOJIBAKE.sub(decode_again, text).translate(PLAIN)
-    text = re.sub(" *\n *", "\n", re.sub("  +", " ", text))
+    text = re.sub(" *(\n|$) *", r"\1", re.sub("  +", " ", text))
     return re.sub("\n{3,}", "\n\n", text)
 
 

@@ -223,6 +223,7 @@ def read_text(path):
 
 def read_json(path, column):
     """The values of a column of a file with a JSON object in each line, or with a list of objects."""
+    found = False
     with open_text(path) as file:
         while (character := file.read(1)).isspace():
             pass
@@ -230,9 +231,9 @@ def read_json(path, column):
         for where, row in json_list(path, file) if character == "[" else json_lines(path, file):
             if not isinstance(row, dict):
                 raise UserError(f"{where} is {type(row).__name__}, not a JSON object such as {{\"{column}\": \"…\"}}")
-            if column not in row:
+            if not (found := found or column in row):  # in a later row, the value may be missing
                 raise missing_column(where, column, row)
-            yield row[column]
+            yield row.get(column)
 
 
 def json_list(path, file):

@@ -49,24 +49,24 @@ class Corpus:
                     break
 
     def _pieces(self, split):
-        """Yield (piece, ends) of each story of a split of the source; blank stories are dropped, and fragments."""
+        """Yield (piece, ends) of each story of a split of the source; blank stories and, if cleaning, fragments are
+        dropped.
+        """
         for text in self.splits[split]():
             begins = True
             for piece, ends in pieces_of_stories(text):
                 if "\0" in piece:
                     raise UserError(f"{self.source}: text of the {split} split has NUL characters, after "
                                     f"{piece[:piece.index(chr(0))][-30:]!r}: remove them, or convert it to UTF-8")
-                piece = piece.lstrip() if begins else piece
-                piece = piece.rstrip() if ends else piece
-                before, whole, begins = piece, begins and ends, ends
-                piece = clean(piece) if self.cleaned else piece
-                if whole and not piece:
+                whole, begins = begins and ends, ends
+                cleaned = clean(piece) if self.cleaned else piece
+                if whole and not cleaned.strip():
                     self.counts["empty"] += 1
-                elif whole and self.cleaned and is_fragment(piece):
+                elif whole and self.cleaned and is_fragment(cleaned):
                     self.counts["fragment"] += 1
                 else:
-                    self.counts["changed"] += ends and piece != before
-                    yield piece, ends
+                    self.counts["changed"] += ends and cleaned != piece
+                    yield cleaned, ends
 
     def progress(self, description):
         """The triples, with a progress bar on a terminal; it shows the time left once `count` is set."""
@@ -95,7 +95,8 @@ class Corpus:
             found["validation_split"] = "source"
         elif len(train) == 1:
             found["validation_split"] = "end of the text"
-            self.cut, self.split_of = self._place_of_cut(characters, fraction), np.array(["train", "validation"], object)
+            self.cut = self._place_of_cut(characters, fraction)
+            self.split_of = np.array(["train", "validation"], object)
         else:
             found["validation_split"] = "random stories"
             size = min(max(1, round(len(train) * fraction)), len(train) - 1)
@@ -106,7 +107,7 @@ class Corpus:
         if dropped.all():
             raise UserError(f"{self.source}: --drop_duplicates would leave none of the training stories: use more text")
         self.split_of[np.flatnonzero(self.split_of == "train")[dropped]] = None
-        self.count = len(train) + len(validation) - int(dropped.sum())
+        self.count = np.count_nonzero(self.split_of)
         return characters, found
 
     def _hash_stories(self):
@@ -133,29 +134,28 @@ class Corpus:
 
 
 def pieces_of_stories(text):
-    """Divide a text, an iterable of strings, into stories at END_OF_TEXT; yield (piece, ends) as `Corpus` does.
-
-    Blank text before the first and after the last END_OF_TEXT is no story.
+    """Divide a text, an iterable of strings, into stories at END_OF_TEXT, and strip them; yield (piece, ends) as
+    `Corpus` does. Blank text before the first and after the last END_OF_TEXT is no story.
     """
-    rest, separated = "", False
+    rest, begins, separated = "", True, False  # `begins`: the rest is the beginning of a story
     for part in text:
         *stories, rest = (rest + part).split(END_OF_TEXT)
         for story in stories:
-            if separated or story.strip():
-                *first, last = cut_in_pieces(story)
+            *first, last = cut_in_pieces(story.strip() if begins else story.rstrip())
+            if separated or last or not begins:
                 yield from ((piece, False) for piece in first)
                 yield last, True
-            separated = True
-        *first, rest = cut_in_pieces(rest)  # the rest may end within END_OF_TEXT
+            begins = separated = True
+        *first, rest = cut_in_pieces(rest.lstrip() if begins else rest)  # the rest may end within END_OF_TEXT
         yield from ((piece, False) for piece in first)
-    if rest.strip() or not separated:
-        yield rest, True
+        begins = begins and not first
+    if rest.strip() or not (separated and begins):
+        yield rest.rstrip(), True
 
 
 def cut_in_pieces(story):
-    """Cut a story of more than 2 * PIECE_CHARACTERS into pieces of at least PIECE_CHARACTERS, if possible between words.
-
-    All pieces but the last are then of at most 2 * PIECE_CHARACTERS.
+    """Cut a story of more than 2 * PIECE_CHARACTERS into pieces of PIECE_CHARACTERS to 2 * PIECE_CHARACTERS, if possible
+    between words.
     """
     pieces, start = [], 0
     while len(story) - start > 2 * PIECE_CHARACTERS:

@@ -95,18 +95,19 @@ class Tokenizer:
         check_whitespace(text)
         return self.encoding.encode_ordinary(text)
 
-    def encode_stories(self, stories, ends=itertools.repeat(True)):
+    def encode_stories(self, stories, ends=None):
         """Encode a list of stories, each followed by an end-of-text token: uint32 (tokens,). UserError as `encode`.
 
-        `ends`: whether it follows; it does not where a list item is a story's piece with another one to come.
+        `ends`: for each item of the list, whether it follows; it does not if the next item is of the same story.
         """
+        ends = [True] * len(stories) if ends is None else ends
         for story in stories:
             check_whitespace(story)
         if any(END_OF_TEXT in story for story in stories):
-            tokens = [self.encode(story) + [self.end_of_text] * end for story, end in zip(stories, ends)]
+            tokens = [self.encode(story) + [self.end_of_text] * end for story, end in zip(stories, ends, strict=True)]
             return np.concatenate(tokens).astype(np.uint32)
         # All in one call, during which tiktoken releases the GIL, and without a Python object for each token.
-        text = "".join(story + END_OF_TEXT * end for story, end in zip(stories, ends))
+        text = "".join(story + END_OF_TEXT * end for story, end in zip(stories, ends, strict=True))
         return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}, disallowed_special=())
 
     def decode(self, tokens):

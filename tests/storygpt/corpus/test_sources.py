@@ -1,6 +1,12 @@
-"""Reading stories: every kind of source yields the same stories, and every bad source raises a UserError."""
+"""Reading sources: which texts of which files are read, as which split, and one line for every bad source."""
 
+import codecs
+import gzip
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -8,39 +14,47 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import ROOT
 from storygpt.corpus import nursery, sources
-from storygpt.corpus.sources import Corpus
+from storygpt.corpus.sources import open_source, split_of
 from storygpt.corpus.tokenizer import END_OF_TEXT
 from storygpt.system.errors import UserError
 
-STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", f"He said {END_OF_TEXT} and left."]
+STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", "He said\tyes."]
 
 
 def write(path, stories, column="text"):
     """Write stories to a file in the format of its extension; return the path as a string."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".txt":
-        path.write_text(f"\n{END_OF_TEXT}\n".join(stories), encoding="utf-8")
-    elif path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         path.write_text("".join(json.dumps({column: story}) + "\n" for story in stories))
-    else:
+    elif suffix == ".json":
+        path.write_text(json.dumps([{"id": 1, column: story} for story in stories], indent=1))
+    elif suffix == ".parquet":
         pq.write_table(pa.table({"id": range(len(stories)), column: pa.array(stories, pa.string())}), path)
+    else:
+        path.write_text(f"\n{END_OF_TEXT}\n".join(stories), encoding="utf-8")
     return str(path)
 
 
-def read(*args, **options):
-    """The stories of each split of a source."""
-    splits = {}
-    for split, story in Corpus(*args, **options):
-        splits.setdefault(split, []).append(story)
-    return splits
+def read(source, *args, **options):
+    """The stories of each split of a source, in order."""
+    return {split: [story.strip() for text in texts() for story in "".join(text).split(END_OF_TEXT)]
+            for split, texts in open_source(source, *args, **options).items()}
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
-def test_files_of_every_format(here, suffix):
-    corpus = Corpus(write(here / f"Mine.{suffix}", STORIES, "story"), "story")
-    for _ in range(2):  # a corpus can be read again
-        assert list(corpus) == [("train", story) for story in STORIES]
+@pytest.mark.parametrize("name", ["a.txt", "B.TXT", "c.jsonl", "D.JSONL", "e.json", "F.Json", "g.parquet", "text8"])
+def test_files_of_every_format(here, name):
+    splits = open_source(write(name, STORIES, "story"), "story")
+    for _ in range(2):  # a source can be read again
+        texts = ["".join(text) for text in splits["train"]()]
+        assert texts == (STORIES if len(texts) > 1 else [f"\n{END_OF_TEXT}\n".join(STORIES)])
+    Path("folder").mkdir()
+    if name != "text8":  # in a folder, a file without an ending can be anything
+        Path(name).rename(f"folder/{name}")
+        assert read("folder", "story") == {"train": STORIES}
 
 
 def test_nursery(monkeypatch):
@@ -49,121 +63,252 @@ def test_nursery(monkeypatch):
     assert len(read("nursery")["train"]) == 30
 
 
-def test_folder_with_the_layout_of_the_hub(here):
-    write(here / "repo/data/train-00000-of-00002.parquet", STORIES[:10])
-    write(here / "repo/data/train-00001-of-00002.parquet", STORIES[10:15])
-    write(here / "repo/data/validation-00000-of-00001.parquet", STORIES[15:])
-    (here / "repo/LICENSE.txt").write_text("All rights reserved.")
-    assert read("repo/", max_stories=12) == {"train": STORIES[:12], "validation": STORIES[15:]}
-    # The hub cannot be reached in tests; without streaming, `load_dataset` returns what it does for the hub.
-    splits = datasets.load_dataset("repo", cache_dir=str(here / "cache"))
-    assert list(sources.read_column(splits["validation"], "text", "repo")) == STORIES[15:]
+PRINT_TWICE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from storygpt.corpus.sources import open_source
+texts = open_source(sys.argv[1])["train"]
+print(["".join(text) for _ in range(2) for text in texts()])
+"""
 
 
-def test_folder_of_text_files(here):
-    write(here / "books/b.txt", STORIES[3:6])
-    write(here / "books/more/a.txt", STORIES[:3])
-    (here / "books/.DS_Store").touch()  # macOS creates one in folders opened in the Finder
-    write(here / "books/.git/COMMIT_EDITMSG.txt", ["More books"])
-    assert read("books") == {"train": STORIES[3:6] + STORIES[:3]}
-    write(here / "books/My-valid.txt", STORIES[6:9])
-    assert read("books") == {"train": STORIES[3:6] + STORIES[:3], "validation": STORIES[6:9]}
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names for pipes")
+def test_a_pipe_is_copied_and_can_be_read_again(here):
+    Path("program.py").write_text(PRINT_TWICE)
+    Path("a.txt").write_text("One.")
+    Path("a.txt.gz").write_bytes(gzip.compress(b"One."))
+    os.mkfifo("fifo")
+    commands = ["cat a.txt | $0 program.py -", "$0 program.py /dev/stdin < a.txt", "$0 program.py <(zcat a.txt.gz)",
+                "cat a.txt > fifo & $0 program.py fifo"]
+    for command in commands:
+        done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("['One.', 'One.']\n", "")
 
 
-def test_white_space_line_endings_and_empty_stories(here):
-    text = (f"\ufeff{END_OF_TEXT}\r\n\r\n{END_OF_TEXT}\r\n  One.\r\n\r\nMore. \r\n"
-            f"{END_OF_TEXT} \r\n\r\n{END_OF_TEXT}\r\nTwo.\r\nThree.\r\n")
-    (here / "a.txt").write_bytes(text.encode())
-    write(here / "b.jsonl", ["One.\n\nMore.", "  ", None, "\n", "Two.\nThree.  "])
-    for source, empty_stories in (("a.txt", 2), ("b.jsonl", 3)):
-        corpus = Corpus(source)
-        for _ in range(2):  # the count is of one iteration
-            assert [story for _, story in corpus] == ["One.\n\nMore.", "Two.\nThree."]
-            assert corpus.empty_stories == empty_stories
+@pytest.mark.parametrize("path, split", [
+    ("train.txt", "train"), ("training.jsonl", "train"), ("Valid.txt", "validation"), ("val.txt", "validation"),
+    ("DEV.TXT", "validation"), ("valid_1.txt", "validation"), ("validation-00000-of-00001-5a1f.parquet", "validation"),
+    ("TinyStories-valid.txt", "validation"), ("my.val.jsonl", "validation"), ("dev2.txt", "validation"),
+    ("test.txt", "test"), ("Testing 3.txt", "test"), ("story.txt", None), ("invalid.txt", None), ("contest.txt", None),
+    ("value.txt", None), ("device.txt", None), ("trains.txt", None),
+    ("val/a.txt", "validation"), ("Dev/a.txt", "validation"), ("train/the test.txt", "train"),
+    ("val/a train.txt", "validation"), ("training_data/val.txt", "validation"), ("train_data/a.txt", "train"),
+    ("data/train-00000-of-00001.parquet", "train"), ("en/fr/a.txt", None)])
+def test_a_split_is_told_by_names(path, split):
+    assert split_of(Path(path)) == split
 
 
-def test_validation_split(here):
-    for count, fraction, size in ((len(STORIES), 0.2, 4), (10, 1e-6, 1), (10, 0.999, 9)):  # at least one story in each
-        corpus = Corpus(write(here / "a.txt", STORIES[:count]))
-        assert corpus.examine(fraction, 1, False)[1]["validation_split"] == "random stories"
-        assert [split for split, _ in corpus].count("validation") == size and len(list(corpus)) == corpus.count == count
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".jsonl", ".json", ".parquet"])
+def test_splits_of_a_folder_are_the_same_for_all_formats(here, suffix, capsys):
+    for name, stories in (("Train", STORIES[:9]), ("more/dev", STORIES[9:12]), ("b", STORIES[12:]), ("test", ["no"])):
+        write(f"x/{name}{suffix}", stories)
+    assert read("x") == {"train": STORIES[:9] + STORIES[12:], "validation": STORIES[9:12]}
+    assert capsys.readouterr().err == f"x: {suffix.lower()} files: 2 train, 1 validation, 1 test (left out: test)\n"
 
 
-@pytest.mark.parametrize("text, fraction, size", [
-    ("word " * 2000, 0.2, 2000),
-    ("word     " * 2000, 0.2, 3599),  # a cut within white space
-    ("word " * 2000, 1e-6, 1024),  # a window of the default block_size at least,
-    ("word " * 2000, 0.999, 9999 - 2048),  # and two for training
-    ("故" * 9999, 0.2, 1901),  # the search for the end of a word is bounded
-    ("x" * 3072, 0.01, 1024 - 99),  # the shortest text that can be cut
-], ids=range(6))
-def test_one_text_is_cut_between_words(here, text, fraction, size):
-    corpus = Corpus(write(here / "a.txt", [" ", text]))
-    found = corpus.examine(fraction, 1, False)[1]
-    assert (found["validation_split"], found["empty_stories_dropped"]) == ("end of the text", 1)
-    (_, train), (_, validation) = corpus
-    assert (train, validation) == (train.strip(), validation.strip())
-    assert train.split() + validation.split() in (text.split(), [train, validation])
-    assert abs(len(validation) - size) <= 5
+@pytest.mark.parametrize("other", ["README.md", "LICENSE", "desktop.ini", "notes.docx", "b.TXT", "b.jsonl", "b.parquet",
+                                   "README.txt", "license.txt", "sub/b.json", ".git/a.txt", ".b.txt"])
+def test_text_files_are_read_whatever_lies_beside_them(here, other, capsys):
+    write("x/a.txt", STORIES[:2])
+    write(f"x/{other}", STORIES[2:])
+    is_text = other == "b.TXT"
+    assert read("x") == {"train": STORIES if is_text else STORIES[:2]}
+    said = capsys.readouterr().err
+    name = "README.txt license.txt LICENSE".split()
+    skipped = "" if is_text or "." in other[:1] else f"; skipped: 1 {other if other in name else Path(other).suffix}"
+    assert said == f"x: .txt files: {1 + is_text} train{skipped}\n"
 
 
-def test_duplicates(here):
-    rng = np.random.default_rng(0)
-    for train_size, validation_size in ((300, 40), (40, 300)):
-        train = rng.integers(200, size=train_size).astype(str).tolist()
-        validation = rng.integers(200, size=validation_size).astype(str).tolist()
-        write(here / "books/train.txt", train)
-        write(here / "books/valid.txt", validation)
-        corpus = Corpus("books")
-        kept = [story for story in dict.fromkeys(train) if story not in validation]
-        assert corpus.examine(0.01, 1, True)[1]["duplicates"] == {
-            "within_train": len(train) - len(set(train)), "dropped": len(train) - len(kept),
-            "validation_in_train": sum(story in train for story in validation)}
-        assert list(corpus) == [("train", story) for story in kept] + [("validation", story) for story in validation]
+def test_the_format_with_most_bytes_is_read_if_there_are_no_texts(here):
+    write("x/stories.jsonl", STORIES)
+    write("x/metadata.json", ["License."], "license")
+    assert read("x") == {"train": STORIES}
+
+
+def test_links_to_folders_are_followed_and_a_loop_is_an_error(here):
+    write("elsewhere/part2/b.txt", STORIES[5:])
+    write("linked/a.txt", STORIES[:5])
+    Path("linked/part2").symlink_to("../elsewhere/part2")
+    Path("linked/part3").symlink_to("../elsewhere/part2")  # the same stories again
+    assert read("linked") == {"train": STORIES}
+    for target in (".", ".."):
+        Path("linked/loop").symlink_to(target)
+        with pytest.raises(UserError, match="again: remove the link"):
+            read("linked")
+        Path("linked/loop").unlink()
+    Path("linked/gone.txt").symlink_to("nowhere.txt")
+    with pytest.raises(FileNotFoundError, match="gone.txt"):
+        read("linked")
+
+
+@pytest.mark.parametrize("name", ["brackets [v2]", "with spaces", "тексты", "a*b?", "x.txt"])
+def test_folders_of_any_name(here, name):
+    write(f"{name}/data/train.jsonl", STORIES[2:])
+    write(f"{name}/data/validation.jsonl", STORIES[:2])
+    assert read(name) == {"train": STORIES[2:], "validation": STORIES[:2]}
+
+
+VARYING = [[None, ["x"]], [{"id": 1}, {"id": 1, "link": "x"}], [1, "one"], [{"a": 1}, "text"], [[1], [{"b": None}]]]
+
+
+@pytest.mark.parametrize("first, second", VARYING)
+def test_only_the_text_column_is_read(here, first, second):
+    """Other columns may vary between rows and files."""
+    def row(i, meta):
+        return json.dumps({"text": STORIES[i], "meta": meta} | ({"more": i} if i % 2 else {})) + "\n"
+    Path("rows").mkdir()
+    Path("rows/a.jsonl").write_text("".join(row(i, first if i < 5 else second) for i in range(10)))
+    Path("rows/b.jsonl").write_text(row(10, second) + "\n" + row(11, first))
+    assert read("rows") == {"train": STORIES[:12]}
+    Path("tables").mkdir()
+    for name, meta in (("a", first), ("b", second)):
+        pq.write_table(pa.table({"text": STORIES[:3], "meta": [meta] * 3}), f"tables/{name}.parquet")
+    assert read("tables") == {"train": STORIES[:3] * 2}
+
+
+def test_metadata_may_change_far_into_a_file(here):
+    with open("a.jsonl", "w") as file:
+        for i in range(12_000):
+            file.write(json.dumps({"text": f"Story {i}.", "meta": {"x": "y" * 1000} if i < 11_000 else "none"}) + "\n")
+    assert len(read("a.jsonl")["train"]) == 12_000 and os.path.getsize("a.jsonl") > 11e6
+
+
+README = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/train*
+  - split: dev
+    path: [en/x.jsonl]
+- config_name: fr
+  data_dir: fr
+- config_name: one
+  data_files: en/x.jsonl
+---
+Stories in two languages.
+"""
+
+
+def test_a_folder_with_several_configurations(here):
+    def check(names):
+        for config in (None, "xx"):
+            with pytest.raises(UserError, match=f"x: choose a configuration with --config: {names}$"):
+                read("x", config=config)
+        assert read("x", config="en") == {"train": STORIES[:5], "validation": STORIES[5:7]}
+        assert read("x", config="fr") == {"train": STORIES[7:9], "validation": STORIES[9:]}
+    for name, part in (("en/train", STORIES[:5]), ("en/x", STORIES[5:7]), ("fr/train", STORIES[7:9]),
+                       ("fr/dev", STORIES[9:])):
+        write(f"x/{name}.jsonl", part)
+    Path("x/README.md").write_text(README)
+    check("en, fr, one")
+    assert read("x", config="one") == {"train": STORIES[5:7]}
+    Path("x/README.md").write_text("Stories in two languages.")  # it lists none
+    Path("x/en/x.jsonl").rename("x/en/val.jsonl")
+    check("en, fr, all")
+    assert read("x", config="all") == {"train": STORIES[:5] + STORIES[7:9], "validation": STORIES[5:7] + STORIES[9:]}
+    Path("x/README.md").write_text("---\nconfigs:\n- config_name: default\n  data_dir: en\n---\n")
+    assert read("x") == {"train": STORIES[:5], "validation": STORIES[5:7]}
+    write("parts/train_1/train.txt", STORIES[:5])
+    write("parts/a.txt", STORIES[5:])  # a single sub-folder is no configuration
+    assert len(read("parts")["train"]) == len(STORIES)
+
+
+def test_a_folder_with_the_layout_of_the_hub(here):
+    write("repo/data/train-00000-of-00002.parquet", STORIES[:10])
+    write("repo/data/train-00001-of-00002.parquet", STORIES[10:15])
+    write("repo/data/validation-00000-of-00001-b1a5.parquet", STORIES[15:])
+    write("repo/Stories-train.txt", ["the same stories in another format"])
+    assert read("repo/") == {"train": STORIES[:15], "validation": STORIES[15:]}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_what_datasets_loads_and_saves(here):
+    """The hub cannot be reached in tests; `load_dataset` returns the same for a folder with its layout."""
+    write("repo/data/train.jsonl", STORIES[:10])
+    write("repo/data/dev.jsonl", STORIES[10:])
+    loaded = sources.load_dataset("repo", None)
+    assert {split: list(sources.read_dataset(loaded[split], "text", "repo")) for split in loaded} == {
+        "train": STORIES[:10], "validation": STORIES[10:]}
+    datasets.DatasetDict(train=loaded["train"], valid=loaded["validation"]).save_to_disk("saved")
+    assert read("saved") == {"train": STORIES[:10], "validation": STORIES[10:]}
+    loaded["train"].save_to_disk("one")
+    assert read("one") == {"train": STORIES[:10]}
+    Path("one/data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot read one, which `save_to_disk` wrote: "):
+        read("one")
+    Path("repo/README.md").write_text("---\nconfigs:\n- {config_name: en, data_dir: data}\n"
+                                      "- {config_name: fr, data_dir: data}\n---\n")
+    for config in (None, "xx"):
+        with pytest.raises(UserError, match="^repo: choose a configuration with --config: en, fr$"):
+            sources.load_dataset("repo", config)
+    assert set(sources.load_dataset("repo", "fr")) == {"train", "validation"}
+
+
+def test_a_cache_that_cannot_be_written_is_reported_as_that(here, monkeypatch):
+    Path("file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "file/cache")
+    write("repo/train.jsonl", STORIES)
+    with pytest.raises(UserError, match=r"cache of Hugging Face's libraries, .*file.* \(Not a directory\): set HF_HOME"):
+        with sources.writing_the_cache():
+            sources.load_dataset("repo", None)
 
 
 @pytest.fixture
 def bad(here):
     """The current folder, with one source for each way to be wrong."""
-    Path = here.joinpath
-    Path("latin1.txt").write_bytes(b"A caf\xe9.\n")
-    Path("utf16.txt").write_text("A story.", encoding="utf-16")
+    for encoding in ("latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        Path(f"{encoding}.txt").write_bytes("A café.\n".encode(encoding))
+    Path("bom-be.txt").write_bytes(codecs.BOM_UTF16_BE + "A café.\n".encode("utf-16-be"))
+    Path("utf16.jsonl").write_text('{"text": "A story."}\n', encoding="utf-16-le")
+    Path("late.txt").write_bytes(b"word " * 5000 + b"\xff")
     Path("bad.parquet").write_bytes(b"PAR1 but no more than that")
-    Path("bad.jsonl").write_text('{"text": "A story."}\n{"text": \n')
+    Path("bad.jsonl").write_text('{"text": "A story."}\n\n{"text": \n')
+    Path("bad.json").write_text('[{"text": "A story."}')
+    Path("numbers.json").write_text("[1, 2]")
+    Path("keys.jsonl").write_text('{"story": "A story."}\n{"text": "A story."}\n')
     offsets, text = pa.py_buffer(np.array([0, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])}), "latin1.parquet")
-    for name in ("empty.txt", "empty.jsonl", "a.csv"):
+    for name in ("a.csv", "hollow/a.csv", "hollow/LICENSE.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    Path("hollow").mkdir()
-    write(Path("a.parquet"), STORIES)
-    write(Path("repo/data/test-00000-of-00001.parquet"), STORIES)
-    write(Path("books/train.txt"), STORIES)
-    write(Path("books/valid.txt"), ["", "  "])
-    write(Path("short.txt"), ["x" * 3071])
-    write(Path("same.txt"), ["x"] * 9)
+    write("a.parquet", STORIES)
+    write("repo/test.parquet", STORIES)
 
 
 @pytest.mark.parametrize("source, message", [
     ("nothing.txt", "nothing.txt does not exist"),
     ("../nothing", "does not exist"),
+    ("my--texts", "my--texts does not exist: give a file, a folder"),
+    ("тексты", "тексты does not exist"),
+    ("my_texts.", "my_texts. does not exist"),
     ("nobody/nothing", "cannot reach nobody/nothing on the Hugging Face hub: check the name and the network"),
     ("a.parquet story", "no column 'story': choose one of id, text"),
-    ("a.parquet id", "story 1 of the train split is int, not text"),
-    ("latin1.txt", "latin1.txt is not UTF-8 text"),
-    ("utf16.txt", "iconv -f utf-16"),
-    ("latin1.parquet", "latin1.parquet is not UTF-8 text"),
+    ("a.parquet id", "a.parquet: value 1 is int, not text"),
+    ("keys.jsonl", "keys.jsonl, line 1 has no column 'text': choose one of story with --text_column"),
+    ("a.parquet text en", "a.parquet has no configurations: leave out --config"),
+    ("latin-1.txt", "latin-1.txt is not UTF-8 text (invalid continuation byte): convert it, for example with  iconv -f "
+                    "cp1252 -t utf-8 OLD > NEW"),
+    ("utf-16.txt", "iconv -f utf-16 "),
+    ("bom-be.txt", "iconv -f utf-16 "),
+    ("utf-16-le.txt", "iconv -f utf-16le "),
+    ("utf-16-be.txt", "iconv -f utf-16be "),
+    ("utf-32.txt", "iconv -f utf-32 "),
+    ("utf-32-le.txt", "iconv -f utf-32le "),
+    ("utf-32-be.txt", "iconv -f utf-32be "),
+    ("utf16.jsonl", "iconv -f utf-16le "),
+    ("late.txt", "late.txt is not UTF-8 text"),
+    ("latin1.parquet", "latin1.parquet has text that is not UTF-8"),
     ("bad.parquet", "cannot read bad.parquet"),
-    ("bad.jsonl", "cannot read bad.jsonl"),
-    ("empty.txt", "empty.txt: the train split has no stories, or only empty ones"),
-    ("empty.jsonl", "empty.jsonl"),
-    ("hollow", "a folder must contain .txt, .jsonl or .parquet files"),
+    ("bad.jsonl", "bad.jsonl, line 3 is not valid JSON"),
+    ("bad.json", "bad.json is not valid JSON"),
+    ("numbers.json", "numbers.json, item 1 is int, not a JSON object"),
+    ("hollow", "hollow has no .txt, .jsonl, .json, .parquet files"),
     ("repo", "repo has no split 'train', only test"),
-    ("a.csv", "a.csv: unsupported file type, use one of .txt, .jsonl, .parquet"),
-    ("books", "books: the validation split has no stories"),
-    ("short.txt", "of 3,071 characters, but training and validation need 3,072"),
-    ("same.txt", "--drop_duplicates would leave none"),
+    ("repo text en", "repo: choose a configuration with --config: the folder has none, so leave it out"),
+    ("a.csv", "a.csv: unsupported file type, use one of .txt, .jsonl, .json, .parquet"),
 ])
 def test_bad_sources_raise_user_errors(bad, source, message):
     with pytest.raises(UserError) as error:
-        Corpus(*source.split()).examine(0.01, 1, drop_duplicates=True)
+        read(*source.split())
     assert message in str(error.value)
