@@ -5,6 +5,7 @@ start. A text is an iterable of its parts in order, so that no file has to fit i
 rules: which files of a folder are read, and how their names tell the split.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -65,16 +66,13 @@ def is_pipe(source):
 
 
 def copy_of_pipe(source):
-    """The path of a temporary copy of the text that a pipe delivers: a source is read several times."""
-    copy = tempfile.NamedTemporaryFile(prefix="storygpt-")  # deleted when it is closed
-    _copies.append(copy)
-    with sys.stdin.buffer if source in ("-", "/dev/stdin") else open(source, "rb") as pipe:
+    """The path of a copy of the text that a pipe delivers, until this process ends: a source is read several times."""
+    folder = tempfile.mkdtemp(prefix="storygpt-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder, "stdin")
+    with sys.stdin.buffer if source in ("-", "/dev/stdin") else open(source, "rb") as pipe, open(path, "wb") as copy:
         shutil.copyfileobj(pipe, copy)
-    copy.flush()
-    return Path(copy.name)
-
-
-_copies = []  # of pipes: files that stay open until this process ends
+    return path
 
 
 # ---- the files of a folder ----
@@ -129,10 +127,15 @@ def listed_configurations(folder):
     """The configurations that a dataset's README.md lists, as the hub defines it: name → files, see `find_files`."""
     if not (folder / "README.md").exists():
         return {}
-    from huggingface_hub import metadata_load  # not at the top: it takes a moment
+    import yaml  # not at the top, as the libraries below: only some sources need them
+    from huggingface_hub import metadata_load
 
+    try:
+        entries = (metadata_load(folder / "README.md") or {}).get("configs") or []
+    except (ValueError, yaml.YAMLError):  # it describes something else
+        return {}
     configurations = {}
-    for entry in (metadata_load(folder / "README.md") or {}).get("configs", []):
+    for entry in (entry for entry in entries if isinstance(entry, dict)):
         data_files = entry.get("data_files", f"{entry.get('data_dir', '.')}/**/*")
         files = configurations.setdefault(entry.get("config_name", "default"), {})
         for item in data_files if isinstance(data_files, list) else [data_files]:
@@ -240,7 +243,7 @@ def json_list(path, file):
     """The items of a JSON list, each with where it is."""
     try:
         items = json.load(file)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON ({error}): it may be damaged") from error
     return ((f"{path}, item {i}", item) for i, item in enumerate(items, 1))
 
@@ -251,14 +254,14 @@ def json_lines(path, file):
         if not line.isspace():
             try:
                 yield f"{path}, line {i}", json.loads(line)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {i} is not valid JSON ({error}): the file may be damaged; it needs an "
                                 "object in each line, or must be a list of objects") from error
 
 
 def read_parquet(path, column):
     """The values of a column of a Parquet file; other columns are not read."""
-    import pyarrow.parquet  # not at the top, like all that only some sources need
+    import pyarrow.parquet
 
     with reading(path):
         file = pyarrow.parquet.ParquetFile(path)

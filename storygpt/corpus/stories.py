@@ -154,8 +154,8 @@ def pieces_of_stories(text):
 
 
 def cut_in_pieces(story):
-    """Cut a story of more than 2 * PIECE_CHARACTERS into pieces of PIECE_CHARACTERS to 2 * PIECE_CHARACTERS, if possible
-    between words.
+    """Cut a story that is longer than 2 * PIECE_CHARACTERS into pieces between that and half of it, if possible between
+    words.
     """
     pieces, start = [], 0
     while len(story) - start > 2 * PIECE_CHARACTERS:

@@ -209,6 +209,9 @@ def test_a_folder_with_several_configurations(here):
     assert read("x", config="all") == {"train": STORIES[:5] + STORIES[7:9], "validation": STORIES[5:7] + STORIES[9:]}
     Path("x/README.md").write_text("---\nconfigs:\n- config_name: default\n  data_dir: en\n---\n")
     assert read("x") == {"train": STORIES[:5], "validation": STORIES[5:7]}
+    for other in (b"title: [x", b"- x", b"configs: x", b"configs:", b"title: \xff"):
+        Path("x/README.md").write_bytes(b"---\n" + other + b"\n---\n")  # no dataset's
+        check("en, fr, all")
     write("parts/train_1/train.txt", STORIES[:5])
     write("parts/a.txt", STORIES[5:])  # a single sub-folder is no configuration
     assert len(read("parts")["train"]) == len(STORIES)
@@ -249,7 +252,8 @@ def test_a_cache_that_cannot_be_written_is_reported_as_that(here, monkeypatch):
     Path("file").touch()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "file/cache")
     write("repo/train.jsonl", STORIES)
-    with pytest.raises(UserError, match=r"cache of Hugging Face's libraries, .*file.* \(Not a directory\): set HF_HOME"):
+    message = r"cache of Hugging Face's libraries, .*file.* \(Not a directory\): set HF_HOME"
+    with pytest.raises(UserError, match=message):
         with sources.writing_the_cache():
             sources.load_dataset("repo", None)
 

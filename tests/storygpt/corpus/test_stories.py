@@ -1,4 +1,4 @@
-"""The stories of a source: separators, white space, pieces of long texts, the validation split, duplicates, cleaning."""
+"""The stories of a source: separators, white space, pieces, the validation split, duplicates, cleaning."""
 
 import json
 from pathlib import Path
@@ -146,13 +146,14 @@ def test_duplicates_among_stories_in_pieces(here, monkeypatch):
 
 
 def test_cleaning_counts_changed_stories_and_drops_fragments(here):
-    whole = "Ana had a red ball. She went to the park with Ben, and they played until dinner. It was a good day for them."
-    texts = [whole, whole.replace("a red", "“a red”"), whole[:-1], "Short.", "", f"{whole}\n\nThe End", whole + " \nYes."]
+    whole = "Ana had a red ball. She went to the park with Ben, and they played until dinner. It was a good day, too."
+    texts = [whole, whole.replace("a red", "“a red”"), whole[:-1], "Short.", "", f"{whole}\n\nThe End",
+             f"{whole} \nYes."]
     corpus = Corpus(write("a.jsonl", texts), cleaned=True)
     found = corpus.examine(0.2, 1, False)[1]
     assert found["cleaned"] == {"stories_changed": 2, "fragments_dropped": 2} and found["empty_stories_dropped"] == 1
     kept = [story for _, story, _ in corpus]
-    assert kept == [whole, whole.replace("a red", '"a red"'), f"{whole}\n\nThe End", whole + "\nYes."]
+    assert kept == [whole, whole.replace("a red", '"a red"'), f"{whole}\n\nThe End", f"{whole}\nYes."]
     assert "cleaned" not in Corpus("a.jsonl").examine(0.2, 1, False)[1]
 
 
