@@ -21,7 +21,8 @@ from storygpt.checkpoint import load_model
 from storygpt.corpus.tokenizer import END_OF_TEXT
 from storygpt.generate import generate, prepare_for_generation, window_start
 from storygpt.run import best_checkpoint, newest_run
-from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.errors import Parser, exit_with_one_line
+from storygpt.system.files import open_text
 from storygpt.system.hardware import DTYPES, pick_device, pick_inference_dtype
 
 
@@ -111,11 +112,8 @@ def read_prompt(start):
     """The prompt of --start: the text itself, or that of a UTF-8 file, FILE:path. Raises UserError or OSError."""
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
-    try:
-        return path.read_text(encoding="utf-8").rstrip("\n")  # the last line's end is not part of the prompt
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 text: convert it") from error
+    with open_text(Path(start.removeprefix("FILE:"))) as file:
+        return file.read().rstrip("\n")  # the last line's end is not part of the prompt
 
 
 if __name__ == "__main__":

@@ -64,8 +64,11 @@ def test_a_prompt_is_text_or_a_file(run, capsys, tmp_path, fails):
     assert out.startswith("The fox") and not out.startswith("The fox\n")
     assert run_sample(capsys, "--start", "", "--seed=1")[0].strip()
     assert run_sample(capsys, "--start", END_OF_TEXT)[0].startswith(END_OF_TEXT)  # ordinary text in a prompt
-    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe\xfa")
-    assert "is not UTF-8 text" in fails(sample.main, ["--start", f"FILE:{tmp_path / 'prompt.txt'}"])
+    for content in (b"\xff\xfe\xfa", "The fox".encode("utf-16-le")):
+        (tmp_path / "prompt.txt").write_bytes(content)
+        assert "is not UTF-8 text" in fails(sample.main, ["--start", f"FILE:{tmp_path / 'prompt.txt'}"])
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfThe fox\r\n\r\nsat\r\n")  # as Windows' Notepad writes it
+    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "The fox\n\nsat"
 
 
 def test_a_prompt_longer_than_the_context_window_prints_a_note(run, capsys):
