@@ -2,7 +2,8 @@
 
     python prepare.py                                     TinyStories, from the Hugging Face hub
     python prepare.py nursery --tokenizer bpe:2048        the synthetic corpus, with a vocabulary trained on it
-    python prepare.py my_stories.txt                      your own text
+    python prepare.py my_texts                            your own text: a file or a folder
+    zcat texts.gz | python prepare.py -                   ... or standard input
 
 Stories are streamed, stripped of outer white space and encoded on all cores, each followed by one end-of-text token.
 Memory use grows with the number of stories, to find duplicates. data/<name>/ appears only when it is complete.

@@ -209,12 +209,20 @@ def read_split(split, column, source):
 
 
 def texts_of_values(values, where):
-    """A text of one part for each value of a column; a missing value is an empty text. UserError: it is not text."""
+    """A text of one part for each value of a column; a missing value is an empty text. UserError: it is not text.
+
+    As in a text file, a line ends with a newline, and there are no half characters (surrogates, which JSON allows).
+    """
     for i, value in enumerate(values, 1):
         if not isinstance(value, str | None):
             raise UserError(f"{where}: value {i} is {type(value).__name__}, not text: choose another column with "
                             "--text_column")
-        yield (value or "",)
+        text = value or ""
+        if "\r" in text:
+            text = re.sub("\r\n?", "\n", text)
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield (text,)
 
 
 def read_text(path):

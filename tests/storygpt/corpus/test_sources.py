@@ -166,6 +166,11 @@ def test_only_the_text_column_is_read(here, first, second):
     assert read("tables") == {"train": STORIES[:3] * 2}
 
 
+def test_line_ends_and_half_characters_in_columns(here):
+    Path("a.jsonl").write_text('{"text": "One.\\r\\n\\r\\nTwo.\\rThree."}\n{"text": "\\ud83e\\udd8a \\ud83e no"}\n')
+    assert read("a.jsonl") == {"train": ["One.\n\nTwo.\nThree.", "🦊 \ufffd no"]}
+
+
 def test_metadata_may_change_far_into_a_file(here):
     with open("a.jsonl", "w") as file:
         for i in range(12_000):
