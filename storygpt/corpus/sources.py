@@ -62,7 +62,7 @@ def open_source(source, text_column="text", config=None, max_stories=None, seed=
 
 def is_pipe(source):
     """Whether a source is standard input (-) or another pipe, as <(zcat a.gz) is in a shell."""
-    return source == "-" or source.startswith("/dev/") or Path(source).is_fifo()
+    return source in ("-", "/dev/stdin") or Path(source).is_fifo()
 
 
 def copy_of_pipe(source):
