@@ -234,37 +234,25 @@ def read_text(path):
 
 def read_json(path, column):
     """The values of a column of a file with a JSON object in each line, or with a list of objects."""
-    found = False
+    i, found = 0, False
     with open_text(path) as file:
-        while (character := file.read(1)).isspace():
-            pass
+        is_list = file.read(PART_CHARACTERS).lstrip().startswith("[")
         file.seek(0)
-        for where, row in json_list(path, file) if character == "[" else json_lines(path, file):
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is {type(row).__name__}, not a JSON object such as {{\"{column}\": \"…\"}}")
-            if not (found := found or column in row):  # in a later row, the value may be missing
-                raise missing_column(where, column, row)
-            yield row.get(column)
-
-
-def json_list(path, file):
-    """The items of a JSON list, each with where it is."""
-    try:
-        items = json.load(file)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): it may be damaged") from error
-    return ((f"{path}, item {i}", item) for i, item in enumerate(items, 1))
-
-
-def json_lines(path, file):
-    """The values of a file with one JSON value in each line, each with where it is; blank lines are skipped."""
-    for i, line in enumerate(file, 1):
-        if not line.isspace():
-            try:
-                yield f"{path}, line {i}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {i} is not valid JSON ({error}): the file may be damaged; it needs an "
-                                "object in each line, or must be a list of objects") from error
+        try:
+            for i, row in enumerate(json.load(file) if is_list else file, 1):
+                if not is_list:
+                    if row.isspace():
+                        continue
+                    row = json.loads(row)
+                where = f"{path}, {'item' if is_list else 'line'} {i}"
+                if not isinstance(row, dict):
+                    raise UserError(f"{where} is not a JSON object such as {{\"{column}\": \"…\"}}")
+                if not (found := found or column in row):  # in a later row, the value may be missing
+                    raise missing_column(where, column, row)
+                yield row.get(column)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {max(i, error.lineno)} is not valid JSON ({error.msg}): a file must have an "
+                            "object in each line, or be a list of objects; it may also be damaged") from error
 
 
 def read_parquet(path, column):

@@ -273,7 +273,7 @@ def bad(here):
     Path("late.txt").write_bytes(b"word " * 5000 + b"\xff")
     Path("bad.parquet").write_bytes(b"PAR1 but no more than that")
     Path("bad.jsonl").write_text('{"text": "A story."}\n\n{"text": \n')
-    Path("bad.json").write_text('[{"text": "A story."}')
+    Path("bad.json").write_text('[{"text":\n"A story."}')
     Path("numbers.json").write_text("[1, 2]")
     Path("keys.jsonl").write_text('{"story": "A story."}\n{"text": "A story."}\n')
     offsets, text = pa.py_buffer(np.array([0, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")
@@ -310,8 +310,8 @@ def bad(here):
     ("latin1.parquet", "latin1.parquet has text that is not UTF-8"),
     ("bad.parquet", "cannot read bad.parquet"),
     ("bad.jsonl", "bad.jsonl, line 3 is not valid JSON"),
-    ("bad.json", "bad.json is not valid JSON"),
-    ("numbers.json", "numbers.json, item 1 is int, not a JSON object"),
+    ("bad.json", "bad.json, line 2 is not valid JSON"),
+    ("numbers.json", "numbers.json, item 1 is not a JSON object"),
     ("hollow", "hollow has no .txt, .jsonl, .json, .parquet files"),
     ("repo", "repo has no split 'train', only test"),
     ("repo text en", "repo: choose a configuration with --config: the folder has none, so leave it out"),
