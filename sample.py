@@ -29,7 +29,6 @@ from storygpt.system.hardware import DTYPES, pick_device, pick_inference_dtype
 @exit_with_one_line
 def main(argv=None):
     """Generate and print stories; `argv` as on the command line. User errors are reported in one line."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # not the system's encoding: prepare.py reads UTF-8
     args = parse_args(argv)
     prompt = read_prompt(args.start)
     path = best_checkpoint(args.out_dir or newest_run())

@@ -225,7 +225,7 @@ def peak_memory_mb(device):
 
 def run_script(command, **options):
     """Run a script silently; returns what it printed. Raises UserError with the last line of its stderr if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", **options)
     if done.returncode:
         raise UserError(f"{Path(command[1]).name} failed: {(done.stderr.splitlines() or ['no error message'])[-1]}")
     return done.stdout

@@ -23,10 +23,14 @@ def exit_with_one_line(main):
     Exit codes: 1 for `UserError`, for errors of the operating system (a full disk, no permission) and when memory runs
     out; 130 for Ctrl-C; 141 when the reader of stdout has gone (`| head`). argparse exits with 2 for wrong flags. Any
     other exception is a bug and keeps its traceback. The environment variable TRACEBACK=1 prints the traceback of
-    every error, above its line.
+    every error, above its line. What is printed is UTF-8, because not every system's encoding has every character of a
+    story or a name, and prepare.py reads UTF-8.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # not a notebook's
+                stream.reconfigure(encoding="utf-8", errors="replace")
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by storygpt/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 0

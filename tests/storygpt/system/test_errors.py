@@ -1,7 +1,9 @@
 """How scripts report errors: one line on stderr, and the exit code."""
 
+import io
 import platform
 import re
+import sys
 
 import pytest
 import torch
@@ -50,6 +52,27 @@ def test_other_exceptions_and_the_result_are_passed_on(error):
         script_that_raises(error)()
     assert raised.value is error
     assert exit_with_one_line(lambda argv=None: argv)(["--x"]) == ["--x"]
+
+
+def test_every_character_is_printed_whatever_the_encoding_of_the_system(monkeypatch):
+    """As on Windows, where a file or pipe gets a code page; a file name that is no text has lone surrogates."""
+    @exit_with_one_line
+    def main(argv=None):
+        """Print, and fail."""
+        print("книга \udcff")
+        raise UserError("no книга")
+
+    for streams in ([io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="\n") for _ in range(2)],
+                    [io.StringIO(), io.StringIO()]):  # the latter cannot be changed, as a notebook's
+        for name, stream in zip(("stdout", "stderr"), streams):
+            monkeypatch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit):
+            main()
+        texts = []
+        for stream in streams:
+            stream.seek(0)  # flushes it, too
+            texts.append(stream.read())
+        assert texts[0] in ("книга ?\n", "книга \udcff\n") and texts[1] == "error: no книга\n"
 
 
 @pytest.mark.parametrize("argv, complaint", [

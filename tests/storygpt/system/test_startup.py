@@ -15,7 +15,7 @@ from storygpt.system.errors import exit_with_one_line
 from storygpt.system.hardware import describe_threads
 
 SCRIPTS = [path for pattern in ("*.py", "tools/*.py") for path in sorted(ROOT.glob(pattern))
-           if 'if __name__ == "__main__":' in path.read_text()]
+           if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")]
 
 
 @pytest.fixture
@@ -26,11 +26,14 @@ def default_handler():
     signal.signal(signal.SIGINT, before)
 
 
-def test_every_script_and_tool_imports_storygpt_first():
+def test_every_script_and_tool_imports_storygpt_first_and_reports_its_errors_in_one_line():
     assert {"prepare.py", "train.py", "sample.py", "hf.py"} <= {path.name for path in SCRIPTS}
     for path in SCRIPTS:
-        first = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom))
+        nodes = ast.parse(path.read_text(encoding="utf-8")).body
+        first = next(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+        main = next(node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "main")
         assert ast.unparse(first) == "import storygpt", path
+        assert [ast.unparse(decorator) for decorator in main.decorator_list] == ["exit_with_one_line"], path
 
 
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "tools.bench"]], ids=["script", "tool"])
