@@ -42,9 +42,9 @@ from storygpt.system import files
 from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
                                          init_distributed, is_first_on_machine, rank_0_first, rank_0_result)
 from storygpt.system.errors import UserError, exit_with_one_line
-from storygpt.system.hardware import (StopSignals, autocast, check_memory, describe_device, describe_threads,
-                                      git_commit, out_of_memory_errors, pick_compile, pick_device, pick_dtype,
-                                      pick_fused, pick_micro_batch_size, to_device)
+from storygpt.system.hardware import (StopSignals, autocast, check_memory, compile_errors, describe_device,
+                                      describe_threads, git_commit, out_of_memory_errors, pick_compile, pick_device,
+                                      pick_dtype, pick_fused, pick_micro_batch_size, to_device)
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
@@ -121,7 +121,7 @@ def main(argv=None):
     train_model = prepare_for_training(model, use_compile)
     state.start_clock()
     with (StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size, sequences_per_rank),
-          distributed_errors(), faster_functions(device), progress_bar(state) as bar):
+          compile_errors(), distributed_errors(), faster_functions(device), progress_bar(state) as bar):
         x, y = get_batch(state)  # (B, T) each
         while True:
             # Evaluate first: a run that was stopped just before an evaluation then performs it on resume.

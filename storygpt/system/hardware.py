@@ -83,16 +83,34 @@ def autocast(device, dtype):
 
 
 def pick_compile(setting, device):
-    """Whether to use torch.compile, and the reason: (bool, str). auto: on CUDA, if it works there."""
-    if setting != "auto":
-        return setting, f"compile = {setting}"
-    if device.type != "cuda":
-        return False, "auto: only on CUDA"
+    """Whether to use torch.compile, and the reason: (bool, str). auto: on CUDA, if it works there.
+
+    Raises UserError if the setting is True and it does not work.
+    """
+    if setting is False or (setting == "auto" and device.type != "cuda"):
+        return False, "auto: only on CUDA" if setting == "auto" else "compile = False"
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # no Triton (as on Windows), no compiler, no headers: whatever fails, eager mode works
-        return False, f"auto: torch.compile fails here with {type(error).__name__}"
-    return True, "auto: on CUDA"
+        if setting == "auto":
+            return False, f"auto: {compile_failure(error)}"
+        raise UserError(f"{compile_failure(error)}: use --compile=False") from error
+    return True, "auto: on CUDA" if setting == "auto" else "compile = True"
+
+
+def compile_failure(error):
+    """What to print of an exception from torch.compile: its first paragraph, as advice about PyTorch's logs follows."""
+    message = " ".join(str(error).split("\n\n")[0].split())[:200]
+    return f"torch.compile fails here with {type(error).__name__}: {message}"
+
+
+@contextmanager
+def compile_errors():
+    """Turn torch.compile's failure on a model into a UserError. Errors of the model, as of its shapes, pass."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise UserError(f"{compile_failure(error)}: use --compile=False") from error
 
 
 def pick_fused(device):

@@ -12,8 +12,8 @@ import torch
 
 from storygpt.system import hardware
 from storygpt.system.errors import UserError
-from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, describe_device, git_commit,
-                                      out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
+from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, compile_errors,
+                                      describe_device, git_commit, out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
                                       pick_inference_dtype, pick_micro_batch_size, to_device)
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -81,7 +81,7 @@ def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
 
     def compile(function):
         if system == "Windows":
-            raise RuntimeError("Cannot find a working triton installation")
+            raise RuntimeError("Cannot find a working\ntriton installation.\n\nSet TORCHDYNAMO_VERBOSE=1")
         return function
 
     monkeypatch.setattr(platform, "machine", lambda: processor)
@@ -99,9 +99,29 @@ def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
     assert picked.type == device
     assert pick_dtype("auto", picked) == getattr(torch, dtype)
     assert pick_compile("auto", picked)[0] == compiled
-    assert pick_compile(True, picked)[0] and not pick_compile(False, picked)[0]
+    assert not pick_compile(False, picked)[0]
+    if system == "Windows":
+        failure = "torch.compile fails here with RuntimeError: Cannot find a working triton installation."
+        assert pick_compile("auto", picked)[1] == (f"auto: {failure}" if cuda else "auto: only on CUDA")
+        with pytest.raises(UserError, match=f"^{failure}: use --compile=False$"):
+            pick_compile(True, picked)
+    else:
+        assert pick_compile(True, picked)[0]
     assert pick_fused(picked) == fused
     assert pick_inference_dtype("auto", picked) == getattr(torch, weights)
+
+
+def test_a_model_that_cannot_be_compiled_gives_one_line_and_its_own_errors_pass():
+    def fail(graph, inputs):
+        raise NotImplementedError("an operation")
+
+    with pytest.raises(UserError, match="torch.compile fails here .*NotImplementedError: an operation: use --compile"):
+        with compile_errors():
+            torch.compile(lambda x: x + 1, backend=fail)(torch.ones(2))
+    for bug in (lambda: torch.compile(lambda x: x @ x, backend="eager")(torch.ones(2, 3)), lambda: 1 / 0):
+        with pytest.raises(Exception) as raised, compile_errors():
+            bug()
+        assert not isinstance(raised.value, UserError)
 
 
 def test_autocast_computes_matrix_products_in_the_dtype():
