@@ -41,7 +41,7 @@ from storygpt.settings import BUDGETS, read_command_line
 from storygpt.system import files
 from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
                                          init_distributed, is_first_on_machine, rank_0_first, rank_0_result)
-from storygpt.system.errors import UserError, exit_with_one_line
+from storygpt.system.errors import UserError, exit_with_one_line, shell_word
 from storygpt.system.hardware import (StopSignals, autocast, check_memory, compile_errors, describe_device,
                                       describe_threads, git_commit, out_of_memory_errors, pick_compile, pick_device,
                                       pick_dtype, pick_fused, pick_micro_batch_size, to_device)
@@ -504,7 +504,7 @@ def print_summary(state):
     if state.step < steps:
         script = "python train.py" if state.world_size == 1 else "torchrun … train.py"
         print(f"stopped after step {state.step:,} of {steps:,}; resume with  "
-              f"{script} --out_dir={cfg.out_dir} --resume")
+              f"{script} --out_dir={shell_word(cfg.out_dir)} --resume")
     elif state.iteration < cfg.warmup_iters:
         print(f"warning: the run ended during warmup, after {state.iteration:,} of warmup_iters = {cfg.warmup_iters:,}")
     if math.isfinite(state.best_val_loss):
@@ -514,7 +514,7 @@ def print_summary(state):
         print(f"skipped_steps: {state.skipped}")  # steps whose gradients overflowed in float16
     print(f"tokens: {state.tokens}\nseconds: {seconds:.1f}\ntokens_per_s: {state.tokens / seconds:.0f}\n"
           f"checkpoint: {best_checkpoint(cfg.out_dir)}\n"
-          f'sample: python sample.py --out_dir {cfg.out_dir} --start "{SAMPLE_PROMPT}"')
+          f'sample: python sample.py --out_dir {shell_word(cfg.out_dir)} --start "{SAMPLE_PROMPT}"')
 
 
 if __name__ == "__main__":

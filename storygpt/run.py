@@ -30,7 +30,7 @@ from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.settings import SETTINGS, Config, apply_overrides
 from storygpt.system import files
 from storygpt.system.distributed import sync_stop_and_time
-from storygpt.system.errors import QUICKSTART, UserError
+from storygpt.system.errors import QUICKSTART, UserError, shell_word
 from storygpt.system.hardware import largest_divisor, pick_fused
 
 # What a run writes, in the order in which a new run removes it: what resuming needs goes first.
@@ -333,7 +333,7 @@ def best_checkpoint(out_dir):
         return found[0]
     if Path(out_dir, "config.json").exists():
         raise UserError(f"{out_dir} is a model for transformers: convert it to a run with  "
-                        f"python -m tools.hf import {out_dir} out/NAME")
+                        f"python -m tools.hf import {shell_word(out_dir)} out/NAME")
     raise UserError(f"no checkpoint in {out_dir}: train a model first, or name the folder of another run")
 
 

@@ -110,15 +110,15 @@ def test_ckpt_has_the_best_weights_even_if_the_loss_rises_again(with_data, capsy
 
 def test_train_py_as_a_script(with_data):
     """It prints plain lines without a terminal, and ends with the results and the command to sample."""
-    code, out, err = run_process(script("train.py"), [*TINY, "--out_dir=out/x", "--max_iters=6"])
+    code, out, err = run_process(script("train.py"), [*TINY, "--out_dir=out/my run", "--max_iters=6"])
     assert code == 0 and err == "" and "iteration 4: loss " in out and "warning" not in out
     assert "3 steps = 384 tokens" in out and "on cpu, in float32, not compiled (compile = False), 1 thread" in out
     results = dict(line.split(": ", 1) for line in out.splitlines()[-7:])
     assert list(results) == ["best_val_loss", "val_bits_per_byte", "tokens", "seconds", "tokens_per_s", "checkpoint",
                              "sample"]
-    assert results["tokens"] == "384" and results["checkpoint"] == "out/x/ckpt.pt"
-    assert results["sample"] == 'python sample.py --out_dir out/x --start "Once upon a time"'
-    assert float(results["best_val_loss"]) == pytest.approx(records("out/x", "eval")[0]["val_loss"], abs=1e-4)
+    assert results["tokens"] == "384" and results["checkpoint"] == "out/my run/ckpt.pt"
+    assert results["sample"] == """python sample.py --out_dir 'out/my run' --start "Once upon a time\""""
+    assert float(results["best_val_loss"]) == pytest.approx(records("out/my run", "eval")[0]["val_loss"], abs=1e-4)
 
 
 # ---- the learning rate ----
@@ -438,14 +438,14 @@ def test_a_signal_stops_after_the_current_step_and_the_run_can_be_resumed(with_d
     def signal_after_first_step():  # after the line of the run
         at_file_operation(2, "log.jsonl", lambda: os.kill(os.getpid(), signal.SIGTERM), "open")
 
-    flags = [*TINY, "--out_dir=out/x", "--eval_interval=4"]  # at the second step
+    flags = [*TINY, "--out_dir=out/my run", "--eval_interval=4"]  # at the second step
     code, out, err = run_process(train.main, flags, signal_after_first_step)
     assert code == 0 and "stopping after this step or evaluation" in err and "Traceback" not in err
-    assert "stopped after step 2 of 12; resume with  python train.py --out_dir=out/x --resume\n" in out
-    assert checkpoint.load("out/x/last.pt")["step"] == 2 and not Path("out/x/ckpt.pt").exists()
-    assert records("out/x", "end") == [{"kind": "end", "iter": 4, "reason": "stopped"}]
-    train.main(["--resume", "--out_dir=out/x", "--eval_interval=8"])
-    assert equal(weights("out/x"), weights(trained / "out/tiny"))
+    assert "stopped after step 2 of 12; resume with  python train.py --out_dir='out/my run' --resume\n" in out
+    assert checkpoint.load("out/my run/last.pt")["step"] == 2 and not Path("out/my run/ckpt.pt").exists()
+    assert records("out/my run", "end") == [{"kind": "end", "iter": 4, "reason": "stopped"}]
+    train.main(["--resume", "--out_dir=out/my run", "--eval_interval=8"])
+    assert equal(weights("out/my run"), weights(trained / "out/tiny"))
 
 
 def test_resuming_keeps_the_stored_settings_and_resume_auto_also_starts_a_run(with_data, capsys, fails):

@@ -35,7 +35,7 @@ from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte
 from storygpt.run import best_checkpoint, checkpoints, claim_run_folder, start_run_folder
 from storygpt.settings import Config
 from storygpt.system import files
-from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.errors import Parser, UserError, exit_with_one_line, shell_word
 from tools.gguf_file import check_gguf, merges_from_ranks, modelfile, vocab_and_merges, write_gguf
 from tools.model_card import gguf_texts, model_card
 
@@ -287,10 +287,11 @@ def import_model(source, out_dir, overwrite):
         raise UserError(f"{out_dir} already contains a run: choose another folder, or replace it with --overwrite")
     model, tokenizer = read_nanogpt(source) if Path(source).is_file() else read_hf(source)
     write_run(out_dir, model, tokenizer, overwrite)
+    run = shell_word(out_dir)
     print(f"{out_dir}: imported {source}, {model.num_parameters():,} parameters, as a run\n"
-          f"sample: python sample.py --out_dir {out_dir}\n"
-          f"prepare data: python prepare.py SOURCE --tokenizer {out_dir}\n"
-          f"fine-tune: python train.py --init_from={out_dir} --dataset=NAME --out_dir=out/ANOTHER")
+          f"sample: python sample.py --out_dir {run}\n"
+          f"prepare data: python prepare.py SOURCE --tokenizer {run}\n"
+          f"fine-tune: python train.py --init_from={run} --dataset=NAME --out_dir=out/ANOTHER")
 
 
 def read_nanogpt(path):

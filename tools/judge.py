@@ -28,7 +28,7 @@ from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
 from storygpt.generate import generate, prepare_for_generation
 from storygpt.run import best_checkpoint
 from storygpt.system import files
-from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.errors import Parser, UserError, exit_with_one_line, shell_word
 from storygpt.system.hardware import autocast, pick_device, pick_dtype, pick_inference_dtype
 from sample import add_sampling_flags, number, read_prompt
 from tools.compare import markdown, save_figure
@@ -341,7 +341,8 @@ def read_result(out_dir, state):
         table = format_table(["this model", "held-out stories"][:len(summaries)], summaries)
         return f"Measured by `python -m tools.judge` ({settings}){aim}.\n\n{table}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: remove it, or run  python -m tools.judge {out_dir}  again") from error
+        raise UserError(f"{path} is damaged: remove it, or run  python -m tools.judge {shell_word(out_dir)}  again"
+                        ) from error
 
 
 def plot(columns, path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from storygpt.run import read_log
 from storygpt.system import files
-from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.errors import Parser, UserError, exit_with_one_line, shell_word
 from tools.compare import markdown
 
 METRICS = {"step": ("train", ("loss", "lr", "grad_norm", "tokens_per_s")),
@@ -121,7 +121,7 @@ def tensorboard_writer(folder):
             write_value(name, value, iteration, timestamp)
 
     with SummaryWriter(folder / "tensorboard", flush_secs=POLL_SECONDS) as writer:
-        print(f"view: tensorboard --logdir {folder.parent}")
+        print(f"view: tensorboard --logdir {shell_word(folder.parent)}")
         yield write
 
 

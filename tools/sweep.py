@@ -16,6 +16,7 @@ import storygpt  # noqa: F401  (first: it prepares the process for importing tor
 import itertools
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from sample import number
 from storygpt.corpus.dataset import data_sha256, read_meta
 from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
 from storygpt.system import files
-from storygpt.system.errors import Parser, UserError, exit_with_one_line
+from storygpt.system.errors import Parser, UserError, exit_with_one_line, shell_word
 from storygpt.system.hardware import StopSignals
 from tools import compare
 
@@ -457,10 +458,10 @@ def confirmation(sweep):
     baseline, *others = group_runs(sweep)  # from the lowest loss
     if not others or mean_loss(others[0]) >= mean_loss(baseline):
         return "no settings have a lower loss than the config as it is"
-    flags = " ".join(f"--vary {name}={value}" for name, value in others[0][0].settings.items())
+    flags = " ".join(f"--vary {name}={shlex.quote(str(value))}" for name, value in others[0][0].settings.items())
     return ("the lowest of many losses is partly luck; to confirm it with new seeds, run the same command with these "
             f"flags instead of its --vary and --trials:\n{flags} --seeds 5 --seed={sweep.seeds[-1] + 1} "
-            f"--out_dir={sweep.base.out_dir}-best")
+            f"--out_dir={shell_word(f'{sweep.base.out_dir}-best')}")
 
 
 def plot(sweep):

@@ -1,13 +1,15 @@
-"""How the scripts report errors: one line on stderr and an exit code."""
+"""How the scripts report errors: one line on stderr and an exit code; the words of the commands that they suggest."""
 
 import argparse
 import difflib
 import functools
 import os
 import platform
+import shlex
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 # What errors suggest to someone who has no data or no model yet: it takes a minute or two and no download.
 QUICKSTART = "python prepare.py nursery --tokenizer bpe:2048 && python train.py config/quickstart.py"
@@ -78,6 +80,11 @@ def out_of_memory(error):
     # torch's class by its name, because not every script imports torch.
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory")))
+
+
+def shell_word(path):
+    """A path as a word of a command that is printed to be pasted. Windows, too, takes slashes, which need no quotes."""
+    return shlex.quote(Path(path).as_posix())
 
 
 class Parser(argparse.ArgumentParser):

@@ -157,9 +157,13 @@ def test_a_modern_model_is_not_exported(run, fails):
 
 
 def test_export_then_import_gives_the_same_model_which_can_be_fine_tuned(run, capsys, fails):
-    hf.main(["export", "out/tiny", "model"])
-    hf.main(["import", "model", "out/back"])
-    assert "out/back: " in capsys.readouterr().out
+    hf.main(["export", "out/tiny", "a model"])
+    assert "python -m tools.hf import 'a model' out/NAME" in fails(sample.main, ["--out_dir=a model"])
+    hf.main(["import", "a model", "out/it is back"])
+    out = capsys.readouterr().out
+    assert "out/it is back: " in out and "--tokenizer 'out/it is back'\n" in out
+    assert "--out_dir 'out/it is back'\n" in out and "--init_from='out/it is back' " in out
+    Path("out/it is back").rename("out/back")
     (model, tokenizer, _), (back, back_tokenizer, _) = (checkpoint.load_model(Path(f"out/{name}/ckpt.pt"))
                                                          for name in ("tiny", "back"))
     assert back_tokenizer == tokenizer and back_tokenizer.name == tokenizer.name

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -167,6 +168,9 @@ def test_publishing_again_replaces_event_files_unless_the_log_is_damaged(short, 
     assert max(times) - min(times) == pytest.approx(240, abs=1e-3)
     assert (short / "tensorboard/mine.txt").exists()
     assert "view: tensorboard --logdir out\n" in capsys.readouterr().out
+    shutil.copytree("out/x", "my runs/x")
+    publish.main(["my runs/x", "--to=tensorboard"])
+    assert "view: tensorboard --logdir 'my runs'\n" in capsys.readouterr().out
     (short / "log.jsonl").write_text("{}\n")
     assert "line 1 is damaged" in fails(publish.main, ["out/x", "--to=tensorboard"])
     assert read_tensorboard(short) == (found, times)

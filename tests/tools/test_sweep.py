@@ -189,7 +189,7 @@ def test_with_several_datasets_bits_per_byte_are_compared():
     assert sweep.parse_args([*TINY, "--vary=dataset=a,b"])[0].metric == "val_bpb"
 
 
-SEARCH = ["--vary=learning_rate=1e-3..2e-2:log", "--vary=optimizer=adamw,muon", "--trials=3", "--out_dir=out/search"]
+SEARCH = ["--vary=learning_rate=1e-3..2e-2:log", "--vary=optimizer=adamw,muon", "--trials=3", "--out_dir=out/a search"]
 
 
 def test_a_search_knows_what_it_has_tried(with_data, capsys):
@@ -203,7 +203,7 @@ def test_a_search_knows_what_it_has_tried(with_data, capsys):
     out = capsys.readouterr().out
     assert [(row["optimizer"], row["verdict"]) for row in table(out)] == [
         ("adamw", "baseline"), ("muon", "not distinguishable (one seed)"), ("adamw", "pruned")]
-    assert "--vary optimizer=muon --vary learning_rate=0.005 --seeds 5 --seed=1338 --out_dir=out/search-best" in out
+    assert "--vary optimizer=muon --vary learning_rate=0.005 --seeds 5 --seed=1338 --out_dir='out/a search-best'" in out
 
 
 def test_optuna_learns_from_the_runs_and_suggests_within_the_ranges(with_data):
@@ -228,7 +228,7 @@ def test_a_suggestion_that_the_search_has_had_counts_but_is_not_trained(with_dat
 
 def test_without_a_better_setting_there_is_nothing_to_confirm(with_data, capsys):
     write_run(SEARCH, {"optimizer": "adamw", "learning_rate": 0.01}, 1337, [4.0])
-    sweep.main([*TINY, *SEARCH[:2], "--trials=1", "--out_dir=out/search"])
+    sweep.main([*TINY, *SEARCH[:2], "--trials=1", "--out_dir=out/a search"])
     assert "no settings have a lower loss than the config as it is" in capsys.readouterr().out
 
 

@@ -13,8 +13,8 @@ import torch
 from storygpt.system import hardware
 from storygpt.system.errors import UserError
 from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, compile_errors,
-                                      describe_device, git_commit, out_of_memory_errors, pick_compile, pick_device, pick_dtype, pick_fused,
-                                      pick_inference_dtype, pick_micro_batch_size, to_device)
+                                      describe_device, git_commit, out_of_memory_errors, pick_compile, pick_device,
+                                      pick_dtype, pick_fused, pick_inference_dtype, pick_micro_batch_size, to_device)
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
