@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -35,6 +36,8 @@ from storygpt.system.hardware import largest_divisor, pick_fused
 
 # What a run writes, in the order in which a new run removes it: what resuming needs goes first.
 RUN_FILES = ("last.prev.pt", "last.pt", "last.damaged.pt", "ckpt.pt", "log.jsonl", "samples.md")
+# What can be the name of a GPT-2 on the Hugging Face hub, rather than a run folder.
+HUB_NAME = re.compile(r"gpt2(-medium|-large|-xl)?|distilgpt2|(?!out/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 CHANGEABLE_ON_RESUME = {name for name, f in SETTINGS.items() if f.metadata.get("resume")}
 
 
@@ -334,7 +337,12 @@ def best_checkpoint(out_dir):
     if Path(out_dir, "config.json").exists():
         raise UserError(f"{out_dir} is a model for transformers: convert it to a run with  "
                         f"python -m tools.hf import {shell_word(out_dir)} out/NAME")
-    raise UserError(f"no checkpoint in {out_dir}: train a model first, or name the folder of another run")
+    name = Path(out_dir).as_posix()
+    from_hub = ""
+    if not Path(out_dir).exists() and HUB_NAME.fullmatch(name):
+        from_hub = (", or make a run of a model of the Hugging Face hub with  "
+                    f"python -m tools.hf import {name} out/{Path(name).name}")
+    raise UserError(f"no checkpoint in {out_dir}: train a model first, or name the folder of another run{from_hub}")
 
 
 # ---- logs ----

@@ -120,8 +120,9 @@ def evaluation_windows(split, count=None):
     """Start positions of `count` windows (None: all), evenly spaced, always the same. UserError: there is none."""
     available = (len(split.tokens) - 1) // split.block_size
     if available < 1:
+        larger = ", a larger --validation_fraction of prepare.py" * (split.path.stem == "validation")
         raise UserError(f"{split.path} has only {len(split.tokens)} tokens: block_size = {split.block_size} needs at "
-                        f"least {split.block_size + 1}; use more text or a smaller block_size")
+                        f"least {split.block_size + 1}; use more text{larger} or a smaller block_size")
     count = min(count or available, available)
     return np.arange(count) * available // count * split.block_size
 

@@ -103,7 +103,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """The command line as a namespace; exits with code 2 for an unknown argument and names the closest flag."""
-        if self.common and "--help-all" not in (sys.argv if argv is None else argv):
+        self.words = sys.argv[1:] if argv is None else argv
+        if self.common and "--help-all" not in self.words:
             for action in self._actions:
                 shown = action.dest in ("help", "help_all", *self.common)
                 action.help = action.help.split(";")[0] if shown else argparse.SUPPRESS
@@ -116,4 +117,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print the message as one line and exit with code 2."""
+        if "expected one argument" in message:  # perhaps the next word is its value, and argparse took it for a flag
+            for flag, value in zip(self.words, self.words[1:]):
+                if f"argument {flag}:" in message and value.split("=")[0] not in self._option_string_actions:
+                    message += f": write {flag}={shlex.quote(value)} for a value that begins with a dash"
         self.exit(2, f"error: {' '.join(message.split())}\n")

@@ -48,6 +48,17 @@ def test_runs_are_listed_by_their_newest_checkpoint(here, fails):
     assert [run.best_checkpoint(f"out/{name}").name for name in "abc"] == ["ckpt.pt", "ckpt.pt", "last.prev.pt"]
 
 
+@pytest.mark.parametrize("name, is_hub_name", [
+    ("gpt2", True), ("gpt2-large", True), ("distilgpt2", True), ("openai-community/gpt2", True), ("out/none", False),
+    ("runs/empty", False), ("none", False), ("../none", False), ("a/b/c", False), ("a/my model", False)])
+def test_a_model_of_the_hub_in_place_of_a_run_is_imported_first(here, name, is_hub_name):
+    Path("runs/empty").mkdir(parents=True)
+    with pytest.raises(UserError) as raised:
+        run.best_checkpoint(name)
+    assert str(raised.value).startswith(f"no checkpoint in {name}: train a model first, or name the folder of another ")
+    assert (f"python -m tools.hf import {name} out/{Path(name).name}" in str(raised.value)) == is_hub_name
+
+
 def test_a_damaged_last_pt_is_kept_beside_and_never_replaces_the_good_one_before_it(tmp_path, capsys):
     last, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
     state = {key: kind() for key, kind in checkpoint.LAST_REQUIRED_KEYS.items()}
@@ -239,7 +250,8 @@ def test_init_from_starts_a_new_run_from_the_weights_of_another(with_data, fails
     for words, message in [
         ([*same_architecture, "--n_embd=16"], "n_embd = 16 differs from that of init_from = 'out/old', 32"),
         ([*same_architecture, "--block_size=32"], "block_size = 32 differs from that of"),
-        (["--init_from=out/none"], "no checkpoint in out/none"),
+        (["--init_from=out/none"], "no checkpoint in out/none: train a model first, or name the folder of another run"),
+        (["--init_from=gpt2-xl"], "hub with python -m tools.hf import gpt2-xl out/gpt2-xl"),
         ([*same_architecture, "--out_dir=out/old", "--overwrite"], "is also the folder of the new run"),
     ]:
         assert message in fails(train.main, [*other_run, *words])

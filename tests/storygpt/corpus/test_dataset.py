@@ -100,8 +100,10 @@ def test_a_split_shorter_than_its_windows_is_refused(tmp_path):
     with pytest.raises(UserError, match="31 tokens"):
         TrainingOrder(Split(folder, "train", 16), seed=0)
     assert TrainingOrder(Split(folder, "train", 15), seed=0).windows_per_epoch == 1
-    with pytest.raises(UserError, match="block_size = 31"):
-        evaluation_windows(Split(folder, "validation", 31))
+    advice = "use more text{} or a smaller block_size"
+    for split, words in (("train", ""), ("validation", ", a larger --validation_fraction of prepare.py")):
+        with pytest.raises(UserError, match=f"block_size = 31 needs at least 32; {advice.format(words)}"):
+            evaluation_windows(Split(folder, split, 31))
     assert len(evaluation_windows(Split(folder, "validation", 30))) == 1
 
 

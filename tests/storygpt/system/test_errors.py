@@ -86,6 +86,10 @@ def test_a_path_is_one_word_of_a_command_that_is_pasted():
     (["--out-dir=x"], "unknown argument --out-dir=x: did you mean --out_dir?"),
     (["--out=x"], "unknown argument --out=x: did you mean --out_dir?"),  # abbreviations are not accepted
     (["--seed=x"], "argument --seed: invalid int value: 'x'"),
+    (["--out_dir", "-a"], "argument --out_dir: expected one argument: write --out_dir=-a for a value that "
+                                    "begins with a dash"),
+    (["--out_dir", "--seed=1"], "argument --out_dir: expected one argument"),
+    (["--seed=1", "--out_dir"], "argument --out_dir: expected one argument"),
     (["extra\nword"], "unknown argument extra word: --help lists all flags"),
 ])
 def test_wrong_flags_print_one_line_with_the_closest_flag(capsys, argv, complaint):
