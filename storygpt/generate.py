@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from storygpt.fast import FastLinear, call_directly, distinct_logits, is_plain, use_fast_linear
+from storygpt.system.errors import UserError
 
 
 class KVCache:
@@ -77,7 +78,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     the most likely tokens whose probabilities sum to p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
     `generator` is on the model's device. After `end_of_text` a sequence yields only `end_of_text`, and generation stops
     when all sequences have ended. `with_logits` yields pairs: the tokens (B) and the logits (B, V) they were sampled
-    from, valid until the next step.
+    from, valid until the next step. With `end_of_text`, raises UserError if a logit is NaN or +infinity.
 
     The model reads the context window that begins at `window_start`. Sequences that have ended are dropped from the
     batch, except on CUDA and with `with_logits`; the random numbers of the others depend on that.
@@ -101,6 +102,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
         else:
             decode = decode or (capture_graph(forward, cache) if idx.is_cuda else forward)
             logits = decode(idx[:, -1:])
+        highest = logits.amax()  # (), NaN or infinity if one of them is; -infinity excludes a token
         if logits.size(-1) == model.config.vocab_size:
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
         else:  # the tokens of the repeated rows did not occur in training, and are not generated
@@ -108,14 +110,16 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             logits = head.expand(logits) if with_logits else None
         if ended is not None:
             token = token.masked_fill(ended, end_of_text)
+        if end_of_text is not None:
+            running = token != end_of_text  # (b)
+            # In one number, as reading one waits for a GPU.
+            count = check_finite((running.sum() + 0 * highest.float()).item())
         idx = torch.cat([idx, token[:, None]], 1)
         # Not in place: the caller has the last ones.
         tokens = token if len(token) == len(tokens) else tokens.index_copy(0, rows, token)  # (B)
         yield (tokens, logits) if with_logits else tokens
         if end_of_text is None:
             continue
-        running = token != end_of_text  # (b)
-        count = int(running.sum())
         if not count:
             return
         # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
@@ -124,6 +128,14 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
                 cache.keep(running)
             rows, idx, running = rows[running], idx[running], running[running]
         ended = None if count == len(running) else ~running
+
+
+def check_finite(value):
+    """A number that is computed from logits. Raises UserError if it is not finite: then there is no next token."""
+    if not math.isfinite(value):
+        raise UserError("the model's logits are NaN or infinite: its weights are damaged, as after training that has "
+                        "diverged (use another run or checkpoint), or too large for the dtype (use float32)")
+    return value
 
 
 def last_logits(model, cache, idx):
@@ -144,10 +156,11 @@ def prepare_for_generation(model, device, dtype):
     """Prepare a float32 model for fast generation: eval mode, on a device, in a torch.dtype. Returns the model.
 
     torch.int8 works on a CPU only, for layers of exactly nn.Linear; all else stays in float32. Matrix products then
-    round their input with one scale for the whole batch, so that a story depends slightly on the others.
+    round their input with one scale for the whole batch, so that a story depends slightly on the others. Raises
+    UserError if the logits are not finite.
     """
-    check_cache(model.eval())
-    head = output_layer(model)
+    head = output_layer(model.eval())
+    check_cache(model)
     model.to(device, None if dtype == torch.int8 else dtype)
     use_fast_linear(model, int8=dtype == torch.int8)
     if head is not None:
@@ -159,6 +172,8 @@ def prepare_for_generation(model, device, dtype):
 @torch.no_grad()
 def output_layer(model):
     """The layer of exactly nn.Linear whose output a model returns as its logits, without any operation on it, or None.
+
+    Raises UserError if the logits are not finite.
     """
     outputs = {}  # of each layer, a list
     hooks = [module.register_forward_hook(lambda module, _, output: outputs.setdefault(module, []).append(output))
@@ -166,6 +181,7 @@ def output_layer(model):
     logits = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
+    check_finite(logits.amax().item())
     return next((module for module, calls in outputs.items()
                  if len(calls) == 1 and calls[0] is logits and logits._version == 0), None)
 
@@ -240,6 +256,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     cumulative = probs.cumsum(-1)  # (B, k)
     threshold = cumulative[:, -1:] * torch.rand(len(probs), 1, generator=generator, device=probs.device)  # (B, 1)
     choice = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
+    choice = choice.clamp_max(probs.size(-1) - 1)  # beyond it if a logit is NaN, which `generate` reports
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 

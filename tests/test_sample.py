@@ -12,6 +12,7 @@ import model
 import sample
 import train
 from faults.processes import run as run_process, script
+from storygpt import checkpoint
 from storygpt.corpus.dataset import with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT
 
@@ -89,6 +90,15 @@ def test_last_pt_is_used_if_there_is_no_ckpt_pt_yet_and_damage_is_an_error(run, 
     Path("out/x/meta.json").write_text(json.dumps(with_checksum(meta)))
     message = "out/x/meta.json does not belong to the data that out/x/ckpt.pt was trained on"
     assert message in fails(sample.main, [])
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature=0"], ["--dtype=float32", "--num_samples=2"]], ids=str)
+def test_weights_that_are_nan_are_one_line(run, here, fails, flags):
+    shutil.copytree(run, here / "out/x")
+    state = checkpoint.load("out/x/ckpt.pt")
+    state["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = torch.nan
+    torch.save(state, "out/x/ckpt.pt")
+    assert "error: the model's logits are NaN or infinite: " in fails(sample.main, flags)
 
 
 @pytest.mark.parametrize("flags, message", [

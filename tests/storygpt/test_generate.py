@@ -10,10 +10,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MLP, CausalSelfAttention
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from storygpt.fast import FastLinear
 from storygpt.generate import (KVCache, capture_graph, check_cache, fast_topk, generate, prepare_for_generation,
                                sample_token, uses_cache, window_start)
+from storygpt.system.errors import UserError
 from test_model import each_architecture, small
 
 
@@ -245,6 +246,19 @@ def test_fast_topk_equals_topk():
         logits[torch.arange(10), -1 - torch.arange(10) % max(1, 5000 % group_size)] = 9 + torch.rand(10)  # in no group
         for actual, expected in zip(fast_topk(logits, k), logits.topk(k), strict=True):
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("settings", [(0.0,), (0.8,), (0.8, 5), (0.8, 0, 0.9)], ids=str)
+def test_a_logit_that_is_nan_is_an_error_however_a_token_is_chosen(settings):
+    model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
+    steps = generate(model, torch.zeros(2, 3, dtype=torch.long), 9, *settings, end_of_text=49)
+    next(steps)
+    model.lm_head.weight.data[7, 0] = math.nan  # of one token, after the first step
+    with pytest.raises(UserError, match="the model's logits are NaN or infinite: its weights are damaged"):
+        next(steps)
+    for dtype in (torch.float32, torch.int8):
+        with pytest.raises(UserError, match="the model's logits are NaN or infinite"):
+            prepare_for_generation(model, torch.device("cpu"), dtype)
 
 
 def test_float32_samples_equal_those_of_plain_code():
