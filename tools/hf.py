@@ -311,7 +311,12 @@ def read_nanogpt(path):
                         "whose 50257 tokens nanoGPT pads to 50304")
     weights = {name.removeprefix("_orig_mod."): p for name, p in state["model"].items()}  # a prefix of torch.compile
     weights = {name: p for name, p in weights.items() if not name.endswith(".attn.bias")}  # masks of old versions
-    tokenizer = Tokenizer.named("gpt2")
+    try:
+        tokenizer = Tokenizer.named("gpt2")
+    except UserError as error:
+        raise UserError("GPT-2's vocabulary, which a checkpoint of nanoGPT does not contain, cannot be downloaded "
+                        f"({type(error.__cause__).__name__}): connect to the network, or set TIKTOKEN_CACHE_DIR to a "
+                        "copy of that folder from a machine on which this command has worked") from error
     return build_model(path, weights, config, tokenizer.vocab_size), tokenizer
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn as nn
 
@@ -365,6 +366,15 @@ def test_other_checkpoints_than_nanogpts_are_rejected(here, fails, change, compl
     save_nanogpt(change)
     assert complaint in fails(hf.main, ["import", "nano.pt", "out/nano"])
     assert not Path("out").exists()
+
+
+def test_import_of_a_checkpoint_of_nanogpt_without_gpt2s_vocabulary(here, monkeypatch, fails):
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(here / "empty"))
+    save_nanogpt()
+    message = fails(hf.main, ["import", "nano.pt", "out/nano"])
+    assert "GPT-2's vocabulary, which a checkpoint of nanoGPT does not contain, cannot be downloaded (ProxyE" in message
+    assert "TIKTOKEN_CACHE_DIR" in message and "bpe:" not in message and not Path("out").exists()
 
 
 # ---- tokenizers and command line ----
