@@ -33,7 +33,7 @@ from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.embeddings import cooccurrence_embeddings, set_embeddings
 from storygpt.evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
 from storygpt.fast import faster_functions
-from storygpt.loss import fuse_loss
+from storygpt.loss import IGNORED_TARGET, fuse_loss
 from storygpt.muon import Muon
 from storygpt.run import (TrainState, best_checkpoint, claim_run_folder, open_run, reopen_run_folder, save_last,
                           start_run_folder)
@@ -144,7 +144,7 @@ def main(argv=None):
             log_due = state.step in (1, bar.total) or is_due(state, cfg.log_interval)
             save_due = state.step == 1 or state.seconds - state.saved_seconds >= 60 * cfg.checkpoint_minutes
             if log_due or save_due or state.stop or is_due(state, cfg.eval_interval):
-                loss = all_reduce_sum(loss)  # the mean over the sequences of all ranks
+                loss = all_reduce_sum(loss)  # the mean over the targets of all ranks
                 check_finite(state, "loss", loss)  # waits for the device, so not after every step
                 if not scaler.is_enabled():  # in float16 it may be infinite: the step was skipped then
                     check_finite(state, "gradient norm", grad_norm)
@@ -299,16 +299,20 @@ def seed_random(*integers):
 def forward_backward(state, model, x, y):
     """Accumulate the gradients of sequences x, targets y (B, T each), in micro-batches.
 
-    `model` is `state.model`, or DistributedDataParallel around it. Returns this rank's part of the step's mean loss as
-    a scalar tensor, without waiting for the device.
+    `model` is `state.model`, or DistributedDataParallel around it. Returns this rank's part of the step's loss, a mean
+    over the targets that are not ignored, as a scalar tensor, without waiting for the device.
     """
     loss = torch.zeros((), device=state.device)
+    counts = (y != IGNORED_TARGET).sum(1)  # (B), of the targets of each sequence
+    total = all_reduce_sum(counts.sum()).clamp_min(1)  # of all ranks
     for i in range(0, len(x), state.micro_batch_size):
         inputs, targets = x[i:i + state.micro_batch_size], y[i:i + state.micro_batch_size]  # (b, T)
+        count = counts[i:i + state.micro_batch_size].sum()
+        targets = targets.masked_fill(count == 0, 0)  # a mean over no target is NaN; the weight of these is 0
         is_last = i + len(inputs) == len(x)
         with nullcontext() if is_last or model is state.model else model.no_sync():
             with autocast(state.device, state.dtype):
-                micro_loss = model(inputs, targets) * (len(inputs) / state.cfg.sequences_per_step)
+                micro_loss = model(inputs, targets) * (count / total)
             # The ranks' gradients are averaged, but their losses are parts of a sum.
             state.scaler.scale(micro_loss * state.world_size).backward()
         loss += micro_loss.detach()

@@ -18,7 +18,7 @@ import torch
 import sample
 import train
 from conftest import ROOT, TINY, load_last
-from faults.processes import at_file_operation, run as run_process, script
+from faults.processes import at_file_operation, run as run_process, run_ranks, script
 from faults.soak import equal, what_must_be_equal
 from model import GPT, GPTConfig
 from modern import make_model
@@ -293,16 +293,37 @@ def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay(optimizer, 
             f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)} and set(parts.values()) == {1, 3}
 
 
-def test_a_step_does_not_depend_on_the_micro_batch_size(with_data, large_eps, monkeypatch):
+def batch_with_ignored_targets(state, get_batch=train.get_batch):
+    """A reader's get_batch: sequence 3 of a step has no target, the others have more or fewer."""
+    x, y = get_batch(state)
+    for number, targets in enumerate(y, state.rank * len(y)):
+        targets[:16 if number == 3 else number] = -1
+    return x, y
+
+
+@pytest.mark.parametrize("get_batch", [train.get_batch, batch_with_ignored_targets])
+def test_a_step_does_not_depend_on_the_micro_batch_size_or_the_number_of_ranks(with_data, large_eps, monkeypatch,
+                                                                               get_batch):
     """Steps of 8 sequences; micro-batches of 3 leave a smaller last one, which device_batch_size = auto can choose."""
+    monkeypatch.setattr(train, "get_batch", get_batch)
+    flags = [*TINY, "--max_iters=4", "--dropout=0"]
     for size in (8, 1, 3):
         monkeypatch.setattr(train, "pick_micro_batch_size", lambda *_, equal_sizes: size)
-        train.main([*TINY, "--max_iters=4", "--dropout=0", f"--out_dir=out/{size}"])
-    for size in (1, 3):
-        for name, w in weights("out/8").items():
-            torch.testing.assert_close(weights(f"out/{size}")[name], w, rtol=1e-3, atol=1e-5)
-        for a, b in zip(records("out/8", "step"), records(f"out/{size}", "step"), strict=True):
+        train.main([*flags, f"--out_dir=out/{size}"])
+    assert [code for code, *_ in run_ranks(2, train.main, [*flags, "--out_dir=out/ranks"])] == [0, 0]
+    for name in ("1", "3", "ranks"):
+        for key, w in weights("out/8").items():
+            torch.testing.assert_close(weights(f"out/{name}")[key], w, rtol=1e-3, atol=1e-5)
+        for a, b in zip(records("out/8", "step"), records(f"out/{name}", "step"), strict=True):
             assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+
+
+def test_a_step_without_any_target_leaves_the_gradient_at_zero():
+    model = GPT(TINY_MODEL)
+    state = state_at(Config(), model=model, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    x = torch.zeros(2, 16, dtype=torch.long)
+    assert train.forward_backward(state, model, x, x - 1) == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
 
 
 def test_each_step_has_its_own_random_numbers(with_data, monkeypatch):
