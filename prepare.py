@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import threading
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,8 @@ def main(argv=None):
         before |= read_meta(folder).get("made_with", {})
         changed = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in made_with.items()
                    if value != before.get(key)]
+        if sources.is_pipe(args.source):
+            changed.append("a text that may be another one")
         if changed and not args.force:
             raise UserError(f"{folder} already exists, created with {', '.join(changed)}: replace it with --force, or "
                             "choose another --name")
@@ -73,7 +76,7 @@ def main(argv=None):
         if folder.exists():
             files.rename(folder, partial / "old")
         files.rename(partial / "new", folder)
-    except OSError as error:  # of writing: those of reading stories are UserErrors
+    except OSError as error:  # of writing: those of reading are UserErrors
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         clean_up(partial, folder)
@@ -113,6 +116,8 @@ def parse_args(argv):
     add("--seed", type=int, default=1337, help="seed of the validation split and of nursery (default: %(default)s)")
     add("--force", action="store_true", help="replace the dataset if it already exists")
     args = parser.parse_args(argv)
+    if not args.source:
+        parser.error("SOURCE is empty")
     if not 0 < args.validation_fraction < 1:
         parser.error(f"--validation_fraction must be between 0 and 1, not {args.validation_fraction}")
     for name, low in (("max_stories", 2), ("seed", 0)):  # one for each split
@@ -139,7 +144,7 @@ def default_name(args):
         name += f"-{args.config}"
     if args.tokenizer != "gpt2":
         name += f"-{Path(args.tokenizer).name.replace(':', '')}"
-    return re.sub(r"[^\w.-]+", "_", name.lower()).strip("_.-")
+    return re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name).lower()).strip("_.-")
 
 
 def train_tokenizer(corpus, vocab_size, characters):

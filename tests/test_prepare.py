@@ -1,6 +1,7 @@
 """prepare.py: complete token files for every source, and one line for every user error."""
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -168,7 +169,8 @@ def test_existing_dataset_is_kept_unless_forced(fast, capsys, fails):
     words, meta_path = ["nursery", "--name", "x", fast, "--max_stories"], Path("data/x/meta.json")
     prepare.main([*words, "30"])
     meta = json.loads(meta_path.read_text())
-    del meta["made_with"]["drop_duplicates"]  # as of an earlier version
+    for name in ("drop_duplicates", "config", "clean"):  # as of an earlier version
+        del meta["made_with"][name]
     meta_path.write_text(json.dumps(with_checksum(meta)))
     before = meta_path.read_text()
     prepare.main([*words, "30"])
@@ -227,6 +229,39 @@ def test_a_run_that_dies_leaves_no_dataset_and_the_next_one_succeeds(fast, fault
     assert prepared("x")
 
 
+def test_cleaning_and_a_configuration(fast, capsys, fails):
+    text = "Ana had a red ball. She went to the park with “Ben”, and they played until dinner. It was a good day, too."
+    for language in ("en", "fr"):
+        write(Path("My texts", language, "train.txt"), [text, f"{language}: {text}", "A fragment"] * 2)
+    prepare.main(["My texts", "--config=fr", "--clean", fast])
+    meta, stories = prepared("my_texts-fr-bytes")
+    plain = text.replace("“Ben”", '"Ben"')
+    assert sorted(stories["train"] + stories["validation"]) == sorted([plain, f"fr: {plain}"] * 2)
+    assert meta["cleaned"] == {"stories_changed": 4, "fragments_dropped": 2}
+    assert "\ncleaned: 4 stories changed, 2 fragments dropped\n" in capsys.readouterr().out
+    assert "config 'fr', now 'en', clean True, now False" in fails(
+        prepare.main, ["My texts", "--config=en", "--name=my_texts-fr-bytes", fast])
+
+
+@pytest.mark.parametrize("source, flags, name", [
+    ("A/Tiny Stories-1.TXT", [], "tiny_stories-1"), ("A/[x] texts", [], "x_texts"), ("A/книги", [], "книги"),
+    ("A/cafe\u0301", [], "café"), ("-", [], "stdin"), ("o/name", ["--config=a b"], "name-a_b"),
+    ("nursery", ["--tokenizer=bpe:2048"], "nursery-bpe2048")])
+def test_the_name_of_a_dataset(here, source, flags, name):
+    assert prepare.parse_args([source, *flags]).name == name
+
+
+def test_text_of_a_pipe_may_be_another_one(fast, monkeypatch, fails):
+    for text in ("One", "Two"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{text} {END_OF_TEXT} and more".encode())))
+        if text == "One":
+            prepare.main(["-", fast])
+    assert "data/stdin-bytes already exists, created with a text that may be another one" in fails(
+        prepare.main, ["-", fast])
+    prepare.main(["-", fast, "--force"])
+    assert sorted(sum(prepared("stdin-bytes")[1].values(), [])) == ["Two", "and more"]
+
+
 @pytest.mark.parametrize("flags, code, message", [
     ("", 1, "cannot reach roneneldan/TinyStories"),
     ("nursery --tokenizer=gpt5", 1, "cannot load tokenizer 'gpt5' (ValueError): use one of cl100k_base, "),
@@ -243,10 +278,11 @@ def test_a_run_that_dies_leaves_no_dataset_and_the_next_one_succeeds(fast, fault
     ("--validation_fraction=1", 2, "--validation_fraction must be between 0 and 1"),
     ("--validation_fraction=nan", 2, "--validation_fraction must be between 0 and 1"),
     ("a.txt b.txt", 2, "unknown argument b.txt"),
+    ("--", 2, "SOURCE is empty"),
 ])
 def test_user_errors_print_one_line_and_leave_no_files(here, fails, flags, code, message):
     (here / "one.txt").write_text("One")
-    assert message in fails(prepare.main, flags.split(), code)
+    assert message in fails(prepare.main, [""] if flags == "--" else flags.split(), code)
     assert not (here / "data").exists() or data_entries() == []
 
 

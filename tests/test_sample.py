@@ -103,8 +103,8 @@ def test_weights_that_are_nan_are_one_line(run, here, fails, flags):
 
 @pytest.mark.parametrize("flags, message", [
     (["--out_dir", "out/none"], "no checkpoint in out/none"),
-    (["--start", "FILE:none.txt"], "error: none.txt: No such file"),
-    (["--start", "FILE:."], "error: .: Is a directory"),
+    (["--start", "FILE:none.txt"], "error: cannot read none.txt: No such file"),
+    (["--start", "FILE:."], "error: cannot read .: Is a directory"),
     (["--device", "tpu"], "device = 'tpu' cannot be used"),
 ])
 def test_missing_files_and_devices(run, fails, flags, message):

@@ -22,7 +22,7 @@ class PlainCharacters(dict):
 
 
 PLAIN = PlainCharacters({ord(character): plain for characters, plain in [
-    ("“”„‟«»″", '"'), ("‘’‚‛′´", "'"), ("‐‑‒–−", "-"), ("—―", " - "), ("…", "..."), ("\n\x85\u2028", "\n"),
+    ("“”„‟«»″", '"'), ("‘’‚‛′´", "'"), ("‐‑‒–−", "-"), ("—―", " - "), ("…", "..."), ("\n\v\f\x85\u2028", "\n"),
     ("\u2029", "\n\n"), ("\t", " "), ("\ufffd", "")] for character in characters})
 
 
@@ -37,9 +37,8 @@ def clean(text):
 
 def decode_again(match):
     """The text that became this mojibake; other text is returned as it is."""
-    encoded = b"".join(c.encode("latin-1" if c <= "\xff" else "cp1252") for c in match[0])
     try:
-        return encoded.decode()
+        return b"".join(c.encode("latin-1" if c <= "\xff" else "cp1252") for c in match[0]).decode()
     except UnicodeError:
         return '"' if match[0] == "â€" else match[0]
 

@@ -26,10 +26,11 @@ HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 PART_CHARACTERS = 1 << 20  # of a .txt file that are in memory at a time
-# Words in the names of files and folders that tell the split.
+# Words in names that tell the split. The split test is left out.
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
-               "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
-# .txt files that describe a folder of texts and are none.
+               "val": "validation", "dev": "validation", "test": "test", "testing": "test", "eval": "test",
+               "evaluation": "test"}
+# Names of files that describe a folder of texts and are none.
 DOCUMENTS = {"readme", "license", "licence", "copying", "notice", "changelog", "citation", "requirements"}
 
 
@@ -39,15 +40,18 @@ def open_source(source, text_column="text", config=None, max_stories=None, seed=
     `config`: one of the configurations of a folder or a dataset on the hub. `max_stories` and `seed`: of nursery.
     Raises UserError if the source does not exist or cannot be read.
     """
-    path = Path(source).expanduser()
-    if config and (path.is_file() or is_pipe(source) or source == "nursery"):
+    path = Path(os.path.expanduser(source))
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if config and (source == "nursery" or is_pipe(source) or path.is_file() or is_saved):
         raise UserError(f"{source} has no configurations: leave out --config")
     if source == "nursery":
         return {"train": lambda: ((story,) for story in nursery.stories(max_stories or NURSERY_STORIES, seed))}
     if is_pipe(source):
         splits = {"train": [copy_of_pipe(source)]}
+    elif is_saved:
+        splits = load_saved_dataset(path)
     elif path.is_dir():
-        splits = load_saved_dataset(path) or split_files(path, find_files(path, config))
+        splits = split_files(path, find_files(path, config))
     elif path.is_file() and path.suffix.lower() not in (*FORMATS, ""):
         raise UserError(f"{path}: unsupported file type, use one of {', '.join(FORMATS)}")
     elif path.is_file():
@@ -55,7 +59,7 @@ def open_source(source, text_column="text", config=None, max_stories=None, seed=
     else:
         splits = load_from_hub(source, config)
     if "train" not in splits:
-        raise UserError(f"{source} has no split 'train'{', only ' * bool(splits)}{', '.join(splits)}")
+        raise UserError(f"{source} has no split 'train', only {', '.join(splits)}")
     return {split: partial(read_split, splits[split], text_column, source)
             for split in ("train", "validation") if split in splits}
 
@@ -70,8 +74,12 @@ def copy_of_pipe(source):
     folder = tempfile.mkdtemp(prefix="storygpt-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder, "stdin")
-    with sys.stdin.buffer if source in ("-", "/dev/stdin") else open(source, "rb") as pipe, open(path, "wb") as copy:
-        shutil.copyfileobj(pipe, copy)
+    try:
+        with open(path, "wb") as copy:
+            shutil.copyfileobj(sys.stdin.buffer if source in ("-", "/dev/stdin") else open(source, "rb"), copy)
+    except OSError as error:
+        raise UserError(f"cannot copy {source} to {folder} ({error.strerror}): set TMPDIR to a folder with more space"
+                        ) from error
     return path
 
 
@@ -86,6 +94,7 @@ def find_files(folder, config):
     configurations = listed_configurations(folder) or configuration_folders(folder, files)
     if config is None and len(configurations) < 2:
         return next(iter(configurations.values()), files)
+    config = config or "default"
     if config not in configurations:
         names = ", ".join(configurations) or "the folder has none, so leave it out"
         raise UserError(f"{folder}: choose a configuration with --config: {names}")
@@ -106,7 +115,7 @@ def walk(folder):
         if first != root and Path(root).is_relative_to(first):
             raise UserError(f"{root} is {first} again: remove the link that leads there")
         if first == root:
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             files += [Path(root, name) for name in names if not name.startswith(".")]
         else:
             folders.clear()  # it is read already
@@ -114,37 +123,56 @@ def walk(folder):
 
 
 def split_of(path):
-    """The split that a path tells (train, validation, test), or None. A folder's whole name counts first, then the
-    words of the file's name, then those of the folders' names; the last one counts.
+    """The split that a path names (train, validation, test), or None.
+
+    The whole name of the file counts first, then that of a folder, then the last or first word of a name: val_1.txt is
+    validation text everywhere, and train/the-test.txt is training text. Numbers do not count.
     """
-    *folders, name = path.parts
-    exact = [folder.lower() for folder in folders]
-    words = re.findall(r"[^\W\d_]+", " ".join([*folders, name.removesuffix(path.suffix)]).lower())
-    return next((SPLIT_WORDS[word] for word in [*reversed(exact), *reversed(words)] if word in SPLIT_WORDS), None)
+    *folders, name = path.with_suffix("").parts
+    names = [re.findall(r"[^\W\d_]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name)) for name in (name, *reversed(folders))]
+    candidates = [words[0] for words in names if len(words) == 1]
+    candidates += [word for words in names for word in (*words[-1:], *words[:1])]
+    return next((SPLIT_WORDS[word.lower()] for word in candidates if word.lower() in SPLIT_WORDS), None)
 
 
 def listed_configurations(folder):
-    """The configurations that a dataset's README.md lists, as the hub defines it: name → files, see `find_files`."""
-    if not (folder / "README.md").exists():
+    """The configurations that a dataset's README.md lists, as the hub defines it: name → files, see `find_files`.
+
+    Raises UserError if they cannot be read, or have no files.
+    """
+    if not (folder / "README.md").is_file():
         return {}
     import yaml  # not at the top, as the libraries below: only some sources need them
     from huggingface_hub import metadata_load
 
     try:
-        entries = (metadata_load(folder / "README.md") or {}).get("configs") or []
+        entries = (metadata_load(folder / "README.md") or {}).get("configs")
     except (ValueError, yaml.YAMLError):  # it describes something else
         return {}
     configurations = {}
-    for entry in (entry for entry in entries if isinstance(entry, dict)):
-        data_files = entry.get("data_files", f"{entry.get('data_dir', '.')}/**/*")
-        files = configurations.setdefault(entry.get("config_name", "default"), {})
-        for item in data_files if isinstance(data_files, list) else [data_files]:
-            item = item if isinstance(item, dict) else {"path": item}
-            for pattern in item["path"] if isinstance(item["path"], list) else [item["path"]]:
+    try:
+        for entry in entries if isinstance(entries, list) else []:
+            files = configurations[str(entry.get("config_name", "default"))] = {}
+            for split, pattern in patterns_of(entry):
                 found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-                split = SPLIT_WORDS.get(item.get("split"), item.get("split"))
-                files |= {path: split or split_of(path.relative_to(folder)) for path in found}
+                files |= {path: split and split_of(Path(split)) or split_of(path.relative_to(folder)) for path in found}
+            if entry.get("default"):
+                configurations["default"] = files
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'README.md'} lists configurations that cannot be read ({error}): correct or remove "
+                        "it") from error
+    if empty := ", ".join(name for name, files in configurations.items() if not files):
+        raise UserError(f"{folder / 'README.md'} lists no file that exists for {empty}: correct or remove it")
     return configurations
+
+
+def patterns_of(entry):
+    """The (split or None, pattern of paths) pairs of a configuration of a README.md."""
+    data_files = entry.get("data_files", f"{entry.get('data_dir', '.')}/**/*")
+    for item in data_files if isinstance(data_files, list) else [data_files]:
+        split, paths = (item["split"], item["path"]) if isinstance(item, dict) else (None, item)
+        for path in paths if isinstance(paths, list) else [paths]:
+            yield split, path
 
 
 def configuration_folders(folder, files):
@@ -165,25 +193,25 @@ def split_files(folder, files):
     """The files of a folder that are read, split → paths; what is left out is said in one line on stderr.
 
     `files`: as of `find_files`. Only files of one format are read: .txt, or else the one with the most bytes; and of a
-    folder with the hub's layout, data/train-00000-of-00001.parquet, only its shards.
+    folder with the hub's layout, data/train-00000-of-00001.parquet, only those in data/.
     """
     texts = {path: split or "train" for path, split in files.items()
              if path.suffix.lower() in FORMATS and path.stem.lower() not in DOCUMENTS}
-    shards = {path: split for path, split in texts.items()
-              if re.match(r"data/\w+-\d{5}-of-\d{5}", path.relative_to(folder).as_posix())}
+    names = [path.relative_to(folder).as_posix() for path in texts]
+    if any(re.match(r"data/\w+-\d{5}-of-\d{5}", name) for name in names):
+        texts = {path: split for (path, split), name in zip(texts.items(), names) if name.startswith("data/")}
     sizes = Counter()
-    for path in shards or texts:
+    for path in texts:
         sizes[path.suffix.lower()] += 1 + path.stat().st_size
     if not sizes:
         raise UserError(f"{folder} has no {', '.join(FORMATS)} files")
     suffix = ".txt" if ".txt" in sizes else max(sizes, key=sizes.get)
-    splits = {}
-    for path, split in (shards or texts).items():
-        if path.suffix.lower() == suffix:
-            splits.setdefault(split, []).append(path)
-    read = {path for paths in splits.values() for path in paths}
-    others = Counter(path.name if path.suffix.lower() == suffix else path.suffix or path.name
-                     for path in files if path not in read)
+    splits, others = {}, Counter()
+    for path in files:
+        if path in texts and path.suffix.lower() == suffix:
+            splits.setdefault(texts[path], []).append(path)
+        else:
+            others[path.name if path.suffix.lower() == suffix else path.suffix or "without an ending"] += 1
     print(f"{folder}: {suffix} files: " + ", ".join(f"{len(paths)} {split}" for split, paths in splits.items())
           + " (left out: test)" * ("test" in splits) + "; skipped: " * bool(others)
           + ", ".join(f"{count} {name}" for name, count in sorted(others.items())), file=sys.stderr)
@@ -202,7 +230,7 @@ def read_split(split, column, source):
         suffix = path.suffix.lower()
         if suffix == ".parquet":
             yield from texts_of_values(read_parquet(path, column), path)
-        elif suffix in (".json", ".jsonl"):
+        elif suffix in (".json", ".jsonl") or (suffix == "" and is_json(path)):
             yield from texts_of_values(read_json(path, column), path)
         else:
             yield read_text(path)
@@ -211,15 +239,13 @@ def read_split(split, column, source):
 def texts_of_values(values, where):
     """A text of one part for each value of a column; a missing value is an empty text. UserError: it is not text.
 
-    As in a text file, a line ends with a newline, and there are no half characters (surrogates, which JSON allows).
+    As in a text file, a line ends with a newline, and there are no unpaired surrogates, which JSON allows.
     """
     for i, value in enumerate(values, 1):
         if not isinstance(value, str | None):
             raise UserError(f"{where}: value {i} is {type(value).__name__}, not text: choose another column with "
                             "--text_column")
-        text = value or ""
-        if "\r" in text:
-            text = re.sub("\r\n?", "\n", text)
+        text = (value or "").replace("\r\n", "\n").replace("\r", "\n")
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         yield (text,)
@@ -232,6 +258,12 @@ def read_text(path):
             yield part
 
 
+def is_json(path):
+    """Whether the text of a file begins as JSON with objects: for a pipe, whose format has no name."""
+    with open_text(path) as file:
+        return re.match(r'\s*\[?\s*\{\s*"', file.read(1000)) is not None
+
+
 def read_json(path, column):
     """The values of a column of a file with a JSON object in each line, or with a list of objects."""
     i, found = 0, False
@@ -239,11 +271,11 @@ def read_json(path, column):
         is_list = file.read(PART_CHARACTERS).lstrip().startswith("[")
         file.seek(0)
         try:
-            for i, row in enumerate(json.load(file) if is_list else file, 1):
+            for i, row in enumerate(json.load(file, parse_int=float) if is_list else file, 1):  # any number of digits
                 if not is_list:
                     if row.isspace():
                         continue
-                    row = json.loads(row)
+                    row = json.loads(row, parse_int=float)
                 where = f"{path}, {'item' if is_list else 'line'} {i}"
                 if not isinstance(row, dict):
                     raise UserError(f"{where} is not a JSON object such as {{\"{column}\": \"…\"}}")
@@ -276,17 +308,14 @@ def missing_column(where, column, names):
 
 
 def load_saved_dataset(folder):
-    """The splits of a folder that `save_to_disk` of `datasets` wrote, as of `load_from_hub`; None for other folders."""
-    if not any(all((folder / name).exists() for name in names)
-               for names in (["dataset_dict.json"], ["dataset_info.json", "state.json"])):
-        return None
+    """The splits of a folder that `save_to_disk` of `datasets` wrote, as of `load_from_hub`."""
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever is missing or damaged
         raise UserError(f"cannot read {folder}, which `save_to_disk` wrote: {error or type(error).__name__}") from error
-    return by_split(saved if isinstance(saved, dict) else {"train": saved})
+    return by_split(saved if isinstance(saved, dict) else {"train": saved}, folder)
 
 
 def load_from_hub(source, config):
@@ -340,7 +369,7 @@ def load_dataset(source, config):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # their warnings only precede an error
     try:
         with reading(source):
-            return by_split(datasets.load_dataset(source, config))  # not streamed: the files stay in its cache
+            return by_split(datasets.load_dataset(source, config), source)  # not streamed: it has a cache
     except (ValueError, RuntimeError) as error:
         message = f"cannot read {source}: {' '.join(str(error).split())[:300]}"
         if names := re.search(r"[Aa]vailable.*?: \[(.*?)\]", str(error)):
@@ -348,9 +377,15 @@ def load_dataset(source, config):
         raise UserError(message) from error
 
 
-def by_split(datasets):
-    """A dict of datasets by the names of splits that are used here: one may be called dev."""
-    return {SPLIT_WORDS.get(name, name): dataset for name, dataset in datasets.items()}
+def by_split(datasets, source):
+    """A dict of datasets by the splits that their names tell; what is left out is said in one line on stderr."""
+    splits = {}
+    for name in sorted(datasets, key=lambda name: name not in SPLIT_WORDS.values()):  # validation before dev
+        splits.setdefault(split_of(Path(name)) or name, name)
+    used = [splits[split] for split in ("train", "validation") if split in splits]
+    if skipped := ", ".join(name for name in datasets if name not in used):
+        print(f"{source}: splits {', '.join(used)}; skipped: {skipped}", file=sys.stderr)
+    return {split: datasets[name] for split, name in splits.items()}
 
 
 def read_dataset(dataset, column, source):
@@ -373,6 +408,7 @@ def reading(source):
         raise UserError(f"cannot reach {source} on the Hugging Face hub: check the name and the network, or use local "
                         "text or synthetic stories (python prepare.py nursery --tokenizer bpe:2048)") from error
     except Exception as error:
-        if not type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow")):
+        of_parquet = isinstance(error, OSError) and error.errno is None
+        if not of_parquet and not type(error).__module__.startswith(("datasets", "huggingface_hub", "pyarrow")):
             raise
         raise UserError(f"cannot read {source}: {error or type(error).__name__} (it may be damaged)") from error

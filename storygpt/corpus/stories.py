@@ -41,32 +41,44 @@ class Corpus:
             if split == "train" and self.cut:
                 pieces = cut_in_two(pieces, self.cut)
             for piece, ends in pieces:
-                assigned = split if split == "validation" or self.split_of is None else self.split_of[number]
+                assigned = split
+                if split == "train" and self.split_of is not None:
+                    self._check_unchanged(number < len(self.split_of))
+                    assigned = self.split_of[number]
                 if assigned:
                     yield assigned, piece, ends
                 number += ends
                 if split == "train" and number == self.max_stories:
                     break
+            self._check_unchanged(split != "train" or self.split_of is None or number == len(self.split_of))
+
+    def _check_unchanged(self, is_unchanged):
+        """Raise UserError if the source has another number of stories than when it was examined."""
+        if not is_unchanged:
+            raise UserError(f"{self.source} has changed while it was read: run the command again when it is complete")
 
     def _pieces(self, split):
         """Yield (piece, ends) of each story of a split of the source; blank stories and, if cleaning, fragments are
         dropped.
         """
         for text in self.splits[split]():
-            begins = True
+            begins, changed = True, False
             for piece, ends in pieces_of_stories(text):
                 if "\0" in piece:
                     raise UserError(f"{self.source}: text of the {split} split has NUL characters, after "
                                     f"{piece[:piece.index(chr(0))][-30:]!r}: remove them, or convert it to UTF-8")
                 whole, begins = begins and ends, ends
-                cleaned = clean(piece) if self.cleaned else piece
-                if whole and not cleaned.strip():
+                before, piece = piece, clean(piece) if self.cleaned else piece
+                piece = piece.strip() if whole else piece
+                changed = changed or piece != before
+                if whole and not piece:
                     self.counts["empty"] += 1
-                elif whole and self.cleaned and is_fragment(cleaned):
+                elif whole and self.cleaned and is_fragment(piece):
                     self.counts["fragment"] += 1
                 else:
-                    self.counts["changed"] += ends and cleaned != piece
-                    yield cleaned, ends
+                    self.counts["changed"] += ends and changed
+                    yield piece, ends
+                changed = changed and not ends
 
     def progress(self, description):
         """The triples, with a progress bar on a terminal; it shows the time left once `count` is set."""
@@ -107,7 +119,7 @@ class Corpus:
         if dropped.all():
             raise UserError(f"{self.source}: --drop_duplicates would leave none of the training stories: use more text")
         self.split_of[np.flatnonzero(self.split_of == "train")[dropped]] = None
-        self.count = np.count_nonzero(self.split_of)
+        self.count = np.count_nonzero(self.split_of) + len(hashes["validation"])
         return characters, found
 
     def _hash_stories(self):
@@ -139,7 +151,7 @@ def pieces_of_stories(text):
     """
     rest, begins, separated = "", True, False  # `begins`: the rest is the beginning of a story
     for part in text:
-        *stories, rest = (rest + part).split(END_OF_TEXT)
+        *stories, rest = (rest + part.replace("\ufeff", "")).split(END_OF_TEXT)  # without byte-order marks
         for story in stories:
             *first, last = cut_in_pieces(story.strip() if begins else story.rstrip())
             if separated or last or not begins:

@@ -68,16 +68,19 @@ def sync_folder(folder):
 def open_text(path):
     """Open a UTF-8 text file for reading, with or without a byte-order mark and with line ends of any system.
 
-    Raises UserError with the likely encoding of text that is not UTF-8, also while it is read; and OSError.
+    Raises UserError if it cannot be opened, or with its likely encoding if it is not UTF-8, also while it is read.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            if b"\0" in (start := file.buffer.peek()):  # UTF-16 without a byte-order mark may be valid UTF-8
+            start = file.buffer.peek()
+            if start.count(0) > len(start) // 10:  # UTF-16 without a byte-order mark may be valid UTF-8
                 raise UnicodeDecodeError("utf-8", start, 0, 1, "it has NUL bytes")
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it, for example with  "
                         f"iconv -f {likely_encoding(error.object)} -t utf-8 OLD > NEW") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def likely_encoding(data):
@@ -87,8 +90,8 @@ def likely_encoding(data):
         if data.startswith(mark):
             return encoding
     even, odd = data[::2].count(0), data[1::2].count(0)
-    if even == odd == 0:
-        return "cp1252"  # from Windows
+    if even + odd <= len(data) // 10:
+        return "cp1252"  # Western European, from Windows
     # Of a Latin letter's bytes, all are 0 but the first (little-endian) or the last.
     return ("utf-32" if min(even, odd) > len(data) // 8 else "utf-16") + ("le" if odd > even else "be")
 

@@ -14,6 +14,8 @@ from storygpt.corpus.clean import clean, is_fragment
     ("One. \nTwo.\n  Three.\r\nFour.\n\n\n\nFive.\u2028Six.", "One.\nTwo.\nThree.\nFour.\n\nFive.\nSix."),
     ("a\u200bb\ufeffc\u00add\ue000e\x07f\ufffd", "abcdef"),
     ("â€œHiâ€\x9d sheâ€™d say atÂ\u00a0the cafÃ©â€¦", "\"Hi\" she'd say at the café..."),
+    ("Page one.\fPage two.\vEnd", "Page one.\nPage two.\nEnd"),
+    ("KÃř Ã′", "KÃř Ã'"),  # no mojibake
     ("â€œHiâ€ she said", '"Hi" she said'),  # the last byte of ” was lost
     ("naïve café, ¡señor! 🦊 Ã la â€", 'naïve café, ¡señor! 🦊 Ã la "'),
     ("Plain text stays.\n\nAs it is: \"it's\" - so...", "Plain text stays.\n\nAs it is: \"it's\" - so..."),
@@ -30,6 +32,10 @@ def test_clean(text, plain):
 ])
 def test_a_story_that_stops_in_mid_sentence_is_a_fragment(end, expected):
     assert is_fragment("Ana had a ball. " * 10 + end) == expected
+
+
+def test_the_end_is_searched_behind_quotation_marks():
+    assert is_fragment("Ana had a ball. " * 10 + "and" + "\")]'" * 4)
 
 
 def test_a_short_story_is_a_fragment():

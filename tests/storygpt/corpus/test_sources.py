@@ -63,6 +63,15 @@ def test_nursery(monkeypatch):
     assert len(read("nursery")["train"]) == 30
 
 
+def test_home_folder_and_json_without_an_ending(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    write("texts/a.txt", STORIES)
+    assert read("~/texts") == {"train": STORIES}
+    for suffix in ("jsonl", "json"):
+        Path(write(f"a.{suffix}", STORIES)).rename("texts/a")
+        assert read("texts/a") == {"train": STORIES}
+
+
 PRINT_TWICE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -73,16 +82,22 @@ print(["".join(text) for _ in range(2) for text in texts()])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names for pipes")
-def test_a_pipe_is_copied_and_can_be_read_again(here):
+def test_a_pipe_is_copied_and_can_be_read_again(here, monkeypatch):
     Path("program.py").write_text(PRINT_TWICE)
     Path("a.txt").write_text("One.")
     Path("a.txt.gz").write_bytes(gzip.compress(b"One."))
     os.mkfifo("fifo")
+    Path("temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", "temporary")
     commands = ["cat a.txt | $0 program.py -", "$0 program.py /dev/stdin < a.txt", "$0 program.py <(zcat a.txt.gz)",
                 "cat a.txt > fifo & $0 program.py fifo"]
     for command in commands:
         done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True)
         assert (done.stdout, done.stderr) == ("['One.', 'One.']\n", "")
+    assert not list(Path("temporary").iterdir())  # the copies
+    limited = "ulimit -f 1; head -c 5000 /dev/zero | $0 program.py -"
+    done = subprocess.run(["bash", "-c", limited, sys.executable], capture_output=True, text=True)
+    assert "UserError: cannot copy - to " in done.stderr and "(File too large): set TMPDIR to" in done.stderr
 
 
 @pytest.mark.parametrize("path, split", [
@@ -93,6 +108,10 @@ def test_a_pipe_is_copied_and_can_be_read_again(here):
     ("value.txt", None), ("device.txt", None), ("trains.txt", None),
     ("val/a.txt", "validation"), ("Dev/a.txt", "validation"), ("train/the test.txt", "train"),
     ("val/a train.txt", "validation"), ("training_data/val.txt", "validation"), ("train_data/a.txt", "train"),
+    ("train/val.txt", "validation"), ("training/dev/train.txt", "train"), ("train/dev/a.txt", "validation"),
+    ("StoriesValid.txt", "validation"), ("StoriesTrain.txt", "train"), ("Validation Set/a.txt", "validation"),
+    ("eval.txt", "test"), ("stories_val_01.txt", "validation"), ("A test of courage.txt", None),
+    ("My valid reason.txt", None), ("train_sft", "train"), ("validation_matched", "validation"),
     ("data/train-00000-of-00001.parquet", "train"), ("en/fr/a.txt", None)])
 def test_a_split_is_told_by_names(path, split):
     assert split_of(Path(path)) == split
@@ -114,8 +133,8 @@ def test_text_files_are_read_whatever_lies_beside_them(here, other, capsys):
     is_text = other == "b.TXT"
     assert read("x") == {"train": STORIES if is_text else STORIES[:2]}
     said = capsys.readouterr().err
-    name = "README.txt license.txt LICENSE".split()
-    skipped = "" if is_text or "." in other[:1] else f"; skipped: 1 {other if other in name else Path(other).suffix}"
+    label = {"LICENSE": "without an ending", "README.txt": "README.txt", "license.txt": "license.txt"}
+    skipped = f"; skipped: 1 {label.get(other, Path(other).suffix)}" * (not is_text and other[0] != ".")
     assert said == f"x: .txt files: {1 + is_text} train{skipped}\n"
 
 
@@ -166,7 +185,13 @@ def test_only_the_text_column_is_read(here, first, second):
     assert read("tables") == {"train": STORIES[:3] * 2}
 
 
-def test_line_ends_and_half_characters_in_columns(here):
+def test_any_number_and_missing_values_in_columns(here):
+    rows = ['{"text": "One.", "id": %s}' % ("9" * 5000), '{"id": NaN}', '{"text": null}', '{"text": "Two."}']
+    Path("a.jsonl").write_text("\n".join(rows))
+    assert read("a.jsonl") == {"train": ["One.", "", "", "Two."]}
+
+
+def test_line_ends_and_surrogates_in_columns(here):
     Path("a.jsonl").write_text('{"text": "One.\\r\\n\\r\\nTwo.\\rThree."}\n{"text": "\\ud83e\\udd8a \\ud83e no"}\n')
     assert read("a.jsonl") == {"train": ["One.\n\nTwo.\nThree.", "🦊 \ufffd no"]}
 
@@ -217,9 +242,36 @@ def test_a_folder_with_several_configurations(here):
     for other in (b"title: [x", b"- x", b"configs: x", b"configs:", b"title: \xff"):
         Path("x/README.md").write_bytes(b"---\n" + other + b"\n---\n")  # no dataset's
         check("en, fr, all")
-    write("parts/train_1/train.txt", STORIES[:5])
-    write("parts/a.txt", STORIES[5:])  # a single sub-folder is no configuration
-    assert len(read("parts")["train"]) == len(STORIES)
+    for folders in (["parts/train", "parts/training"], ["one/train_1", "one"], ["flat/a_train", "flat/b_train"]):
+        for folder, part in zip(folders, (STORIES[:5], STORIES[5:])):  # none is a configuration
+            write(f"{folder}/{'part' if folder[0] == 'f' else 'train'}.txt", part)
+        assert sorted(read(Path(folders[0]).parent.as_posix())["train"]) == sorted(STORIES)
+
+
+@pytest.mark.parametrize("configs, message", [
+    ("- config_name: en\n  data_files: {train: x}", "lists configurations that cannot be read"),
+    ("- config_name: en\n  data_files:\n  - split: train", "lists configurations that cannot be read"),
+    ("- config_name: en\n  data_files: /a*", "lists configurations that cannot be read"),
+    ("- config_name: en\n  data_files: 5", "lists configurations that cannot be read"),
+    ("- en", "lists configurations that cannot be read"),
+    ("- config_name: en\n  data_files: data/train-*", "lists no file that exists for en: correct or remove it"),
+    ("- {config_name: no, data_dir: en}\n- {config_name: 1, data_dir: en}", "choose a configuration .*: False, 1$"),
+])
+def test_bad_lists_of_configurations(here, configs, message):
+    write("x/en/a.txt", STORIES)
+    write("a.txt", STORIES)
+    Path("x/README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    with pytest.raises(UserError, match=message):
+        read("x")
+
+
+def test_the_default_configuration(here):
+    write("x/en/a.txt", STORIES)
+    write("x/fr/a.txt", STORIES[:5])
+    for name, default in (("default", ""), ("fr", ", default: true")):
+        Path("x/README.md").write_text("---\nconfigs:\n- {config_name: en, data_dir: en}\n"
+                                       f"- {{config_name: {name}, data_dir: fr{default}}}\n---\n")
+        assert read("x") == read("x", config=name) == {"train": STORIES[:5]}
 
 
 def test_a_folder_with_the_layout_of_the_hub(here):
@@ -228,18 +280,23 @@ def test_a_folder_with_the_layout_of_the_hub(here):
     write("repo/data/validation-00000-of-00001-b1a5.parquet", STORIES[15:])
     write("repo/Stories-train.txt", ["the same stories in another format"])
     assert read("repo/") == {"train": STORIES[:15], "validation": STORIES[15:]}
+    Path("repo/data/validation-00000-of-00001-b1a5.parquet").rename("repo/data/validation.parquet")
+    assert read("repo/") == {"train": STORIES[:15], "validation": STORIES[15:]}
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_what_datasets_loads_and_saves(here):
+def test_what_datasets_loads_and_saves(here, capsys):
     """The hub cannot be reached in tests; `load_dataset` returns the same for a folder with its layout."""
     write("repo/data/train.jsonl", STORIES[:10])
     write("repo/data/dev.jsonl", STORIES[10:])
     loaded = sources.load_dataset("repo", None)
     assert {split: list(sources.read_dataset(loaded[split], "text", "repo")) for split in loaded} == {
         "train": STORIES[:10], "validation": STORIES[10:]}
-    datasets.DatasetDict(train=loaded["train"], valid=loaded["validation"]).save_to_disk("saved")
+    train, validation = loaded.values()
+    datasets.DatasetDict(Train=train, valid=train, validation=validation, test=train).save_to_disk("saved")
+    capsys.readouterr()
     assert read("saved") == {"train": STORIES[:10], "validation": STORIES[10:]}
+    assert capsys.readouterr().err == "saved: splits Train, validation; skipped: valid, test\n"
     loaded["train"].save_to_disk("one")
     assert read("one") == {"train": STORIES[:10]}
     Path("one/data-00000-of-00001.arrow").write_bytes(b"")
@@ -275,6 +332,12 @@ def bad(here):
     Path("bad.jsonl").write_text('{"text": "A story."}\n\n{"text": \n')
     Path("bad.json").write_text('[{"text":\n"A story."}')
     Path("numbers.json").write_text("[1, 2]")
+    pq.write_table(pa.table({"text": ["A story. " * 999] * 99}), "page.parquet")
+    damaged = bytearray(Path("page.parquet").read_bytes())
+    damaged[40:60] = b"x" * 20
+    Path("page.parquet").write_bytes(damaged)
+    Path("saved").mkdir()
+    Path("saved/dataset_dict.json").touch()
     Path("keys.jsonl").write_text('{"story": "A story."}\n{"text": "A story."}\n')
     offsets, text = pa.py_buffer(np.array([0, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])}), "latin1.parquet")
@@ -296,6 +359,10 @@ def bad(here):
     ("a.parquet id", "a.parquet: value 1 is int, not text"),
     ("keys.jsonl", "keys.jsonl, line 1 has no column 'text': choose one of story with --text_column"),
     ("a.parquet text en", "a.parquet has no configurations: leave out --config"),
+    ("nursery text en", "nursery has no configurations"),
+    ("- text en", "- has no configurations"),
+    ("saved text en", "saved has no configurations"),
+    ("~nobody/texts", "~nobody/texts does not exist"),
     ("latin-1.txt", "latin-1.txt is not UTF-8 text (invalid continuation byte): convert it, for example with  iconv -f "
                     "cp1252 -t utf-8 OLD > NEW"),
     ("utf-16.txt", "iconv -f utf-16 "),
@@ -309,6 +376,7 @@ def bad(here):
     ("late.txt", "late.txt is not UTF-8 text"),
     ("latin1.parquet", "latin1.parquet has text that is not UTF-8"),
     ("bad.parquet", "cannot read bad.parquet"),
+    ("page.parquet", "cannot read page.parquet"),
     ("bad.jsonl", "bad.jsonl, line 3 is not valid JSON"),
     ("bad.json", "bad.json, line 2 is not valid JSON"),
     ("numbers.json", "numbers.json, item 1 is not a JSON object"),

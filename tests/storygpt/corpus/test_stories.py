@@ -50,7 +50,8 @@ def test_a_corpus_can_be_read_again(here):
 def test_stories_are_separated_wherever_the_marker_is(here, monkeypatch, size):
     """In a line of its own, within a line or at its end; in files that are read in parts, and in columns."""
     monkeypatch.setattr(sources, "PART_CHARACTERS", size)
-    text = f"One.\n{END_OF_TEXT}\nTwo.{END_OF_TEXT}Three, {END_OF_TEXT}\nFour.\n\n{END_OF_TEXT}Five <|endof text|>\n"
+    text = (f"One.\n{END_OF_TEXT}\nTwo.{END_OF_TEXT}Three, {END_OF_TEXT}\nFour.\n\n"
+            f"{END_OF_TEXT}\ufeffFive <|endof text|>\n")  # with a byte-order mark, as of joined files
     expected = ["One.", "Two.", "Three,", "Four.", "Five <|endof text|>"]
     write("a.txt", [text])
     write("b.jsonl", [text, "Six."])
@@ -82,6 +83,13 @@ def test_a_long_story_comes_in_pieces_with_the_same_tokens(here, monkeypatch, te
     monkeypatch.setattr(stories, "PIECE_CHARACTERS", 100)
     _, pieces, ends = zip(*Corpus(source))
     assert joined(Corpus(source)) == whole and len(pieces) > sum(ends) and max(map(len, pieces)) <= 200
+    write("b.txt", [text] * 2 + ["x"])  # a validation split of the source counts, too
+    Path("both").mkdir()
+    for name in ("train", "val"):
+        Path(f"both/{name}.txt").write_bytes(Path("b.txt").read_bytes())
+    corpus = Corpus("both")
+    corpus.examine(0.1, 1, False)
+    assert corpus.count == sum(ends for _, _, ends in corpus)
     if " " in text or "\n" in text:  # if there is a place to cut
         tokenizer = Tokenizer.named("gpt2")
         assert (tokenizer.encode_stories(pieces, ends) == tokenizer.encode_stories(whole["train"])).all()
@@ -140,20 +148,37 @@ def test_duplicates(here):
 
 def test_duplicates_among_stories_in_pieces(here, monkeypatch):
     monkeypatch.setattr(stories, "PIECE_CHARACTERS", 100)
-    long, other = "a word " * 100, "a word " * 99 + "a name"
-    found = Corpus(write("a.txt", [long, other, long, "short", other + "s"])).examine(0.2, 1, False)[1]
+    long, other, third = "a word " * 100, "a word " * 99 + "a name", "a name " + "a word " * 99
+    found = Corpus(write("a.txt", [long, other, long, "short", other + "s", third])).examine(0.2, 1, False)[1]
     assert sum(found["duplicates"].values()) == 1
+
+
+def test_a_source_that_changes_is_an_error(here):
+    for count in (len(STORIES) - 1, len(STORIES) + 1):
+        corpus = Corpus(write("a.jsonl", STORIES))
+        corpus.examine(0.2, 1, False)
+        write("a.jsonl", (STORIES * 2)[:count])
+        with pytest.raises(UserError, match="a.jsonl has changed while it was read: run the command again"):
+            list(corpus)
+
+
+def test_cleaning_a_long_story(here, monkeypatch):
+    monkeypatch.setattr(stories, "PIECE_CHARACTERS", 100)
+    text = "“Yes” " + "a word " * 100 + "and"  # changed at its beginning only, and its end looks like a fragment
+    corpus = Corpus(write("a.jsonl", [text, "x" * 98 + "."]), cleaned=True)
+    assert joined(corpus) == {"train": [text.replace("“Yes”", '"Yes"')]}
+    assert corpus.counts == {"changed": 1, "fragment": 1}
 
 
 def test_cleaning_counts_changed_stories_and_drops_fragments(here):
     whole = "Ana had a red ball. She went to the park with Ben, and they played until dinner. It was a good day, too."
     texts = [whole, whole.replace("a red", "“a red”"), whole[:-1], "Short.", "", f"{whole}\n\nThe End",
-             f"{whole} \nYes."]
+             f"{whole} \nYes.", "\u200b", f"—{whole}\n\u200b"]
     corpus = Corpus(write("a.jsonl", texts), cleaned=True)
     found = corpus.examine(0.2, 1, False)[1]
-    assert found["cleaned"] == {"stories_changed": 2, "fragments_dropped": 2} and found["empty_stories_dropped"] == 1
+    assert found["cleaned"] == {"stories_changed": 3, "fragments_dropped": 2} and found["empty_stories_dropped"] == 2
     kept = [story for _, story, _ in corpus]
-    assert kept == [whole, whole.replace("a red", '"a red"'), f"{whole}\n\nThe End", f"{whole}\nYes."]
+    assert kept == [whole, whole.replace("a red", '"a red"'), f"{whole}\n\nThe End", f"{whole}\nYes.", f"- {whole}"]
     assert "cleaned" not in Corpus("a.jsonl").examine(0.2, 1, False)[1]
 
 
@@ -162,9 +187,10 @@ def test_cleaning_counts_changed_stories_and_drops_fragments(here):
     ([" ", "\n"], "the train split has no stories, or only empty ones"),
     (["x" * 3071], "of 3,071 characters, but training and validation need 3,072"),
     (["x"] * 9, "--drop_duplicates would leave none"),
-    (["A story.", "An\0other."], "text of the train split has NUL characters, after 'An': remove them"),
+    (["A story.", "An\0other." + "x" * 999], "text of the train split has NUL characters, after 'An': remove them"),
 ])
-def test_bad_stories_raise_user_errors(here, texts, message):
+def test_bad_stories_raise_user_errors(here, texts, message, monkeypatch):
+    monkeypatch.setattr(stories, "PIECE_CHARACTERS", 300)
     with pytest.raises(UserError, match=message):
         Corpus(write("a.jsonl", texts)).examine(0.01, 1, drop_duplicates=True)
     write("b/train.txt", STORIES)

@@ -144,3 +144,10 @@ def test_a_file_system_without_locks_is_a_note(monkeypatch, tmp_path, capsys):
     assert files.is_locked(tmp_path / ".lock") is False  # by another process, as far as this one knows
     files._locked.pop(tmp_path / ".lock").close()
     assert files.is_locked(tmp_path / ".lock") is None
+
+
+def test_a_few_nul_bytes_do_not_make_text_utf_16(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One." * 100 + b"\0")
+    with files.open_text(tmp_path / "a.txt") as file:
+        assert file.read().endswith("\0")  # reported by its reader
+    assert files.likely_encoding(b"caf\xe9" * 99 + b"\0") == "cp1252"
