@@ -41,7 +41,8 @@ def open_source(source, text_column="text", config=None, max_stories=None, seed=
     Raises UserError if the source does not exist or cannot be read.
     """
     path = Path(os.path.expanduser(source))
-    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    is_saved = any(all((path / f"{name}.json").exists() for name in names)  # by save_to_disk of `datasets`
+                   for names in (["dataset_dict"], ["dataset_info", "state"]))
     if config and (source == "nursery" or is_pipe(source) or path.is_file() or is_saved):
         raise UserError(f"{source} has no configurations: leave out --config")
     if source == "nursery":
