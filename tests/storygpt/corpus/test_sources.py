@@ -327,6 +327,7 @@ def bad(here):
         Path(f"{encoding}.txt").write_bytes("A café.\n".encode(encoding))
     Path("bom-be.txt").write_bytes(codecs.BOM_UTF16_BE + "A café.\n".encode("utf-16-be"))
     Path("utf16.jsonl").write_text('{"text": "A story."}\n', encoding="utf-16-le")
+    Path("mixed.txt").write_bytes("故故 A story.".encode("utf-16-le"))  # all of its bytes are those of ASCII characters
     Path("late.txt").write_bytes(b"word " * 5000 + b"\xff")
     Path("bad.parquet").write_bytes(b"PAR1 but no more than that")
     Path("bad.jsonl").write_text('{"text": "A story."}\n\n{"text": \n')
@@ -373,6 +374,7 @@ def bad(here):
     ("utf-32-le.txt", "iconv -f utf-32le "),
     ("utf-32-be.txt", "iconv -f utf-32be "),
     ("utf16.jsonl", "iconv -f utf-16le "),
+    ("mixed.txt", "iconv -f utf-16le "),
     ("late.txt", "late.txt is not UTF-8 text"),
     ("latin1.parquet", "latin1.parquet has text that is not UTF-8"),
     ("bad.parquet", "cannot read bad.parquet"),

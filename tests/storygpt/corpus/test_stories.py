@@ -74,7 +74,7 @@ def test_white_space_line_endings_and_empty_stories(here):
 
 @pytest.mark.parametrize("text", [
     "word " * 200, "word, and\n\nother words.  Then " * 40, "x" * 999, "故事" * 300, "a\nb\n" * 200,
-    f"{'long ' * 60}{END_OF_TEXT}{'x' * 250}{END_OF_TEXT}short", "a  " * 400, "1234 don't \n\n" * 90])
+    f"{'long ' * 60}{END_OF_TEXT}{'x' * 250}{END_OF_TEXT}short", "a  " * 400, "b     " * 200, "1234 don't \n\n" * 90])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_a_long_story_comes_in_pieces_with_the_same_tokens(here, monkeypatch, text, suffix):
     source = write(f"a.{suffix}", [text])
@@ -92,7 +92,10 @@ def test_a_long_story_comes_in_pieces_with_the_same_tokens(here, monkeypatch, te
     assert corpus.count == sum(ends for _, _, ends in corpus)
     if " " in text or "\n" in text:  # if there is a place to cut
         tokenizer = Tokenizer.named("gpt2")
-        assert (tokenizer.encode_stories(pieces, ends) == tokenizer.encode_stories(whole["train"])).all()
+        tokens = tokenizer.encode_stories(whole["train"])
+        assert (tokenizer.encode_stories(pieces, ends) == tokens).all()
+        parts = [tokenizer.encode_stories([piece], [end]) for piece, end in zip(pieces, ends)]  # as in two batches
+        assert (np.concatenate(parts) == tokens).all()
 
 
 def test_pieces_are_cut_between_words(monkeypatch):
@@ -144,6 +147,7 @@ def test_duplicates(here):
             "within_train": len(train) - len(set(train)), "dropped": len(train) - len(kept),
             "validation_in_train": sum(story in train for story in validation)}
         assert joined(corpus) == {"train": kept, "validation": validation}
+        assert corpus.count == len(kept) + len(validation)
 
 
 def test_duplicates_among_stories_in_pieces(here, monkeypatch):
@@ -174,12 +178,12 @@ def test_cleaning_counts_changed_stories_and_drops_fragments(here):
     whole = "Ana had a red ball. She went to the park with Ben, and they played until dinner. It was a good day, too."
     texts = [whole, whole.replace("a red", "“a red”"), whole[:-1], "Short.", "", f"{whole}\n\nThe End",
              f"{whole} \nYes.", "\u200b", f"—{whole}\n\u200b"]
-    corpus = Corpus(write("a.jsonl", texts), cleaned=True)
+    corpus = Corpus(write("a.txt", texts), cleaned=True)
     found = corpus.examine(0.2, 1, False)[1]
     assert found["cleaned"] == {"stories_changed": 3, "fragments_dropped": 2} and found["empty_stories_dropped"] == 2
     kept = [story for _, story, _ in corpus]
     assert kept == [whole, whole.replace("a red", '"a red"'), f"{whole}\n\nThe End", f"{whole}\nYes.", f"- {whole}"]
-    assert "cleaned" not in Corpus("a.jsonl").examine(0.2, 1, False)[1]
+    assert "cleaned" not in Corpus("a.txt").examine(0.2, 1, False)[1]
 
 
 @pytest.mark.parametrize("texts, message", [
