@@ -14,8 +14,8 @@ from storygpt.system.errors import UserError
 
 WINDOW_CHARACTERS = 1024  # a window of 128 tokens (the default block_size) takes fewer, if they average 7 or less
 PIECE_CHARACTERS = 1 << 20  # a longer story comes in pieces of this length or more
-# Where a story may be cut: between a word and a single white-space character, where no tokenizer has a token.
-BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?=\s\S)")
+# Where a story may be cut: between a word and the white space after it, where no tokenizer has a token.
+BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?=\s)")
 
 
 class Corpus:
