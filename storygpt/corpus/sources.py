@@ -25,7 +25,7 @@ from storygpt.system.files import open_text
 HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-PART_CHARACTERS = 1 << 20  # of a .txt file that are in memory at a time
+PART_CHARACTERS = 1 << 18  # of a text file that are in memory at a time; with more, allocating memory takes time
 # Words in names that tell the split. The split test is left out.
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
                "val": "validation", "dev": "validation", "test": "test", "testing": "test", "eval": "test",

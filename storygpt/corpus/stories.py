@@ -43,19 +43,15 @@ class Corpus:
             for piece, ends in pieces:
                 assigned = split
                 if split == "train" and self.split_of is not None:
-                    self._check_unchanged(number < len(self.split_of))
-                    assigned = self.split_of[number]
+                    assigned = self.split_of[number] if number < len(self.split_of) else None
                 if assigned:
                     yield assigned, piece, ends
                 number += ends
                 if split == "train" and number == self.max_stories:
                     break
-            self._check_unchanged(split != "train" or self.split_of is None or number == len(self.split_of))
-
-    def _check_unchanged(self, is_unchanged):
-        """Raise UserError if the source has another number of stories than when it was examined."""
-        if not is_unchanged:
-            raise UserError(f"{self.source} has changed while it was read: run the command again when it is complete")
+            if split == "train" and self.split_of is not None and number != len(self.split_of):
+                raise UserError(f"{self.source} has changed while it was read: run the command again when it is "
+                                "complete")
 
     def _pieces(self, split):
         """Yield (piece, ends) of each story of a split of the source; blank stories and, if cleaning, fragments are
@@ -68,9 +64,10 @@ class Corpus:
                     raise UserError(f"{self.source}: text of the {split} split has NUL characters, after "
                                     f"{piece[:piece.index(chr(0))][-30:]!r}: remove them, or convert it to UTF-8")
                 whole, begins = begins and ends, ends
-                before, piece = piece, clean(piece) if self.cleaned else piece
-                piece = piece.strip() if whole else piece
-                changed = changed or piece != before
+                if self.cleaned:
+                    before, piece = piece, clean(piece)
+                    piece = piece.strip() if whole else piece
+                    changed = changed or piece != before
                 if whole and not piece:
                     self.counts["empty"] += 1
                 elif whole and self.cleaned and is_fragment(piece):
@@ -154,13 +151,15 @@ def pieces_of_stories(text):
         *stories, rest = (rest + part.replace("\ufeff", "")).split(END_OF_TEXT)  # without byte-order marks
         for story in stories:
             *first, last = cut_in_pieces(story.strip() if begins else story.rstrip())
+            for piece in first:
+                yield piece, False
             if separated or last or not begins:
-                yield from ((piece, False) for piece in first)
                 yield last, True
             begins = separated = True
         *first, rest = cut_in_pieces(rest.lstrip() if begins else rest)  # the rest may end within END_OF_TEXT
-        yield from ((piece, False) for piece in first)
-        begins = begins and not first
+        for piece in first:
+            yield piece, False
+            begins = False
     if rest.strip() or not (separated and begins):
         yield rest.rstrip(), True
 
@@ -169,6 +168,8 @@ def cut_in_pieces(story):
     """Cut a story that is longer than 2 * PIECE_CHARACTERS into pieces between that and half of it, if possible between
     words.
     """
+    if len(story) <= 2 * PIECE_CHARACTERS:
+        return [story]
     pieces, start = [], 0
     while len(story) - start > 2 * PIECE_CHARACTERS:
         match = BETWEEN_WORDS.search(story, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
