@@ -78,7 +78,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     the most likely tokens whose probabilities sum to p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
     `generator` is on the model's device. After `end_of_text` a sequence yields only `end_of_text`, and generation stops
     when all sequences have ended. `with_logits` yields pairs: the tokens (B) and the logits (B, V) they were sampled
-    from, valid until the next step. With `end_of_text`, raises UserError if a logit is NaN or +infinity.
+    from, valid until the next step. Raises UserError if logits are NaN or +infinity, at every 32nd step and the last.
 
     The model reads the context window that begins at `window_start`. Sequences that have ended are dropped from the
     batch, except on CUDA and with `with_logits`; the random numbers of the others depend on that.
@@ -91,7 +91,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     rows = torch.arange(len(idx), device=idx.device)  # which of the B sequences are in the batch, (b)
     tokens = torch.zeros_like(rows)  # the last tokens of all sequences, (B)
     ended = None  # whether each sequence in the batch has ended, (b); None if none has
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         start = window_start(idx.size(1), model.config.block_size)
         if cache is None:
             logits = forward(idx[:, start:])  # (b, V) or (b, U + 1)
@@ -102,25 +102,25 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
         else:
             decode = decode or (capture_graph(forward, cache) if idx.is_cuda else forward)
             logits = decode(idx[:, -1:])
-        highest = logits.amax()  # (), NaN or infinity if one of them is; -infinity excludes a token
+        if step % 32 == 0:  # not at every step, because reading a number waits for a GPU
+            check_finite(logits)
         if logits.size(-1) == model.config.vocab_size:
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
         else:  # the tokens of the repeated rows did not occur in training, and are not generated
             token = head.distinct_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
-            logits = head.expand(logits) if with_logits else None
+            logits = head.expand(logits) if with_logits else logits
         if ended is not None:
             token = token.masked_fill(ended, end_of_text)
-        if end_of_text is not None:
-            running = token != end_of_text  # (b)
-            # In one number, as reading one waits for a GPU.
-            count = check_finite((running.sum() + 0 * highest.float()).item())
         idx = torch.cat([idx, token[:, None]], 1)
         # Not in place: the caller has the last ones.
         tokens = token if len(token) == len(tokens) else tokens.index_copy(0, rows, token)  # (B)
         yield (tokens, logits) if with_logits else tokens
         if end_of_text is None:
             continue
+        running = token != end_of_text  # (b)
+        count = int(running.sum())
         if not count:
+            check_finite(logits)
             return
         # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
         if count < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
@@ -130,12 +130,11 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
         ended = None if count == len(running) else ~running
 
 
-def check_finite(value):
-    """A number that is computed from logits. Raises UserError if it is not finite: then there is no next token."""
-    if not math.isfinite(value):
+def check_finite(logits):
+    """Raise UserError if a logit is NaN or +infinity; -infinity excludes a token."""
+    if not math.isfinite(logits.amax()):
         raise UserError("the model's logits are NaN or infinite: its weights are damaged, as after training that has "
                         "diverged (use another run or checkpoint), or too large for the dtype (use float32)")
-    return value
 
 
 def last_logits(model, cache, idx):
@@ -181,7 +180,7 @@ def output_layer(model):
     logits = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
-    check_finite(logits.amax().item())
+    check_finite(logits)
     return next((module for module, calls in outputs.items()
                  if len(calls) == 1 and calls[0] is logits and logits._version == 0), None)
 
