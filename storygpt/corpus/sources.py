@@ -91,11 +91,12 @@ def find_files(folder, config):
     """The files of a folder that belong to a configuration (None: its only one): path → split, None if it has no name
     of a split. Raises UserError if there are several configurations and `config` is none of them.
     """
+    if files := listed_files(folder, config):
+        return files
     files = {path: split_of(path.relative_to(folder)) for path in walk(folder)}
-    configurations = listed_configurations(folder) or configuration_folders(folder, files)
-    if config is None and len(configurations) < 2:
-        return next(iter(configurations.values()), files)
-    config = config or "default"
+    configurations = configuration_folders(folder, files)
+    if config is None and not configurations:
+        return files
     if config not in configurations:
         names = ", ".join(configurations) or "the folder has none, so leave it out"
         raise UserError(f"{folder}: choose a configuration with --config: {names}")
@@ -136,10 +137,9 @@ def split_of(path):
     return next((SPLIT_WORDS[word.lower()] for word in candidates if word.lower() in SPLIT_WORDS), None)
 
 
-def listed_configurations(folder):
-    """The configurations that a dataset's README.md lists, as the hub defines it: name → files, see `find_files`.
-
-    Raises UserError if they cannot be read, or have no files.
+def listed_files(folder, config):
+    """The files of a configuration (None: the default) that the README.md of a dataset lists, as the hub defines it:
+    path → split; or {} if it lists none.
     """
     if not (folder / "README.md").is_file():
         return {}
@@ -147,33 +147,14 @@ def listed_configurations(folder):
     from huggingface_hub import metadata_load
 
     try:
-        entries = (metadata_load(folder / "README.md") or {}).get("configs")
+        configurations = (metadata_load(folder / "README.md") or {}).get("configs")
     except (ValueError, yaml.YAMLError):  # it describes something else
         return {}
-    configurations = {}
-    try:
-        for entry in entries if isinstance(entries, list) else []:
-            files = configurations[str(entry.get("config_name", "default"))] = {}
-            for split, pattern in patterns_of(entry):
-                found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-                files |= {path: split and split_of(Path(split)) or split_of(path.relative_to(folder)) for path in found}
-            if entry.get("default"):
-                configurations["default"] = files
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'README.md'} lists configurations that cannot be read ({error}): correct or remove "
-                        "it") from error
-    if empty := ", ".join(name for name, files in configurations.items() if not files):
-        raise UserError(f"{folder / 'README.md'} lists no file that exists for {empty}: correct or remove it")
-    return configurations
-
-
-def patterns_of(entry):
-    """The (split or None, pattern of paths) pairs of a configuration of a README.md."""
-    data_files = entry.get("data_files", f"{entry.get('data_dir', '.')}/**/*")
-    for item in data_files if isinstance(data_files, list) else [data_files]:
-        split, paths = (item["split"], item["path"]) if isinstance(item, dict) else (None, item)
-        for path in paths if isinstance(paths, list) else [paths]:
-            yield split, path
+    if not isinstance(configurations, list):
+        return {}
+    builder = call_datasets("load_dataset_builder", str(folder), config, folder / "README.md")
+    return {Path(folder, os.path.relpath(path, folder)): split_of(Path(str(split))) or str(split)
+            for split, paths in builder.config.data_files.items() for path in paths}
 
 
 def configuration_folders(folder, files):
@@ -331,9 +312,14 @@ def load_from_hub(source, config):
         raise UserError(f"{source} does not exist: give a file, a folder, a dataset on the Hugging Face hub, or nursery"
                         ) from error
     print(f"loading {source} from the Hugging Face hub", file=sys.stderr)
-    with writing_the_cache():
+    try:
         use_only_the_cache_if_offline(source)
-        return load_dataset(source, config)
+        return by_split(call_datasets("load_dataset", source, config, source), source)
+    except OSError as error:
+        if not error.errno:  # an answer of the hub
+            raise
+        raise UserError(f"cannot use the cache of Hugging Face's libraries, {error.filename} ({error.strerror}): set "
+                        "HF_HOME to a folder that can be written") from error
 
 
 def use_only_the_cache_if_offline(source):
@@ -350,31 +336,22 @@ def use_only_the_cache_if_offline(source):
             raise
 
 
-@contextmanager
-def writing_the_cache():
-    """Convert an error of the system to a UserError: Hugging Face's libraries write to a folder in the user's home."""
-    try:
-        yield
-    except OSError as error:
-        if not error.errno:  # an answer of the hub
-            raise
-        raise UserError(f"cannot use the cache of Hugging Face's libraries, {error.filename} ({error.strerror}): set "
-                        "HF_HOME to a folder that can be written") from error
+def call_datasets(function, source, config, where):
+    """Call a function of `datasets` for a configuration of a source. Raises UserError, or OSError for its cache.
 
-
-def load_dataset(source, config):
-    """The splits of a dataset that `datasets` loads, split → dataset. Raises UserError, or OSError for its cache."""
-    import datasets  # not at the top: it takes seconds
+    `where`: what its errors are about.
+    """
+    import datasets  # it takes seconds
 
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # their warnings only precede an error
     try:
-        with reading(source):
-            return by_split(datasets.load_dataset(source, config), source)  # not streamed: it has a cache
-    except (ValueError, RuntimeError) as error:
-        message = f"cannot read {source}: {' '.join(str(error).split())[:300]}"
+        with reading(where):
+            return getattr(datasets, function)(source, config)
+    except (RuntimeError, TypeError, ValueError) as error:
+        message = f"cannot read {where}: {' '.join(str(error).split())[:300]}"
         if names := re.search(r"[Aa]vailable.*?: \[(.*?)\]", str(error)):
-            message = f"{source}: choose a configuration with --config: {names[1].replace(chr(39), '')}"
+            message = f"{where}: choose a configuration with --config: {names[1].replace(chr(39), '')}"
         raise UserError(message) from error
 
 

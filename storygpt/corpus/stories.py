@@ -79,11 +79,8 @@ class Corpus:
 
     def progress(self, description):
         """The triples, with a progress bar on a terminal; it shows the time left once `count` is set."""
-        with tqdm(desc=description, total=self.count, unit=" stories", unit_scale=True, dynamic_ncols=True,
-                  disable=None) as bar:
-            for split, piece, ends in self:
-                yield split, piece, ends
-                bar.update(ends)
+        return tqdm(self, description, None if self.cut else self.count, unit=" stories", unit_scale=True,
+                    dynamic_ncols=True, disable=None)
 
     def examine(self, fraction, seed, drop_duplicates):
         """Count the stories, make a validation split of `fraction` if the source has none, and find duplicates.
