@@ -99,7 +99,7 @@ def parse_args(argv):
         help="a file, a folder, a dataset on the Hugging Face hub, - for standard input, or nursery, the synthetic "
              "corpus (default: %(default)s); files are .txt (<|endoftext|> separates stories), .jsonl, .json or "
              ".parquet; words in the names of a folder's files and sub-folders tell the split: train, training; "
-             "validation, valid, val, dev; test, testing (left out)")
+             "validation, valid, val, dev; test, testing, eval, evaluation (left out)")
     add("--name", help="name of the folder under data/; default: last part of SOURCE, and the tokenizer if not gpt2")
     add("--tokenizer", default="gpt2", help="a tiktoken encoding, or bpe:4096 to train one of 4096 tokens on the text "
         "(default: %(default)s); or the folder of a run or dataset, to reuse its tokenizer")
@@ -111,8 +111,8 @@ def parse_args(argv):
         f"included; default: all, of nursery {sources.NURSERY_STORIES:,}")
     add("--drop_duplicates", action="store_true",
         help="drop training stories that repeat an earlier one or are also in the validation split")
-    add("--clean", action="store_true", help="make quotes, dashes and spaces plain and drop stories that stop in "
-        "mid-sentence; or are shorter than 100 characters; also drops invisible characters; for English text")
+    add("--clean", action="store_true", help="make quotes, dashes and spaces plain, and drop invisible characters and "
+        "stories that stop in mid-sentence or have less than 100 characters; for English text")
     add("--seed", type=int, default=1337, help="seed of the validation split and of nursery (default: %(default)s)")
     add("--force", action="store_true", help="replace the dataset if it already exists")
     args = parser.parse_args(argv)

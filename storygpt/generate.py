@@ -78,7 +78,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     the most likely tokens whose probabilities sum to p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
     `generator` is on the model's device. After `end_of_text` a sequence yields only `end_of_text`, and generation stops
     when all sequences have ended. `with_logits` yields pairs: the tokens (B) and the logits (B, V) they were sampled
-    from, valid until the next step. Raises UserError if logits are NaN or +infinity, at every 32nd step and the last.
+    from, valid until the next step. Raises UserError if logits are NaN or +infinity, at every 32nd step and the end.
 
     The model reads the context window that begins at `window_start`. Sequences that have ended are dropped from the
     batch, except on CUDA and with `with_logits`; the random numbers of the others depend on that.
@@ -120,7 +120,6 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
         running = token != end_of_text  # (b)
         count = int(running.sum())
         if not count:
-            check_finite(logits)
             return
         # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
         if count < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
@@ -128,6 +127,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
                 cache.keep(running)
             rows, idx, running = rows[running], idx[running], running[running]
         ended = None if count == len(running) else ~running
+    check_finite(logits)
 
 
 def check_finite(logits):
@@ -255,7 +255,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     cumulative = probs.cumsum(-1)  # (B, k)
     threshold = cumulative[:, -1:] * torch.rand(len(probs), 1, generator=generator, device=probs.device)  # (B, 1)
     choice = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
-    choice = choice.clamp_max(probs.size(-1) - 1)  # beyond it if a logit is NaN, which `generate` reports
+    choice = choice % probs.size(-1)  # if a logit is NaN, which `generate` reports, it is that size: no token
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 

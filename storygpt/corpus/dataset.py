@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storygpt.system.errors import QUICKSTART, UserError, shell_word
+from storygpt.system.errors import QUICKSTART, UserError
 
 RESTORE = ("if it is a run, copy meta.json and tokenizer.tiktoken from its dataset; if it is a dataset, remove it and "
            "prepare it again; for other files, choose another --name")
@@ -17,7 +17,8 @@ RESTORE = ("if it is a run, copy meta.json and tokenizer.tiktoken from its datas
 def prepare_command(name):
     """The command that creates a dataset, guessed from its name: `nursery-bpe1024` needs `--tokenizer bpe:1024`."""
     source, size = re.fullmatch(r"(.*?)(?:-bpe(\d+))?", name, re.DOTALL).groups()
-    words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {shell_word(name)}")
+    valid = re.sub(r"[^\w.-]+", "_", name)  # another name is not possible
+    words = {"tinystories": "", "nursery": " nursery"}.get(source, f" SOURCE --name {valid}")
     return f"python prepare.py{words}" + (f" --tokenizer bpe:{size}" if size else "")
 
 

@@ -25,12 +25,12 @@ from storygpt.system.files import open_text
 HUB_DATASET = "roneneldan/TinyStories"
 NURSERY_STORIES = 20_000  # used if --max_stories is not set, because the grammar generates without end
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-PART_CHARACTERS = 1 << 18  # of a text file that are in memory at a time; with more, allocating memory takes time
+PART_CHARACTERS = 1 << 18  # read from a text file at a time; larger parts are slower
 # Words in names that tell the split. The split test is left out.
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
                "val": "validation", "dev": "validation", "test": "test", "testing": "test", "eval": "test",
                "evaluation": "test"}
-# Names of files that describe a folder of texts and are none.
+# Names of files that are about the texts of a folder.
 DOCUMENTS = {"readme", "license", "licence", "copying", "notice", "changelog", "citation", "requirements"}
 
 
@@ -54,7 +54,8 @@ def open_source(source, text_column="text", config=None, max_stories=None, seed=
     elif path.is_dir():
         splits = split_files(path, find_files(path, config))
     elif path.is_file() and path.suffix.lower() not in (*FORMATS, ""):
-        raise UserError(f"{path}: unsupported file type, use one of {', '.join(FORMATS)}")
+        raise UserError(f"{path}: unsupported file type, use one of {', '.join(FORMATS)}, or a pipe as in  "
+                        "zcat texts.gz | python prepare.py -")
     elif path.is_file():
         splits = {"train": [path]}
     else:
@@ -88,8 +89,9 @@ def copy_of_pipe(source):
 
 
 def find_files(folder, config):
-    """The files of a folder that belong to a configuration (None: its only one): path → split, None if it has no name
-    of a split. Raises UserError if there are several configurations and `config` is none of them.
+    """The files of a folder: path → split, or None if no name tells it. `config`: those of one configuration.
+
+    Raises UserError if there are several configurations and `config` is none of them.
     """
     if files := listed_files(folder, config):
         return files
@@ -97,9 +99,10 @@ def find_files(folder, config):
     configurations = configuration_folders(folder, files)
     if config is None and not configurations:
         return files
+    if not configurations:
+        raise UserError(f"{folder} has no configurations: leave out --config")
     if config not in configurations:
-        names = ", ".join(configurations) or "the folder has none, so leave it out"
-        raise UserError(f"{folder}: choose a configuration with --config: {names}")
+        raise UserError(f"{folder}: choose a configuration with --config: {', '.join(configurations)}")
     return configurations[config]
 
 
@@ -111,29 +114,29 @@ def walk(folder):
     def fail(error):
         raise error
 
-    files, seen = [], {}  # the latter: real path of a folder → path where it was found first
-    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        first = seen.setdefault(os.path.realpath(root), root)
-        if first != root and Path(root).is_relative_to(first):
-            raise UserError(f"{root} is {first} again: remove the link that leads there")
-        if first == root:
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            files += [Path(root, name) for name in names if not name.startswith(".")]
-        else:
-            folders.clear()  # it is read already
+    files, tops, seen = [], [str(folder)], {}  # seen: real path of a folder → path where it was found first
+    for top in tops:  # the links are appended: what is found without them counts first
+        for root, folders, names in os.walk(top, onerror=fail):
+            first = seen.setdefault(os.path.realpath(root), root)
+            if first != root and Path(root).is_relative_to(first):
+                raise UserError(f"{root} is {first} again: remove the link that leads there")
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and first == root)
+            tops += filter(os.path.islink, (os.path.join(root, name) for name in folders))
+            files += [Path(root, name) for name in names if not name.startswith(".") and first == root]
     return sorted(files)
 
 
 def split_of(path):
     """The split that a path names (train, validation, test), or None.
 
-    The whole name of the file counts first, then that of a folder, then the last or first word of a name: val_1.txt is
-    validation text everywhere, and train/the-test.txt is training text. Numbers do not count.
+    The whole name of the file counts first, then that of a folder; then the last or first word of a name without
+    spaces, because one with spaces is a title. Numbers do not count.
     """
     *folders, name = path.with_suffix("").parts
-    names = [re.findall(r"[^\W\d_]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name)) for name in (name, *reversed(folders))]
-    candidates = [words[0] for words in names if len(words) == 1]
-    candidates += [word for words in names for word in (*words[-1:], *words[:1])]
+    names = {name: re.findall(r"[^\W\d_]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name))
+             for name in (name, *reversed(folders))}
+    candidates = [words[0] for words in names.values() if len(words) == 1]
+    candidates += [word for name, words in names.items() if " " not in name for word in (*words[-1:], *words[:1])]
     return next((SPLIT_WORDS[word.lower()] for word in candidates if word.lower() in SPLIT_WORDS), None)
 
 
@@ -158,8 +161,8 @@ def listed_files(folder, config):
 
 
 def configuration_folders(folder, files):
-    """Sub-folders that have a file of a training split each, as `en/train.jsonl` and `fr/train.jsonl`, if there are
-    several: name → files, see `find_files`; and "all".
+    """If several sub-folders contain a training split, as en/train.jsonl and fr/train.jsonl: their name → files, as of
+    `find_files`; and "all", every file.
     """
     parts = {}
     for path, split in files.items():
@@ -174,8 +177,8 @@ def configuration_folders(folder, files):
 def split_files(folder, files):
     """The files of a folder that are read, split → paths; what is left out is said in one line on stderr.
 
-    `files`: as of `find_files`. Only files of one format are read: .txt, or else the one with the most bytes; and of a
-    folder with the hub's layout, data/train-00000-of-00001.parquet, only those in data/.
+    `files`: as of `find_files`. Only files of one format are read: .txt, or else the one with the most bytes. If the
+    folder is laid out as on the hub, data/train-00000-of-00001.parquet, only those in data/ are read.
     """
     texts = {path: split or "train" for path, split in files.items()
              if path.suffix.lower() in FORMATS and path.stem.lower() not in DOCUMENTS}
@@ -189,11 +192,12 @@ def split_files(folder, files):
         raise UserError(f"{folder} has no {', '.join(FORMATS)} files")
     suffix = ".txt" if ".txt" in sizes else max(sizes, key=sizes.get)
     splits, others = {}, Counter()
-    for path in files:
+    for path in walk(folder):
         if path in texts and path.suffix.lower() == suffix:
             splits.setdefault(texts[path], []).append(path)
         else:
-            others[path.name if path.suffix.lower() == suffix else path.suffix or "without an ending"] += 1
+            is_document = path.suffix.lower() in FORMATS and path.stem.lower() in DOCUMENTS
+            others[path.name if is_document else path.suffix or "without an ending"] += 1
     print(f"{folder}: {suffix} files: " + ", ".join(f"{len(paths)} {split}" for split, paths in splits.items())
           + " (left out: test)" * ("test" in splits) + "; skipped: " * bool(others)
           + ", ".join(f"{count} {name}" for name, count in sorted(others.items())), file=sys.stderr)

@@ -21,7 +21,7 @@ BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?=\s)")
 class Corpus:
     """The stories of a source, streamed: (split, piece, ends) triples, which can be read any number of times.
 
-    `ends`: whether the piece is the last one of its story, which only very long stories have more of.
+    `ends`: whether the piece is the last of its story. Only very long stories have several.
     """
 
     def __init__(self, source, text_column="text", config=None, max_stories=None, seed=0, cleaned=False):
@@ -91,7 +91,8 @@ class Corpus:
         hashes, characters = self._hash_stories()
         for split in self.splits:
             if not len(hashes[split]):
-                raise UserError(f"{self.source}: the {split} split has no stories, or only empty ones")
+                fragments = " and fragments (--clean)" * bool(self.counts["fragment"])
+                raise UserError(f"{self.source}: the {split} split has no stories, or only empty ones{fragments}")
         found = {"empty_stories_dropped": self.counts["empty"]}
         if self.cleaned:
             found["cleaned"] = {"stories_changed": self.counts["changed"], "fragments_dropped": self.counts["fragment"]}
@@ -130,7 +131,7 @@ class Corpus:
     def _place_of_cut(self, length, fraction):
         """The number of characters of the only text before its validation split, which is its last `fraction`.
 
-        It has at least one window; training needs two, or UserError is raised.
+        Validation gets at least one window and training two. Raises UserError if there is less text.
         """
         if length < 3 * WINDOW_CHARACTERS:
             raise UserError(f"{self.source} has only one text, of {length:,} characters, but training and validation "
@@ -141,7 +142,8 @@ class Corpus:
 
 def pieces_of_stories(text):
     """Divide a text, an iterable of strings, into stories at END_OF_TEXT, and strip them; yield (piece, ends) as
-    `Corpus` does. Blank text before the first and after the last END_OF_TEXT is no story.
+    `Corpus` does. Blank text before the first and after the last END_OF_TEXT is no story; between two it is an empty
+    one.
     """
     rest, begins, separated = "", True, False  # `begins`: the rest is the beginning of a story
     for part in text:
@@ -162,8 +164,8 @@ def pieces_of_stories(text):
 
 
 def cut_in_pieces(story):
-    """Cut a story that is longer than 2 * PIECE_CHARACTERS into pieces between that and half of it, if possible between
-    words.
+    """Cut a story of more than 2 * PIECE_CHARACTERS into pieces of PIECE_CHARACTERS to twice that, between words if
+    possible.
     """
     if len(story) <= 2 * PIECE_CHARACTERS:
         return [story]
@@ -193,8 +195,9 @@ def cut_in_two(pieces, place):
 
 
 def find_duplicates(train, validation, drop):
-    """Find equal hashes of training (N) and validation stories (M): which of the N to drop, if `drop`, as a bool array,
-    and how many there are, for meta.json.
+    """Find equal hashes of training (N) and validation stories (M).
+
+    Returns which training stories to drop, bool (N), none without `drop`; and the counts of duplicates for meta.json.
     """
     stories, first = np.unique(train, return_index=True)
     repeated = np.ones(len(train), bool)

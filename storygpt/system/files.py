@@ -12,6 +12,7 @@ from pathlib import Path
 from storygpt.system.errors import UserError
 
 RENAME_SECONDS = 5  # for another process to close the file, on Windows
+NOT_TEXT = (b"\x1f\x8b", b"PK\3\4", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"%PDF", b"\xd0\xcf\x11\xe0")
 _locked = {}  # path → the open file whose lock this process has: it must stay open
 
 
@@ -77,8 +78,12 @@ def open_text(path):
                 raise UnicodeDecodeError("utf-8", start, 0, 1, "it has NUL bytes")
             yield file
     except UnicodeDecodeError as error:
+        if error.object.startswith(NOT_TEXT):
+            raise UserError(f"{path} is not text but compressed, or a document: unpack or convert it") from error
+        encoding = likely_encoding(error.object)
+        unsure = ", if it is Western European text from Windows" * (encoding == "cp1252")
         raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it, for example with  "
-                        f"iconv -f {likely_encoding(error.object)} -t utf-8 OLD > NEW") from error
+                        f"iconv -f {encoding} -t utf-8 OLD > NEW{unsure}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -91,7 +96,7 @@ def likely_encoding(data):
             return encoding
     even, odd = data[::2].count(0), data[1::2].count(0)
     if even + odd <= len(data) // 10:
-        return "cp1252"  # Western European, from Windows
+        return "cp1252"
     # Of a Latin letter's bytes, all are 0 but the first (little-endian) or the last.
     return ("utf-32" if min(even, odd) > len(data) // 8 else "utf-16") + ("le" if odd > even else "be")
 

@@ -249,9 +249,10 @@ def test_fast_topk_equals_topk():
 
 
 @pytest.mark.parametrize("settings", [(0.0,), (0.8,), (0.8, 5), (0.8, 0, 0.9)], ids=str)
-def test_a_logit_that_is_nan_is_an_error_however_a_token_is_chosen(settings):
+@pytest.mark.parametrize("count", [20, 40])
+def test_a_logit_that_is_nan_is_an_error_however_a_token_is_chosen(settings, count):
     model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
-    steps = generate(model, torch.zeros(2, 3, dtype=torch.long), 40, *settings, end_of_text=49)
+    steps = generate(model, torch.zeros(2, 3, dtype=torch.long), count, *settings, end_of_text=49)
     next(steps)
     model.lm_head.weight.data[7, 0] = math.nan  # of one token, after the first step
     with pytest.raises(UserError, match="the model's logits are NaN or infinite: its weights are damaged"):

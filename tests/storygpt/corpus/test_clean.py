@@ -40,3 +40,7 @@ def test_the_end_is_searched_behind_quotation_marks():
 
 def test_a_short_story_is_a_fragment():
     assert is_fragment("x" * 98 + ".") and not is_fragment("x" * 99 + ".")
+
+
+def test_a_book_is_no_fragment_however_it_ends():
+    assert is_fragment("x" * 10_000) and not is_fragment("x" * 10_001)

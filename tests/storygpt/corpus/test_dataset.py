@@ -92,7 +92,7 @@ def test_a_missing_dataset_is_reported_with_the_command_that_creates_it(here):
     assert prepare_command("tinystories") == "python prepare.py"
     assert prepare_command("nursery-bpe1024") == "python prepare.py nursery --tokenizer bpe:1024"
     assert prepare_command("mine-bpe300") == "python prepare.py SOURCE --name mine-bpe300 --tokenizer bpe:300"
-    assert prepare_command("my data") == "python prepare.py SOURCE --name 'my data'"
+    assert prepare_command("my data") == "python prepare.py SOURCE --name my_data"
 
 
 def test_a_split_shorter_than_its_windows_is_refused(tmp_path):

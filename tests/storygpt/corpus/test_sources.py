@@ -107,9 +107,10 @@ def test_a_pipe_is_copied_and_can_be_read_again(here, monkeypatch):
     ("test.txt", "test"), ("Testing 3.txt", "test"), ("story.txt", None), ("invalid.txt", None), ("contest.txt", None),
     ("value.txt", None), ("device.txt", None), ("trains.txt", None),
     ("val/a.txt", "validation"), ("Dev/a.txt", "validation"), ("train/the test.txt", "train"),
-    ("val/a train.txt", "validation"), ("training_data/val.txt", "validation"), ("train_data/a.txt", "train"),
+    ("val/a-train.txt", "validation"), ("training_data/val.txt", "validation"), ("train_data/a.txt", "train"),
     ("train/val.txt", "validation"), ("training/dev/train.txt", "train"), ("train/dev/a.txt", "validation"),
-    ("StoriesValid.txt", "validation"), ("StoriesTrain.txt", "train"), ("Validation Set/a.txt", "validation"),
+    ("StoriesValid.txt", "validation"), ("StoriesTrain.txt", "train"), ("Val and the Dragon.txt", None),
+    ("The Test.txt", None),
     ("eval.txt", "test"), ("stories_val_01.txt", "validation"), ("A test of courage.txt", None),
     ("My valid reason.txt", None), ("train_sft", "train"), ("validation_matched", "validation"),
     ("data/train-00000-of-00001.parquet", "train"), ("en/fr/a.txt", None)])
@@ -150,6 +151,9 @@ def test_links_to_folders_are_followed_and_a_loop_is_an_error(here):
     Path("linked/part2").symlink_to("../elsewhere/part2")
     Path("linked/part3").symlink_to("../elsewhere/part2")  # the same stories again
     assert read("linked") == {"train": STORIES}
+    write("linked/val/v.txt", ["Unseen."])
+    Path("linked/again").symlink_to("val")  # a name that tells no split
+    assert read("linked") == {"train": STORIES, "validation": ["Unseen."]}
     for target in (".", ".."):
         Path("linked/loop").symlink_to(target)
         with pytest.raises(UserError, match="again: remove the link"):
@@ -220,13 +224,14 @@ Stories in two languages.
 """
 
 
-def test_a_folder_with_several_configurations(here):
+def test_a_folder_with_several_configurations(here, capsys):
     def check(names):
         for config in (None, "xx"):
             with pytest.raises(UserError, match=f"^x.*: choose a configuration with --config: {names}$"):
                 read("x", config=config)
         assert read("x", config="en") == {"train": STORIES[:5], "validation": STORIES[5:7]}
         assert read("x", config="fr") == {"train": STORIES[7:9], "validation": STORIES[9:]}
+        assert "1 train, 1 validation; skipped: 2 .jsonl, 1 .md" in capsys.readouterr().err
     for name, part in (("en/train", STORIES[:5]), ("en/x", STORIES[5:7]), ("fr/train", STORIES[7:9]),
                        ("fr/dev", STORIES[9:])):
         write(f"x/{name}.jsonl", part)
@@ -337,7 +342,8 @@ def bad(here):
     Path("keys.jsonl").write_text('{"story": "A story."}\n{"text": "A story."}\n')
     offsets, text = pa.py_buffer(np.array([0, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])}), "latin1.parquet")
-    for name in ("a.csv", "hollow/a.csv", "hollow/LICENSE.txt"):
+    Path("packed.txt").write_bytes(gzip.compress(b"A story."))
+    for name in ("a.csv", "a.gz", "hollow/a.csv", "hollow/LICENSE.txt"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     write("a.parquet", STORIES)
@@ -360,7 +366,7 @@ def bad(here):
     ("saved text en", "saved has no configurations"),
     ("~nobody/texts", "~nobody/texts does not exist"),
     ("latin-1.txt", "latin-1.txt is not UTF-8 text (invalid continuation byte): convert it, for example with  iconv -f "
-                    "cp1252 -t utf-8 OLD > NEW"),
+                    "cp1252 -t utf-8 OLD > NEW, if it is Western European text from Windows"),
     ("utf-16.txt", "iconv -f utf-16 "),
     ("bom-be.txt", "iconv -f utf-16 "),
     ("utf-16-le.txt", "iconv -f utf-16le "),
@@ -379,7 +385,9 @@ def bad(here):
     ("numbers.json", "numbers.json, item 1 is not a JSON object"),
     ("hollow", "hollow has no .txt, .jsonl, .json, .parquet files"),
     ("repo", "repo has no split 'train', only test"),
-    ("repo text en", "repo: choose a configuration with --config: the folder has none, so leave it out"),
+    ("repo text en", "repo has no configurations: leave out --config"),
+    ("a.gz", "a.gz: unsupported file type, use one of .txt, .jsonl, .json, .parquet, or a pipe as in  zcat"),
+    ("packed.txt", "packed.txt is not text but compressed, or a document"),
     ("a.csv", "a.csv: unsupported file type, use one of .txt, .jsonl, .json, .parquet"),
 ])
 def test_bad_sources_raise_user_errors(bad, source, message):

@@ -201,5 +201,7 @@ def test_bad_stories_raise_user_errors(here, texts, message, monkeypatch):
         Corpus(write("a.jsonl", texts)).examine(0.01, 1, drop_duplicates=True)
     write("b/train.txt", STORIES)
     write("b/valid.txt", ["", "  "])
-    with pytest.raises(UserError, match="b: the validation split has no stories"):
+    with pytest.raises(UserError, match=r"b: the validation split has no stories, or only empty ones and fragments"):
+        Corpus("b", cleaned=True).examine(0.01, 1, False)
+    with pytest.raises(UserError, match="b: the validation split has no stories, or only empty ones$"):
         Corpus("b").examine(0.01, 1, False)
