@@ -156,18 +156,24 @@ def run_ranks(world_size, main, argv, while_running=None, other_folder="."):
 
     All but rank 0 start in `other_folder`. `while_running(pids)` is called while they run.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, at a port that nobody has
+    reader, writer = os.pipe()
 
     def setup(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(reader, 5).decode(),
                        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         os.chdir(other_folder if rank else ".")
 
     processes = [ForkedProcess(main, argv, lambda rank=rank: setup(rank)) for rank in range(world_size)]
+    # After the last fork: its thread can hold a lock of libc, which a process that is forked then would never get.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, at a port that nobody has
+    os.write(writer, f"{store.port:05}".encode() * world_size)
     if while_running:
         while_running([process.pid for process in processes])
-    return [process.result() for process in processes]
+    results = [process.result() for process in processes]
+    os.close(reader)
+    os.close(writer)
+    return results
 
 
 @contextmanager
