@@ -30,12 +30,12 @@ class Corpus:
         self.splits = open_source(source, text_column, config, max_stories, seed)
         self.split_of = None  # of each training story of the source, None for a dropped one; set by `examine`
         self.cut = None  # if the source is one text: number of characters before the validation split
-        self.count = None  # of stories, set by `examine`
-        self.counts = Counter()  # of stories that the latest iteration found empty, a fragment, or changed by cleaning
+        self.count = None  # of stories that are written, set by `examine`
+        self.findings = Counter()  # "empty", "fragment", "changed" (by cleaning) → stories, in the latest iteration
 
     def __iter__(self):
         """Yield the triples in the order of the source, the training split first."""
-        self.counts.clear()
+        self.findings.clear()
         for split in self.splits:
             pieces, number = self._pieces(split), 0  # of the story
             if split == "train" and self.cut:
@@ -69,11 +69,11 @@ class Corpus:
                     piece = piece.strip() if whole else piece
                     changed = changed or piece != before
                 if whole and not piece:
-                    self.counts["empty"] += 1
+                    self.findings["empty"] += 1
                 elif whole and self.cleaned and is_fragment(piece):
-                    self.counts["fragment"] += 1
+                    self.findings["fragment"] += 1
                 else:
-                    self.counts["changed"] += ends and changed
+                    self.findings["changed"] += ends and changed
                     yield piece, ends
                 changed = changed and not ends
 
@@ -91,11 +91,12 @@ class Corpus:
         hashes, characters = self._hash_stories()
         for split in self.splits:
             if not len(hashes[split]):
-                fragments = " and fragments (--clean)" * bool(self.counts["fragment"])
+                fragments = " and fragments (--clean)" * bool(self.findings["fragment"])
                 raise UserError(f"{self.source}: the {split} split has no stories, or only empty ones{fragments}")
-        found = {"empty_stories_dropped": self.counts["empty"]}
+        found = {"empty_stories_dropped": self.findings["empty"]}
         if self.cleaned:
-            found["cleaned"] = {"stories_changed": self.counts["changed"], "fragments_dropped": self.counts["fragment"]}
+            found["cleaned"] = {"stories_changed": self.findings["changed"],
+                                "fragments_dropped": self.findings["fragment"]}
         train, validation = hashes["train"], hashes["validation"]
         self.split_of = np.full(len(train), "train", object)
         if "validation" in self.splits:

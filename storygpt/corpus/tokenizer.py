@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 TIKTOKEN_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 
-# A "word" that is cut for training a vocabulary, whose time is quadratic in the length of a word.
+# Runs without, or of, white space are cut to train a vocabulary: its time is quadratic in the length of a word.
 LONG_RUN = re.compile(r"\S{500}|\s{500}")
 
 
@@ -98,7 +98,7 @@ class Tokenizer:
     def encode_stories(self, stories, ends=None):
         """Encode a list of stories, each followed by an end-of-text token: uint32 (tokens,). UserError as `encode`.
 
-        `ends`: for each item of the list, whether it follows; it does not if the next item is of the same story.
+        Long stories may be given in pieces; `ends` then says which pieces are the last of their story.
         """
         ends = [True] * len(stories) if ends is None else ends
         for story in stories:

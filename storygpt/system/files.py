@@ -1,4 +1,4 @@
-"""Text of any encoding, atomic writes, appends with clear errors, and locks that one process holds at a time."""
+"""Reading UTF-8 text, atomic writes, appends with clear errors, and locks that one process holds at a time."""
 
 import codecs
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from storygpt.system.errors import UserError
 
 RENAME_SECONDS = 5  # for another process to close the file, on Windows
+# The first bytes of gzip, zip (also .docx), bzip2, xz, zstd, Parquet, PDF and .doc files.
 NOT_TEXT = (b"\x1f\x8b", b"PK\3\4", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"%PDF", b"\xd0\xcf\x11\xe0")
 _locked = {}  # path → the open file whose lock this process has: it must stay open
 

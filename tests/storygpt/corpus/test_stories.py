@@ -57,7 +57,7 @@ def test_stories_are_separated_wherever_the_marker_is(here, monkeypatch, size):
     write("b.jsonl", [text, "Six."])
     for source, more in (("a.txt", []), ("b.jsonl", ["Six."])):
         corpus = Corpus(source)
-        assert joined(corpus) == {"train": expected + more} and corpus.counts["empty"] == 0
+        assert joined(corpus) == {"train": expected + more} and corpus.findings["empty"] == 0
 
 
 def test_white_space_line_endings_and_empty_stories(here):
@@ -69,7 +69,7 @@ def test_white_space_line_endings_and_empty_stories(here):
         corpus = Corpus(source)
         for _ in range(2):  # the count is of one iteration
             assert joined(corpus) == {"train": ["One.\n\nMore.", "Two.\nThree."]}
-            assert corpus.counts["empty"] == empty
+            assert corpus.findings["empty"] == empty
 
 
 @pytest.mark.parametrize("text", [
@@ -173,7 +173,7 @@ def test_cleaning_a_long_story(here, monkeypatch):
     text = "“Yes” " + "a word " * 100 + "and"  # changed at its beginning only, and its end looks like a fragment
     corpus = Corpus(write("a.jsonl", [text, "x" * 98 + "."]), cleaned=True)
     assert joined(corpus) == {"train": [text.replace("“Yes”", '"Yes"')]}
-    assert corpus.counts == {"changed": 1, "fragment": 1}
+    assert corpus.findings == {"changed": 1, "fragment": 1}
 
 
 def test_cleaning_counts_changed_stories_and_drops_fragments(here):
