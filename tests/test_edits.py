@@ -328,11 +328,11 @@ def check_everywhere(out_dir, flags, capsys):
 
 def check_export(out_dir, is_gpt2, fails):
     """A model that computes what GPT-2 does is exported, and the export compares its logits; others are refused."""
-    from tools import hf
+    from tools import export
     if is_gpt2:
-        hf.main(["export", out_dir, "exported"])
+        export.main([out_dir, "exported"])
     else:
-        assert fails(hf.main, ["export", out_dir, "exported"])
+        assert fails(export.main, [out_dir, "exported"])
     assert os.path.exists("exported") == is_gpt2
 
 

@@ -11,7 +11,7 @@ import torch
 
 import sample
 from storygpt.generate import generate, prepare_for_generation
-from tools.gguf_file import write_gguf
+from tools.formats.gguf_file import write_weights
 
 DEFAULTS = sample.parse_args([])  # temperature and top_k
 
@@ -49,7 +49,7 @@ class LlamaCpp:
         self.lib, self.prompt = llama_cpp, prompt
         self.silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
         llama_cpp.llama_log_set(self.silent, ctypes.c_void_p())
-        write_gguf(folder / "model.gguf", model, "q8_0")
+        write_weights(folder / "model.gguf", model, "q8_0")
         self.model = llama_cpp.llama_model_load_from_file(str(folder / "model.gguf").encode(),
                                                           llama_cpp.llama_model_default_params())
         self.params = llama_cpp.llama_context_default_params()

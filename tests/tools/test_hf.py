@@ -27,7 +27,8 @@ from storygpt.corpus.dataset import Split
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from storygpt.generate import generate
 from storygpt.run import read_log
-from tools import gguf_file, hf
+from tools import export, hf
+from tools.formats import gguf_file, hf_folder
 
 SHAPE = dict(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=16)  # of out/tiny
 TEXTS = ["Once upon a time, there was a fox.", "  two  spaces\n\n and lines \n", "trailing   ", "", "\n",
@@ -39,9 +40,9 @@ CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\
           r"\s+(?!\S)|\s")
 
 
-def export(out_dir, folder):
+def load_export(out_dir, folder):
     """Export a run; returns the model and the tokenizer as loaded by transformers."""
-    hf.main(["export", out_dir, folder])
+    export.main([out_dir, folder])
     return (transformers.AutoModelForCausalLM.from_pretrained(folder),
             transformers.AutoTokenizer.from_pretrained(folder))
 
@@ -53,7 +54,7 @@ def validation_tokens(B, T):
 
 
 def test_exported_model_and_tokenizer_give_equal_results(run, capsys, fails):
-    hf_model, hf_tokenizer = export("out/tiny", "model")
+    hf_model, hf_tokenizer = load_export("out/tiny", "model")
     assert "model: exported out/tiny/ckpt.pt, 11,648 parameters" in capsys.readouterr().out
     assert sorted(os.listdir()) == ["data", "model", "out"]
     model, tokenizer, state = checkpoint.load_model(Path("out/tiny/ckpt.pt"))
@@ -114,9 +115,9 @@ def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, bias, 
     edit(monkeypatch, cls, layers, **methods)
     write_run("out/edited", GPTConfig(**SHAPE, bias=bias))
     for target in ("model", "model.gguf"):
-        error = fails(hf.main, ["export", "out/edited", target])
+        error = fails(export.main, ["out/edited", target])
         if parameter:
-            assert "out/edited/ckpt.pt cannot be exported as a GPT-2: " in error and f"transformer.{parameter}" in error
+            assert "out/edited/ckpt.pt is not a GPT-2: " in error and f"transformer.{parameter}" in error
         else:
             difference = re.search(r"the logits would change by up to ([\d.]+) of the largest", error)
             assert difference and float(difference[1]) > 1e-3
@@ -126,7 +127,7 @@ def test_a_model_that_is_no_gpt2_is_not_exported(run, fails, monkeypatch, bias, 
 def check_logits_after_export_and_import(name, model):
     """Check that the exported run out/NAME and its import have the logits of this model."""
     idx = validation_tokens(2, 16)
-    hf_model, _ = export(f"out/{name}", name)
+    hf_model, _ = load_export(f"out/{name}", name)
     torch.testing.assert_close(hf_model(idx).logits, model(idx), atol=1e-5, rtol=0)
     hf.main(["import", name, "out/back"])
     torch.testing.assert_close(checkpoint.load_model(Path("out/back/ckpt.pt"))[0](idx), model(idx))
@@ -138,7 +139,7 @@ def test_a_model_with_an_untied_head(run, monkeypatch, fails):
         edit(edited, GPT, {"lm_head": lambda c: nn.Linear(c.n_embd, c.vocab_size, bias=False)})
         model = write_run("out/untied", GPTConfig(**SHAPE))
         check_logits_after_export_and_import("untied", model)
-        hf.main(["export", "out/untied", "untied.gguf"])
+        export.main(["out/untied", "untied.gguf"])
         values = torch.tensor(read_gguf("untied.gguf")[1]["output.weight"][1])
         torch.testing.assert_close(values, model.lm_head.weight, atol=1e-3, rtol=0)
     assert "the model shares transformer.wte.weight with another" in fails(hf.main, ["import", "untied", "out/tied"])
@@ -152,13 +153,13 @@ def test_a_model_without_biases_and_with_the_exact_gelu(run):
 def test_a_modern_model_is_not_exported(run, fails):
     train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
     for target in ("model", "model.gguf"):
-        error = fails(hf.main, ["export", "out/modern", target])
-        assert "transformers has no model of the architecture 'modern'" in error and "--architecture=gpt2" in error
+        error = fails(export.main, ["out/modern", target])
+        assert "no model of the architecture 'modern'" in error and "export to NAME.html or NAME.onnx" in error
         assert not Path(target).exists()
 
 
 def test_export_then_import_gives_the_same_model_which_can_be_fine_tuned(run, capsys, fails):
-    hf.main(["export", "out/tiny", "a model"])
+    export.main(["out/tiny", "a model"])
     assert "python -m tools.hf import 'a model' out/NAME" in fails(sample.main, ["--out_dir=a model"])
     hf.main(["import", "a model", "out/it is back"])
     out = capsys.readouterr().out
@@ -169,7 +170,7 @@ def test_export_then_import_gives_the_same_model_which_can_be_fine_tuned(run, ca
                                                          for name in ("tiny", "back"))
     assert back_tokenizer == tokenizer and back_tokenizer.name == tokenizer.name
     torch.testing.assert_close(back.state_dict(), model.state_dict(), atol=0, rtol=0)
-    hf.main(["export", "out/back", "again"])
+    export.main(["out/back", "again"])
     card = Path("again/README.md").read_text(encoding="utf-8")
     assert "| training data | unknown (imported model) |" in card and "learning_rate" not in card
     sample.main(["--out_dir=out/back", "--seed=1"])
@@ -219,7 +220,7 @@ def save_gpt2(tokenizer, folder="gpt2", **settings):
 
 @pytest.fixture
 def hf_tokenizer(run):
-    return hf.to_hf_tokenizer(Tokenizer.load("out/tiny"), 24)
+    return hf_folder.to_hf_tokenizer(Tokenizer.load("out/tiny"), 24)
 
 
 @pytest.mark.parametrize("settings", [
@@ -381,7 +382,7 @@ def test_import_of_a_checkpoint_of_nanogpt_without_gpt2s_vocabulary(here, monkey
 
 def test_export_and_import_of_gpt2s_vocabulary(here):
     tokenizer = Tokenizer.named("gpt2")
-    hf_tokenizer = hf.to_hf_tokenizer(tokenizer, 1024)
+    hf_tokenizer = hf_folder.to_hf_tokenizer(tokenizer, 1024)
     for text in [*TEXTS, README, (ROOT / "storygpt/corpus/nursery.py").read_text()[:20_000]]:
         assert hf_tokenizer.encode(text) == tokenizer.encode(text)
     back = hf.from_hf_tokenizer("x", hf_tokenizer)
@@ -394,7 +395,7 @@ def test_export_of_tokenizers_with_other_patterns(here, pattern):
     ranks = {token: rank for token, rank in ranks.items() if rank < 5000}
     specials = {END_OF_TEXT: 5002, "<|fim_prefix|>": 5004}  # with gaps between the ids, like cl100k_base
     tokenizer = Tokenizer("x", pattern, ranks, specials)
-    hf.to_hf_tokenizer(tokenizer, 64).save_pretrained("model")
+    hf_folder.to_hf_tokenizer(tokenizer, 64).save_pretrained("model")
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained("model")
     code = (ROOT / "train.py").read_text()
     for text in [*TEXTS, code, code.upper(), code.replace("\n", "\r\n"), "ÀÉ '\"" + code[:100] + " 'S 'lL\r\n \r\n"]:
@@ -403,28 +404,37 @@ def test_export_of_tokenizers_with_other_patterns(here, pattern):
 
 
 def test_existing_folders_are_replaced_only_with_overwrite(run, fails):
-    hf.main(["export", "out/tiny", "model"])
-    assert "model already exists" in fails(hf.main, ["export", "out/tiny", "model"])
+    export.main(["out/tiny", "model"])
+    assert "model already exists" in fails(export.main, ["out/tiny", "model"])
     assert "out/tiny already contains a run" in fails(hf.main, ["import", "model", "out/tiny"])
     hf.main(["import", "model", "out/tiny", "--overwrite"])
     assert sorted(os.listdir("out/tiny")) == [".lock", "ckpt.pt", "meta.json", "tokenizer.tiktoken"]
 
 
-@pytest.mark.parametrize("command, target, flag", [
-    ("export", "x", "--overwrite"), ("export", "x", "--public"), ("export", "x", "--modelfile"),
-    ("export", "x", "--dtype=f16"), ("push", "a/x", "--overwrite"), ("import", "x.gguf", "--dtype=f16")])
-def test_flags_of_other_commands(fails, command, target, flag):
-    assert f"{flag.split('=')[0]} has no effect on {command} to {target}" in fails(
-        hf.main, [command, "out/tiny", target, flag], code=2)
+@pytest.mark.parametrize("words, complaint", [
+    (["model", "--modelfile"], "--modelfile has no effect on model: it is for .gguf files"),
+    (["model", "--dtype=f16"], "--dtype f16 is not a dtype of model: use float32"),
+    (["model.onnx", "--dtype=f16"], "use float32 or int8"),
+    (["model.pt"], "model.pt ends in .pt: use .html, .onnx or .gguf"),
+    (["model.html", "--modelfil"], "did you mean --modelfile?")])
+def test_wrong_endings_and_flags(fails, words, complaint):
+    assert complaint in fails(export.main, ["out/tiny", *words], code=2)
+
+
+@pytest.mark.parametrize("words, command", [
+    (["export", "out/a b", "x.gguf", "--modelfile"], "tools.export 'out/a b' x.gguf"),
+    (["push", "out/a", "me/a", "--public"], "tools.hub push out/a me/a")])
+def test_earlier_commands_name_those_of_today(fails, words, command):
+    assert f"this command is now python -m {command}" in fails(hf.main, words, code=2)
 
 
 def test_a_missing_run_and_a_missing_package(run, fails, monkeypatch):
     for target in ("model", "model.gguf"):
-        assert "no checkpoint in out/none" in fails(hf.main, ["export", "out/none", target])
+        assert "no checkpoint in out/none" in fails(export.main, ["out/none", target])
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.utils", None)
     assert "needs transformers: pip install -r requirements-extra.txt" in fails(
-        hf.main, ["export", "out/tiny", "model"])
+        export.main, ["out/tiny", "model"])
     assert sorted(os.listdir()) == ["data", "out"]
 
 
@@ -441,7 +451,7 @@ def read_gguf(path):
     ("f16", 1, 1e-3, True), ("bf16", 32, 8e-3, False), ("q8_0", 7, 8e-3, False)])
 def test_a_gguf_file_has_the_weights(run, dtype, file_type, tolerance, bias):
     model = write_run("out/wide", GPTConfig(**SHAPE | {"n_embd": 32}, bias=bias))
-    hf.main(["export", "out/wide", "new/wide.gguf", "--dtype", dtype])
+    export.main(["out/wide", "new/wide.gguf", "--dtype", dtype])
     metadata, tensors = read_gguf("new/wide.gguf")
     assert os.listdir("new") == ["wide.gguf"] and metadata["general.file_type"] == file_type
     weights = model.transformer.state_dict()
@@ -457,7 +467,7 @@ def test_a_gguf_file_has_the_weights(run, dtype, file_type, tolerance, bias):
 
 
 def test_metadata_and_modelfile_of_a_gguf_file(run, capsys):
-    hf.main(["export", "out/tiny", "story.gguf", "--modelfile"])
+    export.main(["out/tiny", "story.gguf", "--modelfile"])
     assert re.search(r"11,648 parameters in f16; logits differ by up to 0\.000\d+ of the", capsys.readouterr().out)
     metadata, _ = read_gguf("story.gguf")
     state = checkpoint.load("out/tiny/ckpt.pt")
@@ -481,8 +491,8 @@ def test_an_export_tells_no_paths_and_no_settings_that_are_not_known(run):
     train.main([*TINY, f"--init_from={run}/out/tiny", "--max_iters=2", "--out_dir=out/tuned"])
     write_run("out/imported", GPTConfig(**SHAPE))
     for name in ("tuned", "imported"):
-        hf.main(["export", f"out/{name}", f"{name}.gguf"])
-        hf.main(["export", f"out/{name}", name])
+        export.main([f"out/{name}", f"{name}.gguf"])
+        export.main([f"out/{name}", name])
         assert str(run).encode() not in Path(f"{name}.gguf").read_bytes()
         assert str(run) not in Path(name, "README.md").read_text(encoding="utf-8")
     assert json.loads(read_gguf("tuned.gguf")[0]["training.settings"])["init_from"] == "tiny"
@@ -494,7 +504,7 @@ def test_a_gguf_file_has_the_tokenizer(run):
     """As read by transformers, which encodes as GPT-2 does if the vocabulary and the merges are right."""
     tokenizer = Tokenizer.load("data/nursery-bpe300")
     model = GPT(GPTConfig(**SHAPE | {"vocab_size": 302}))  # padded, as some models are
-    gguf_file.write_gguf("model.gguf", model, "f16", tokenizer)
+    gguf_file.write_weights("model.gguf", model, "f16", tokenizer)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(".", gguf_file="model.gguf")
     for text in [*TEXTS, README]:
         assert hf_tokenizer.encode(text) == [299, *tokenizer.encode(text)]
@@ -503,7 +513,7 @@ def test_a_gguf_file_has_the_tokenizer(run):
 
 def test_what_gguf_cannot_hold_gives_one_line(run, fails):
     def error(out_dir, *words):
-        line = fails(hf.main, ["export", out_dir, *words])
+        line = fails(export.main, [out_dir, *words])
         assert sorted(os.listdir()) == ["data", "other.gguf", "out", "x.Modelfile"], "nothing may be left"
         return line
     Path("other.gguf").touch()

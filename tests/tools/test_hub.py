@@ -1,4 +1,4 @@
-"""tools/hf push: what a stand-in for the Hugging Face hub receives, the model card, and errors in one line."""
+"""tools/hub: what a stand-in for the Hugging Face hub receives, the model card, and errors in one line."""
 
 import base64
 import json
@@ -15,9 +15,12 @@ pytest.importorskip("transformers", reason="pip install -r requirements-extra.tx
 from huggingface_hub import constants
 
 import sample
+import train
+from conftest import ROOT, TINY
 from storygpt import checkpoint
 from storygpt.corpus.tokenizer import END_OF_TEXT
-from tools import hf, judge
+from tools import export, hf, judge
+from tools import hub as hub_tool
 
 
 class Hub(ThreadingHTTPServer):
@@ -101,35 +104,57 @@ def hub(monkeypatch):
 
 
 def test_a_private_push_and_a_second_one_that_makes_it_public(run, hub, capsys):
-    hf.main(["push", "out/tiny", "alice/tiny"])
+    hub_tool.main(["push", "out/tiny", "alice/tiny"])
     printed = capsys.readouterr().out
     assert printed == f"pushed out/tiny/ckpt.pt, 11,648 parameters; the repository is private: {hub.url}/alice/tiny\n"
     assert hub.private == {"alice/tiny": True}
     (repository, message, files), = hub.commits
     assert (repository, message) == ("alice/tiny", "Upload out/tiny/ckpt.pt, 11,648 parameters")
 
-    hf.main(["export", "out/tiny", "model"])
-    assert sorted(files) == sorted(os.listdir("model"))
-    for name in files.keys() - {"README.md"}:
+    export.main(["out/tiny", "model"])
+    others = {"tiny.html", "tiny.onnx", "tiny.gguf", "sample_onnx.py"}
+    assert files.keys() == {*os.listdir("model"), *others}
+    for name in files.keys() - others - {"README.md"}:
         assert files[name] == Path("model", name).read_bytes(), name
     card = files["README.md"].decode()
-    for pushed, exported in (('("alice/tiny")', '("model")'), ("import alice/tiny out/tiny", "import model out/model"),
-                             ("# tiny\n", "# model\n"), ("--out_dir out/tiny", "--out_dir out/model")):
-        assert pushed in card
-        card = card.replace(pushed, exported)
-    assert card == Path("model/README.md").read_text(encoding="utf-8")
+    for text in ('from_pretrained("alice/tiny")', "tools.hf import alice/tiny out/tiny\n", "# tiny\n",
+                 "`tiny.html`: ", "sample_onnx.py tiny.onnx ", "-m tiny.gguf "):
+        assert text in card
 
-    hf.main(["push", "out/tiny", "alice/tiny", "--public"])
+    hub_tool.main(["push", "out/tiny", "alice/tiny", "--public"])
     assert f"the repository is public: {hub.url}/alice/tiny" in capsys.readouterr().out
     assert hub.private == {"alice/tiny": False} and hub.commits == 2 * [(repository, message, files)]
 
 
 def test_a_new_public_repository_stays_public(run, hub, capsys):
     for flags in (["--public"], []):
-        hf.main(["push", "out/tiny", "alice/tiny", *flags])
+        hub_tool.main(["push", "out/tiny", "alice/tiny", *flags])
         assert f"the repository is public: {hub.url}/alice/tiny" in capsys.readouterr().out
         assert hub.private == {"alice/tiny": False}
     assert len(hub.commits) == 2 and ("PUT", "/api/models/alice/tiny/settings") not in hub.requests
+
+
+def test_a_modern_model_is_pushed_without_what_cannot_hold_it(run, hub, capsys):
+    train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
+    hub_tool.main(["push", "out/modern", "alice/modern"])
+    printed = capsys.readouterr().out
+    for left_out in ("without .gguf: ", "without safetensors: "):
+        assert left_out + "out/modern/ckpt.pt: transformers and llama.cpp have no model of the archi" in printed
+    (_, _, files), = hub.commits
+    assert {"modern.html", "modern.onnx", "sample_onnx.py", "README.md", "tokenizer.json"} <= files.keys()
+    assert not files.keys() & {"modern.gguf", "model.safetensors", "config.json"}
+    card = files["README.md"].decode()
+    assert card.startswith("---\ntags: [onnx]\n") and "from_pretrained" not in card and "tools.hf import" not in card
+    assert files["sample_onnx.py"] == Path(ROOT, "docs/sample_onnx.py").read_bytes()
+
+
+def test_a_space_has_the_page(run, hub, capsys):
+    hub_tool.main(["push", "out/tiny", "alice/stories", "--space", "--public"])
+    assert "the repository is public: " in capsys.readouterr().out
+    (repository, _, files), = hub.commits
+    assert repository == "alice/stories" and ("POST", "/api/spaces/alice/stories/commit/main") in hub.requests
+    assert files.keys() == {"index.html", "README.md"} and files["index.html"].startswith(b"<!DOCTYPE html>")
+    assert b"\nsdk: static\napp_file: index.html\n" in files["README.md"]
 
 
 @pytest.mark.parametrize("name, token, complaint, requests", [
@@ -142,16 +167,16 @@ def test_a_new_public_repository_stays_public(run, hub, capsys):
 def test_name_token_and_run_are_checked_before_a_repository_is_created(
         here, hub, fails, monkeypatch, name, token, complaint, requests):
     monkeypatch.setenv("HF_TOKEN", token)
-    assert complaint in fails(hf.main, ["push", "out/none", name])
+    assert complaint in fails(hub_tool.main, ["push", "out/none", name])
     assert [path for _, path in hub.requests if path != "/api/agent-harnesses"] == ["/api/whoami-v2"] * requests
 
 
 def test_refused_and_failed_connections(run, hub, fails, monkeypatch):
-    error = fails(hf.main, ["push", "out/tiny", "bob/tiny"])
+    error = fails(hub_tool.main, ["push", "out/tiny", "bob/tiny"])
     assert "cannot push to bob/tiny, with a token that must be allowed to write there: 403 Forbidden" in error
     assert not hub.private and not hub.commits
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    error = fails(hf.main, ["push", "out/tiny", "alice/tiny"])
+    error = fails(hub_tool.main, ["push", "out/tiny", "alice/tiny"])
     assert re.match(r"error: cannot push to alice/tiny: \[Errno \d+\] Connection refused", error)
 
 
@@ -159,7 +184,7 @@ def test_refused_and_failed_connections(run, hub, fails, monkeypatch):
 
 def card_of(out_dir, folder):
     """Export a run; returns its model card."""
-    hf.main(["export", out_dir, folder])
+    export.main([out_dir, folder])
     return Path(folder, "README.md").read_bytes().decode()
 
 
@@ -187,5 +212,5 @@ def test_the_table_of_the_judge(run, fails):
         "out/tiny", "judged")
     assert "87.5 [75.0, 100.0]" in Path("judged/README.md").read_text(encoding="utf-8")
     path.write_text("{}", encoding="utf-8")
-    assert "out/tiny/judge.json is damaged" in fails(hf.main, ["export", "out/tiny", "damaged"])
+    assert "out/tiny/judge.json is damaged" in fails(export.main, ["out/tiny", "damaged"])
     assert not Path("damaged").exists()

@@ -1,25 +1,58 @@
 """GGUF, the file format of llama.cpp, Ollama and LM Studio: the weights of a GPT, its vocabulary and its settings.
 
-`python -m tools.hf export out/run story.gguf` writes one. The format: github.com/ggml-org/ggml, docs/gguf.md.
+`python -m tools.export out/run story.gguf` writes one. The format: github.com/ggml-org/ggml, docs/gguf.md.
 """
+
+import io
+from contextlib import redirect_stderr
+from importlib.util import find_spec
 
 import torch
 
 import sample
-from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, byte_decoder
+from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN
 from storygpt.system.errors import UserError
+from tools.formats import NotExportable
+from tools.formats.hf_folder import LOGIT_TOLERANCE, check_logits, silence_transformers, to_hf_model, vocab_and_merges
+from tools.formats.model_card import gguf_texts
+
+# By dtype: the largest difference of a logit, relative to the largest logit, that is accepted. About ten times that of
+# a trained model of the published shape.
+TOLERANCE = {"f16": 0.004, "bf16": 0.03, "q8_0": 0.1}
+
+
+def write_gguf(path, saved, dtype):
+    """Write a SavedModel as a GGUF file, which transformers reads to check the logits; returns how much they differ.
+
+    Raises NotExportable if it is not a GPT-2, or GGUF cannot hold the model in that dtype or its tokenizer.
+    """
+    silence_transformers()
+    if not (find_spec("gguf") and find_spec("accelerate")):  # the latter: transformers reads GGUF with it
+        raise UserError("GGUF needs the packages gguf and accelerate:  pip install -r requirements-extra.txt")
+    model, tokenizer = saved.model, saved.tokenizer
+    hf_model = to_hf_model(saved)
+    check_gguf(model, dtype, tokenizer)
+    check_logits(saved.path, model, hf_model, tokenizer.end_of_text, LOGIT_TOLERANCE)
+    write_weights(path, model, dtype, tokenizer, gguf_texts(path.stem, saved))
+    hf_model.config.activation_function = "gelu_new"  # llama.cpp has no other one for GPT-2
+    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        # Without the config, transformers would assume 1,024 positions.
+        exported = type(hf_model).from_pretrained(path.parent, gguf_file=path.name, config=hf_model.config)
+    difference = check_logits(saved.path, model, exported, tokenizer.end_of_text, TOLERANCE[dtype])
+    return f" in {dtype}; logits differ by up to {difference:.1g} of the largest from the run's in float32"
 
 
 def check_gguf(model, dtype, tokenizer):
-    """Raise UserError if GGUF cannot hold a GPT in this dtype, or its tokenizer."""
+    """Raise NotExportable if GGUF cannot hold a GPT in this dtype, or its tokenizer."""
     if dtype == "q8_0" and model.config.n_embd % 32:
-        raise UserError(f"q8_0 stores blocks of 32 weights, but n_embd = {model.config.n_embd}: use --dtype f16")
+        raise NotExportable(f"q8_0 stores blocks of 32 weights, but n_embd = {model.config.n_embd}: use --dtype f16")
     if tokenizer.pattern != GPT2_PATTERN:
-        raise UserError(f"the tokenizer {tokenizer.name} cannot be written as GGUF, because it splits text into words "
-                        "in another way than GPT-2: train a model with gpt2 or a trained vocabulary (bpe:4096)")
+        raise NotExportable(f"the tokenizer {tokenizer.name} cannot be written as GGUF, because it splits text into "
+                            "words in another way than GPT-2: export to NAME.onnx, or train a model with gpt2 or a "
+                            "trained vocabulary (bpe:4096)")
 
 
-def write_gguf(path, model, dtype, tokenizer=None, texts=None):
+def write_weights(path, model, dtype, tokenizer=None, texts=None):
     """Write a GPT of GPT-2's architecture, for which `check_gguf` passes, as a GGUF file.
 
     Matrices are stored in `dtype` (f16, bf16, q8_0), the rest in float32. Without a `tokenizer`, prompts and stories
@@ -86,44 +119,14 @@ def add_vocabulary(writer, tokenizer, vocab_size):
     writer.add_add_bos_token(True)  # in training, too, a story follows an end-of-text token
 
 
-def vocab_and_merges(tokenizer):
-    """A Tokenizer as GPT-2's vocab.json and merges.txt have it: a dict text → id, and a list of pairs of texts.
-
-    A byte is written as one character (`byte_decoder`). The dict has the special tokens, too.
-    """
-    character_of = {byte: character for character, byte in byte_decoder().items()}
-    text_of = {token: "".join(character_of[byte] for byte in token) for token in tokenizer.ranks}
-    vocab = {text_of[token]: rank for token, rank in tokenizer.ranks.items()} | tokenizer.special_tokens
-    return vocab, [(text_of[left], text_of[right]) for left, right in merges_from_ranks(tokenizer.ranks)]
-
-
-def merges_from_ranks(ranks):
-    """The merges of a byte-pair encoding, in order, as pairs of bytes objects. `ranks`: token → rank.
-
-    The merge that creates a token joins the two parts left after all merges of lower rank have been applied to it.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            merge_ranks = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
-            i = merge_ranks.index(min(merge_ranks))
-            if merge_ranks[i] >= rank:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
-
-
-def modelfile(path, block_size):
-    """The text of a Modelfile, with which Ollama makes a model of the GGUF file at `path`, with sample.py's defaults.
+def write_modelfile(path, gguf_path, block_size):
+    """Write a Modelfile, with which Ollama makes a model of the GGUF file next to it, with sample.py's defaults.
 
     Positions are learned for block_size tokens only, and llama.cpp cannot move the context window of such a model. So
     three quarters of it are left to the story; a longer prompt needs a smaller num_predict.
     """
     sampling = sample.parse_args([])
-    return f"""FROM ./{path.name}
+    path.write_text(f"""FROM ./{gguf_path.name}
 TEMPLATE "{{{{ .Prompt }}}}"
 PARAMETER num_ctx {block_size}
 PARAMETER num_predict {3 * block_size // 4}
@@ -134,4 +137,4 @@ PARAMETER min_p 0
 PARAMETER repeat_penalty 1
 PARAMETER stop "{END_OF_TEXT}"
 # LICENSE "the license that you choose"
-"""
+""", encoding="utf-8")
