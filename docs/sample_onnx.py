@@ -16,7 +16,7 @@ import tiktoken
 
 
 class Model:
-    """The model of a file in ONNX Runtime, with a cache for `batch_size` stories; `metadata`: what the file contains."""
+    """The model of a file in ONNX Runtime, with a cache for `batch_size` stories."""
 
     def __init__(self, file, batch_size=1, threads=1):
         options = onnxruntime.SessionOptions()

@@ -1,6 +1,8 @@
-"""Programs to compare with in `python -m tools.bench generate`: llama.cpp and CTranslate2, with weights in int8.
+"""Programs to compare with in `python -m tools.bench generate`: llama.cpp, CTranslate2 and ONNX Runtime, which gets an
+export of the model; with weights in int8.
 
-They are used if they are installed (pip install llama-cpp-python gguf ctranslate2 transformers).
+They are used if they are installed (pip install llama-cpp-python gguf ctranslate2 transformers onnx onnxscript
+onnxruntime).
 """
 
 import ctypes
@@ -12,6 +14,7 @@ import torch
 import sample
 from storygpt.generate import generate, prepare_for_generation
 from tools.formats.gguf_file import write_weights
+from tools.formats.onnx_file import convert, example
 
 DEFAULTS = sample.parse_args([])  # temperature and top_k
 
@@ -24,6 +27,8 @@ def programs(config):
         found["CTranslate2"] = CTranslate2
     if is_gpt2 and find_spec("llama_cpp") and find_spec("gguf") and config.n_embd % 32 == 0:  # the block size of Q8_0
         found["llama.cpp"] = LlamaCpp
+    if find_spec("onnxruntime") and find_spec("onnxscript"):
+        found["ONNX Runtime"] = OnnxRuntime
     return found
 
 
@@ -99,3 +104,23 @@ class CTranslate2:
             [[self.prompt]] * batch_size, max_length=new_tokens, min_length=new_tokens, include_prompt_in_result=False,
             sampling_topk=1 if greedy else DEFAULTS.top_k, sampling_temperature=1 if greedy else DEFAULTS.temperature)
         return np.array([result.sequences_ids[0] for result in results])
+
+
+class OnnxRuntime:
+    """ONNX Runtime with an export to ONNX, as docs/sample_onnx.py uses it."""
+
+    def __init__(self, model, prompt, folder):
+        self.file, self.prompt = convert("the model", model.requires_grad_(False), "int8", {}), prompt
+        self.models = {}  # batch size → Model, as each has the buffers of its cache
+
+    def generate(self, batch_size, new_tokens, greedy=False):
+        """As `ThisProgram.generate`."""
+        if batch_size not in self.models:
+            self.models[batch_size] = example()["Model"](self.file, batch_size, torch.get_num_threads())
+        model, sample_token, rng = self.models[batch_size], example()["sample"], np.random.default_rng()
+        tokens = np.full((batch_size, 1), self.prompt)
+        for length in range(new_tokens):
+            chosen = [sample_token(logits, rng, 0 if greedy else DEFAULTS.temperature, DEFAULTS.top_k)
+                      for logits in model(tokens[:, -1:], length)]
+            tokens = np.concatenate([tokens, model.token_ids[chosen][:, None]], 1)
+        return tokens[:, 1:]
