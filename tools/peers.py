@@ -118,9 +118,9 @@ class OnnxRuntime:
         if batch_size not in self.models:
             self.models[batch_size] = example()["Model"](self.file, batch_size, torch.get_num_threads())
         model, sample_token, rng = self.models[batch_size], example()["sample"], np.random.default_rng()
+        temperature, top_k = (1e-6, 1) if greedy else (DEFAULTS.temperature, DEFAULTS.top_k)
         tokens = np.full((batch_size, 1), self.prompt)
         for length in range(new_tokens):
-            chosen = [sample_token(logits, rng, 0 if greedy else DEFAULTS.temperature, DEFAULTS.top_k)
-                      for logits in model(tokens[:, -1:], length)]
-            tokens = np.concatenate([tokens, model.token_ids[chosen][:, None]], 1)
+            chosen = [sample_token(logits, rng, temperature, top_k) for logits in model(tokens[:, -1:], length)]
+            tokens = np.concatenate([tokens, np.array(model.info["token_ids"])[chosen][:, None]], 1)
         return tokens[:, 1:]

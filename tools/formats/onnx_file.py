@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from storygpt import checkpoint
+from storygpt import checkpoint, generate
 from storygpt.fast import FastLinear, torch_attention
 from storygpt.generate import KVCache, check_cache, last_logits, output_layer, uses_cache
 from storygpt.run import best_checkpoint
@@ -56,7 +56,8 @@ def export_onnx(out_dir, target, dtype):
                 "training_settings": training_settings(state) if state["tokens"] else {},
                 "tokenizer": {"name": tokenizer.name, "pat_str": tokenizer.pattern, "mergeable_ranks": ranks,
                               "special_tokens": tokenizer.special_tokens}}  # the arguments of tiktoken.Encoding
-    check_cache(model.requires_grad_(False))
+    with patch.object(generate, "KVCache", StaticCache):
+        check_cache(model.requires_grad_(False))
     data = convert(path, copy.deepcopy(model), dtype, metadata)
     difference = check_logits(path, model, data, tokenizer.end_of_text, TOLERANCE[dtype])
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,15 +193,23 @@ class Traced(nn.Module):
         return logits, *(buffer for pair in zip(cache.keys, cache.values) for buffer in pair)
 
 
-class TracedCache(KVCache):
-    """A KVCache with the given buffers, which attention reads as on a GPU: all slots of them.
+class StaticCache(KVCache):
+    """A KVCache of which attention reads all slots, as on a GPU."""
 
-    ONNX Runtime's own operator for attention reads only those with tokens, and copies nothing.
+    def __init__(self, block_size, device):
+        super().__init__(block_size, device)
+        self.fixed_shapes = True
+
+
+class TracedCache(StaticCache):
+    """A cache with the given buffers, of which ONNX Runtime's operator for attention reads only the slots with tokens.
+
+    That operator copies nothing, either.
     """
 
     def __init__(self, length, buffers):
         super().__init__(buffers[0].size(2), "cpu")
-        self.length, self.buffers, self.fixed_shapes = length.clone(), buffers, True
+        self.length, self.buffers = length.clone(), buffers
         self.keys, self.values = [[buffer.clone() for buffer in buffers[i::2]] for i in (0, 1)]
 
     def append(self, k, v):
@@ -243,7 +252,7 @@ def check_logits(path, model, data, end_of_text, tolerance):
         exported = example()["Model"](data, B)
         idx = torch.randint(model.config.vocab_size, (B, T), generator=generator)
         idx[:, T // 2] = end_of_text
-        expected = model(idx)[..., torch.from_numpy(exported.token_ids)].numpy()  # (B, T, U)
+        expected = model(idx)[..., torch.tensor(exported.info["token_ids"])].numpy()  # (B, T, U)
         for start, end in [(0, T), (0, T // 2), *((t, t + 1) for t in range(T // 2, T) if exported.has_cache)]:
             logits = exported(idx[:, start:end].numpy(), start)
             differences.append(np.abs(logits - expected[:, end - 1]).max() / np.abs(expected).max())
