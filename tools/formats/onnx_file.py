@@ -15,8 +15,10 @@ import logging
 import math
 import runpy
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -56,19 +58,23 @@ def export_onnx(out_dir, target, dtype):
                 "training_settings": training_settings(state) if state["tokens"] else {},
                 "tokenizer": {"name": tokenizer.name, "pat_str": tokenizer.pattern, "mergeable_ranks": ranks,
                               "special_tokens": tokenizer.special_tokens}}  # the arguments of tiktoken.Encoding
-    with patch.object(generate, "KVCache", StaticCache):
-        check_cache(model.requires_grad_(False))
-    data = convert(path, copy.deepcopy(model), dtype, metadata)
+    exported = copy.deepcopy(model.requires_grad_(False))
+    data = convert(path, exported, dtype, metadata)
     difference = check_logits(path, model, data, tokenizer.end_of_text, TOLERANCE[dtype])
     target.parent.mkdir(parents=True, exist_ok=True)
     files.atomic_write(target, lambda file: file.write(data))
-    cache = "" if uses_cache(model) else ", without a cache"
+    cache = "" if uses_cache(exported) else ", without a cache"
     return (f"{path}, {model.num_parameters():,} parameters in {dtype}{cache}; logits differ by up to {difference:.1g} "
             "of the largest from the run's in float32")
 
 
 def convert(path, model, dtype, metadata):
-    """The content of an ONNX file of a model, which is changed, as bytes; `metadata` is stored in JSON."""
+    """The content of an ONNX file of a model, which is changed, as bytes; `metadata` is stored in JSON.
+
+    Raises UserError if torch.onnx cannot trace the model.
+    """
+    with patch.object(generate, "KVCache", StaticCache):
+        check_cache(model.requires_grad_(False))
     token_ids = compute_equal_rows_once(model)
     if dtype == "int8":
         use_int8(model)
@@ -158,10 +164,11 @@ def trace(path, model):
         inputs |= {"length": kv.length} | {f"past_{i}": buffer for i, buffer in enumerate(buffers)}
         outputs += [f"present_{i}" for i in range(len(buffers))]
         dynamic += [{}, tuple({0: any_size} for _ in buffers)]
+    silence = warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO())
     previous_level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with silence[0], silence[1], silence[2]:
             proto = torch.onnx.export(Traced(model), tuple(inputs.values()), input_names=list(inputs),
                                       output_names=outputs, dynamic_shapes=dynamic, opset_version=23, dynamo=True,
                                       verbose=False).model_proto
