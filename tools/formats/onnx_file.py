@@ -3,7 +3,8 @@
 The graph is traced from the model as it is, so that it follows edits. Inputs: `tokens` (B, T), the number of tokens in
 the cache, `length` (), and its buffers, `past_0`, `past_1`, … (B, H, block_size, D), the keys and values of each layer.
 Outputs: `logits` (B, U) of the last token, and the buffers with the new tokens, `present_0`, …: nothing is copied if
-the caller gives them the same memory. A model that cannot use a cache has `tokens` and `logits` only.
+the caller gives them the same memory. Of several sequences with tokens in the cache, T has to be 1. A model that cannot
+use a cache has `tokens` and `logits` only.
 
 B: batch size, T: new tokens, C: width, H: heads, D: C / H, V: vocabulary size, U: tokens with a logit.
 """
@@ -54,7 +55,8 @@ def export_onnx(out_dir, target, dtype):
         raise UserError(f"{target} already exists: remove it or choose another name")
     model, tokenizer, state = checkpoint.load_model(path)
     ranks = {base64.b64encode(token).decode(): rank for token, rank in tokenizer.ranks.items()}
-    metadata = {"end_of_text": tokenizer.end_of_text, "training_tokens": state["tokens"], "metrics": state["metrics"],
+    losses = {name: state["metrics"][name] for name in ("val_loss", "val_bpb") if name in state["metrics"]}
+    metadata = {"end_of_text": tokenizer.end_of_text, "training_tokens": state["tokens"], "losses": losses,
                 "training_settings": training_settings(state) if state["tokens"] else {},
                 "tokenizer": {"name": tokenizer.name, "pat_str": tokenizer.pattern, "mergeable_ranks": ranks,
                               "special_tokens": tokenizer.special_tokens}}  # the arguments of tiktoken.Encoding
@@ -164,11 +166,9 @@ def trace(path, model):
         inputs |= {"length": kv.length} | {f"past_{i}": buffer for i, buffer in enumerate(buffers)}
         outputs += [f"present_{i}" for i in range(len(buffers))]
         dynamic += [{}, tuple({0: any_size} for _ in buffers)]
-    silence = warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO())
-    previous_level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with silence[0], silence[1], silence[2]:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             proto = torch.onnx.export(Traced(model), tuple(inputs.values()), input_names=list(inputs),
                                       output_names=outputs, dynamic_shapes=dynamic, opset_version=23, dynamo=True,
                                       verbose=False).model_proto
@@ -176,7 +176,7 @@ def trace(path, model):
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"{path} cannot be exported: torch.onnx cannot trace its model: {reason}") from error
     finally:
-        logging.disable(previous_level)
+        logging.disable(logging.NOTSET)
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
         part.ClearField("metadata_props")  # stack traces, with the paths of this machine
         part.ClearField("doc_string")
