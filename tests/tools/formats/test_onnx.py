@@ -23,7 +23,6 @@ from storygpt import checkpoint, generate
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.system.errors import UserError
 from test_edits import CHANGES
-from tools.formats import onnx_file
 from tools.formats.onnx_file import check_logits, convert, example, export_onnx
 
 SHAPE = dict(vocab_size=301, block_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.0)
