@@ -76,4 +76,4 @@ def main(file, prompt="", seed=None):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:] or sys.exit(__doc__))

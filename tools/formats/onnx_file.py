@@ -28,52 +28,46 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from storygpt import checkpoint, generate
+from storygpt import generate
 from storygpt.fast import FastLinear, torch_attention
 from storygpt.generate import KVCache, check_cache, last_logits, output_layer, uses_cache
-from storygpt.run import best_checkpoint
-from storygpt.system import files
 from storygpt.system.errors import UserError
-from tools.model_card import training_settings
+from tools.formats import NotExportable
+from tools.formats.model_card import training_settings
 
 # The largest difference of a logit, relative to the largest: above float32 rounding, which is below 1e-6; in int8 about
 # ten times the difference of a trained model.
 TOLERANCE = {"float32": 1e-5, "int8": 0.1}
 
 
-def export_onnx(out_dir, target, dtype):
-    """Write the best checkpoint of a run as an ONNX file; returns what was exported, in words.
+def write_onnx(path, saved, dtype):
+    """Write a SavedModel as an ONNX file; returns how much its logits differ, in words.
 
-    `dtype`: float32, or int8 for linear layers and embeddings in 8 bits. Raises UserError if the run cannot be read,
-    its model cannot be traced or computes something else in ONNX Runtime, or the file exists or cannot be written.
+    `dtype`: float32, or int8 for linear layers and embeddings in 8 bits. Raises NotExportable if its model cannot be
+    traced, or computes something else in ONNX Runtime.
     """
     if not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UserError("ONNX needs the packages onnx, onnxscript and onnxruntime:  "
                         "pip install -r requirements-extra.txt")
-    path = best_checkpoint(out_dir)
-    if target.exists():
-        raise UserError(f"{target} already exists: remove it or choose another name")
-    model, tokenizer, state = checkpoint.load_model(path)
+    tokenizer, state = saved.tokenizer, saved.state
     ranks = {base64.b64encode(token).decode(): rank for token, rank in tokenizer.ranks.items()}
     losses = {name: state["metrics"][name] for name in ("val_loss", "val_bpb") if name in state["metrics"]}
     metadata = {"end_of_text": tokenizer.end_of_text, "training_tokens": state["tokens"], "losses": losses,
                 "training_settings": training_settings(state) if state["tokens"] else {},
                 "tokenizer": {"name": tokenizer.name, "pat_str": tokenizer.pattern, "mergeable_ranks": ranks,
                               "special_tokens": tokenizer.special_tokens}}  # the arguments of tiktoken.Encoding
-    exported = copy.deepcopy(model.requires_grad_(False))
-    data = convert(path, exported, dtype, metadata)
-    difference = check_logits(path, model, data, tokenizer.end_of_text, TOLERANCE[dtype])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.atomic_write(target, lambda file: file.write(data))
-    cache = "" if uses_cache(exported) else ", without a cache"
-    return (f"{path}, {model.num_parameters():,} parameters in {dtype}{cache}; logits differ by up to {difference:.1g} "
-            "of the largest from the run's in float32")
+    converted = copy.deepcopy(saved.model.requires_grad_(False))
+    data = convert(saved.path, converted, dtype, metadata)
+    difference = check_logits(saved.path, saved.model, data, tokenizer.end_of_text, TOLERANCE[dtype])
+    path.write_bytes(data)
+    cache = "" if uses_cache(converted) else ", without a cache"
+    return f" in {dtype}{cache}; logits differ by up to {difference:.1g} of the largest from the run's in float32"
 
 
 def convert(path, model, dtype, metadata):
     """The content of an ONNX file of a model, which is changed, as bytes; `metadata` is stored in JSON.
 
-    Raises UserError if torch.onnx cannot trace the model.
+    Raises NotExportable if torch.onnx cannot trace the model.
     """
     with patch.object(generate, "KVCache", StaticCache):
         check_cache(model.requires_grad_(False))
@@ -155,7 +149,7 @@ def embedding_int8(weight, scale, C, _, idx):
 
 
 def trace(path, model):
-    """Trace a model, with a cache if it can use one: an onnx.ModelProto. Raises UserError if torch.onnx cannot."""
+    """Trace a model, with a cache if it can use one: an onnx.ModelProto. Raises NotExportable if torch.onnx cannot."""
     inputs, any_size = {"tokens": torch.zeros(3, 2, dtype=torch.long)}, torch.export.Dim.DYNAMIC
     dynamic = [{0: any_size, 1: any_size}]  # the sizes above are any but 1, which would be taken for a constant
     outputs = ["logits"]
@@ -174,7 +168,7 @@ def trace(path, model):
                                       verbose=False).model_proto
     except torch.onnx.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"{path} cannot be exported: torch.onnx cannot trace its model: {reason}") from error
+        raise NotExportable(f"{path} cannot be exported: torch.onnx cannot trace its model: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
@@ -249,7 +243,7 @@ def example():
 
 
 def check_logits(path, model, data, end_of_text, tolerance):
-    """Raise UserError unless ONNX Runtime gives a model's logits with the file's `data`, on random tokens.
+    """Raise NotExportable unless ONNX Runtime gives a model's logits with the file's `data`, on random tokens.
 
     Returns the largest difference, divided by the largest logit. Reads a block, half of one and, with a cache, the rest
     of it token by token; one sequence, and two.
@@ -264,6 +258,6 @@ def check_logits(path, model, data, end_of_text, tolerance):
             logits = exported(idx[:, start:end].numpy(), start)
             differences.append(np.abs(logits - expected[:, end - 1]).max() / np.abs(expected).max())
     if not max(differences) <= tolerance:  # so that NaN is an error, too
-        raise UserError(f"{path} cannot be exported: in ONNX Runtime the logits would differ by up to "
-                        f"{max(differences):.2g} of the largest, more than {tolerance:g}")
+        raise NotExportable(f"{path} cannot be exported: in ONNX Runtime the logits would differ by up to "
+                            f"{max(differences):.2g} of the largest, more than {tolerance:g}")
     return max(differences)
