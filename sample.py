@@ -23,7 +23,7 @@ from storygpt.generate import generate, prepare_for_generation, window_start
 from storygpt.run import best_checkpoint, newest_run
 from storygpt.system.errors import Parser, exit_with_one_line
 from storygpt.system.files import open_text
-from storygpt.system.hardware import DTYPES, pick_device, pick_inference_dtype
+from storygpt.system.hardware import DTYPES, limit_threads, pick_device, pick_inference_dtype
 
 
 @exit_with_one_line
@@ -36,7 +36,9 @@ def main(argv=None):
         print(f"{path.parent} has no ckpt.pt yet: using {path.name}", file=sys.stderr)
     device = pick_device(args.device)
     model, tokenizer, state = load_model(path)
-    dtype = pick_inference_dtype(args.dtype, device)
+    work = model.num_parameters() * args.num_samples
+    dtype = pick_inference_dtype(args.dtype, device, work)
+    limit_threads(work)
     prepare_for_generation(model, device, dtype)
     training = f"trained on {state['tokens']:,} tokens" if state["tokens"] else "trained elsewhere"
     val_loss = f", validation loss {state['metrics']['val_loss']:.3f}" if "val_loss" in state["metrics"] else ""
@@ -81,7 +83,8 @@ def parse_args(argv):
                         help="the same seed gives the same stories; default: a new seed each time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
-                        help="dtype of the weights; auto: the fastest, on an x86 CPU int8 (default: auto)")
+                        help="dtype of the weights; auto: the fastest, on an x86 CPU float32 for small models, else int8 "
+                        "(default: auto)")
     return parser.parse_args(argv)
 
 

@@ -392,7 +392,7 @@ def bench_generate(args, ceilings, folder):
     programs; of a run also its loss in nats/token over 64 windows of its validation split, by dtype.
     """
     path = best_checkpoint(args.out_dir) if args.out_dir else write_random_run(folder / "run", args.config)
-    picked = str(pick_inference_dtype("auto", args.device)).removeprefix("torch.")
+    picked = str(pick_inference_dtype("auto", args.device, math.inf)).removeprefix("torch.")
     counts = (1, 32) if args.tiny else (1, 32, 512)
     variants, losses = {}, {}
     for dtype in sorted({"float32", "bfloat16", picked}):  # picked is float16 on older GPUs

@@ -240,7 +240,8 @@ def judge_model(run, path, dataset, args):
             column.measures = scoring.language(model, tokenizer, pairs_by_kind)
             measures, column.curves = scoring.context(model, tokenizer, dataset.stories)
             column.measures |= measures
-    prepare_for_generation(model, args.device, pick_inference_dtype("auto", args.device))
+    dtype = pick_inference_dtype("auto", args.device, BATCH * model.num_parameters())
+    prepare_for_generation(model, args.device, dtype)
     column.stories, column.ended = without_empty(run, *generate_stories(model, tokenizer, args))
     column.about = {"checkpoint": str(path), "tokens": checkpoint["tokens"],
                     "val_loss": checkpoint["metrics"].get("val_loss"), "dataset": dataset and dataset.name,

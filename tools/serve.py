@@ -226,7 +226,8 @@ def load(path, modified, device):
     model, tokenizer, state = load_model(path)
     facts = {"parameters": model.num_parameters(), "training_tokens": state["tokens"],
              "block_size": model.config.block_size, "val_loss": state["metrics"].get("val_loss")}
-    return prepare_for_generation(model, device, pick_inference_dtype("auto", device)), tokenizer, facts
+    dtype = pick_inference_dtype("auto", device, model.num_parameters())
+    return prepare_for_generation(model, device, dtype), tokenizer, facts
 
 
 def story_events(device, run, prompt, seed, max_new_tokens, **sampling):

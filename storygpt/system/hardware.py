@@ -14,6 +14,9 @@ from storygpt import OPENMP_VARIABLES
 from storygpt.system.errors import UserError, out_of_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Generation on a CPU, by parameters × stories in a batch: below the first, float32 is faster than int8, and exact; below
+# the second, one thread is no slower than two, and several times faster beside another process (docs/speed.md).
+FLOAT32_BELOW, ONE_THREAD_BELOW = 5_000_000, 25_000_000
 # By device type; 4,096 for others. On a CPU, larger micro-batches are no faster (docs/speed.md).
 TOKENS_PER_MICRO_BATCH = {"cpu": 4_096, "cuda": 32_768}
 # Signals that ask a run to stop: of Ctrl-C, of job schedulers and, on Windows, of Ctrl-Break.
@@ -63,18 +66,25 @@ def pick_dtype(name, device):
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def pick_inference_dtype(name, device):
-    """The torch.dtype of the weights for generating stories: auto is the fastest, int8 on x86 CPUs (measured on those
-    with AVX-512 VNNI only), else that of `pick_dtype`.
+def pick_inference_dtype(name, device, work):
+    """The torch.dtype of the weights for generating stories: auto is the fastest for this `work`, the model's parameters
+    times the stories in a batch. On x86 CPUs that is int8 or float32 (measured on those with AVX-512 VNNI only), else
+    that of `pick_dtype`.
     """
     # torch's kernels for int8 are deprecated.
     has_int8 = (device.type == "cpu" and hasattr(torch, "quantize_per_channel")
                 and torch.backends.quantized.engine != "none")
     if name == "int8" and not has_int8:
         raise UserError(f"dtype = 'int8' does not work on {device.type} with this build of PyTorch: use auto")
-    if name == "int8" or (name == "auto" and has_int8 and platform.machine() in ("x86_64", "AMD64")):
-        return torch.int8
-    return pick_dtype(name, device)
+    if name == "auto" and has_int8 and platform.machine() in ("x86_64", "AMD64"):
+        name = "float32" if work < FLOAT32_BELOW else "int8"
+    return torch.int8 if name == "int8" else pick_dtype(name, device)
+
+
+def limit_threads(work):
+    """Generate with one thread if the `work` is small (see `pick_inference_dtype`) and the user has chosen no number."""
+    if work < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def autocast(device, dtype):

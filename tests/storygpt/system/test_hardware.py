@@ -14,8 +14,9 @@ from faults.processes import run
 from storygpt.system import hardware
 from storygpt.system.errors import UserError, exit_with_one_line
 from storygpt.system.hardware import (STOP_SIGNALS, StopSignals, autocast, check_memory, compile_errors,
-                                      describe_device, git_commit, out_of_memory_errors, pick_compile, pick_device,
-                                      pick_dtype, pick_fused, pick_inference_dtype, pick_micro_batch_size, to_device)
+                                      describe_device, git_commit, limit_threads, out_of_memory_errors, pick_compile,
+                                      pick_device, pick_dtype, pick_fused, pick_inference_dtype, pick_micro_batch_size,
+                                      to_device)
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -34,13 +35,13 @@ def test_micro_batches_have_at_most_4096_tokens_or_on_a_gpu_32768_and_divide_the
 
 
 def test_int8_is_refused_where_it_does_not_work_and_not_picked_without_its_kernels(monkeypatch):
-    assert pick_inference_dtype("int8", CPU) == torch.int8
+    assert pick_inference_dtype("int8", CPU, 1) == torch.int8
     with pytest.raises(UserError, match="does not work on cuda .*: use auto"):
-        pick_inference_dtype("int8", CUDA)
+        pick_inference_dtype("int8", CUDA, 1)
     monkeypatch.delattr(torch, "quantize_per_channel")
-    assert pick_inference_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    assert pick_inference_dtype("auto", CPU, 1) in (torch.bfloat16, torch.float32)
     with pytest.raises(UserError, match="does not work on cpu with this build of PyTorch: use auto"):
-        pick_inference_dtype("int8", CPU)
+        pick_inference_dtype("int8", CPU, 1)
 
 
 def test_several_processes_do_not_share_a_single_device(monkeypatch):
@@ -109,7 +110,8 @@ def test_what_is_picked_on_each_kind_of_machine(monkeypatch, name):
     else:
         assert pick_compile(True, picked)[0]
     assert pick_fused(picked) == fused
-    assert pick_inference_dtype("auto", picked) == getattr(torch, weights)
+    assert pick_inference_dtype("auto", picked, 30_000_000) == getattr(torch, weights)
+    assert pick_inference_dtype("auto", picked, 3_000_000) == getattr(torch, weights.replace("int8", "float32"))
 
 
 @exit_with_one_line
@@ -212,3 +214,16 @@ def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other
     with StopSignals(rank=1) as signals:  # only rank 0 prints
         signal.raise_signal(number)
     assert signals.received and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("variable, work, threads", [(None, 3_000_000, 1), (None, 30_000_000, 2), ("2", 3_000_000, 2)])
+def test_little_work_is_done_by_one_thread_unless_the_user_chose_a_number(monkeypatch, variable, work, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(2)
+    try:
+        limit_threads(work)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)  # as conftest.py sets it
