@@ -83,8 +83,8 @@ def parse_args(argv):
                         help="the same seed gives the same stories; default: a new seed each time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES, "int8"], default="auto",
-                        help="dtype of the weights; auto: the fastest, on an x86 CPU float32 for small models, else int8 "
-                        "(default: auto)")
+                        help="dtype of the weights; auto: the fastest, on an x86 CPU int8 or, for small models, "
+                        "float32 (default: auto)")
     return parser.parse_args(argv)
 
 

@@ -14,9 +14,9 @@ from storygpt import OPENMP_VARIABLES
 from storygpt.system.errors import UserError, out_of_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Generation on a CPU, by parameters × stories in a batch: below the first, float32 is faster than int8, and exact; below
-# the second, one thread is no slower than two, and several times faster beside another process (docs/speed.md).
-FLOAT32_BELOW, ONE_THREAD_BELOW = 5_000_000, 25_000_000
+# Generation on a CPU, by parameters × stories in a batch. Below the first, float32 is faster than int8, and is exact.
+# Below the second, one thread is up to four times faster than two beside another process (docs/speed.md).
+FLOAT32_BELOW, ONE_THREAD_BELOW = 5_000_000, 40_000_000
 # By device type; 4,096 for others. On a CPU, larger micro-batches are no faster (docs/speed.md).
 TOKENS_PER_MICRO_BATCH = {"cpu": 4_096, "cuda": 32_768}
 # Signals that ask a run to stop: of Ctrl-C, of job schedulers and, on Windows, of Ctrl-Break.
@@ -67,9 +67,9 @@ def pick_dtype(name, device):
 
 
 def pick_inference_dtype(name, device, work):
-    """The torch.dtype of the weights for generating stories: auto is the fastest for this `work`, the model's parameters
-    times the stories in a batch. On x86 CPUs that is int8 or float32 (measured on those with AVX-512 VNNI only), else
-    that of `pick_dtype`.
+    """The torch.dtype of the weights for generating stories: auto is the fastest for this `work`, which is the model's
+    parameters times the stories in a batch. On x86 CPUs it is int8 or float32 (measured on those with AVX-512 VNNI
+    only), elsewhere that of `pick_dtype`.
     """
     # torch's kernels for int8 are deprecated.
     has_int8 = (device.type == "cpu" and hasattr(torch, "quantize_per_channel")

@@ -216,7 +216,7 @@ def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other
     assert signals.received and capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("variable, work, threads", [(None, 3_000_000, 1), (None, 30_000_000, 2), ("2", 3_000_000, 2)])
+@pytest.mark.parametrize("variable, work, threads", [(None, 3_000_000, 1), (None, 100_000_000, 2), ("2", 3_000_000, 2)])
 def test_little_work_is_done_by_one_thread_unless_the_user_chose_a_number(monkeypatch, variable, work, threads):
     monkeypatch.delenv("OMP_NUM_THREADS")
     if variable:
