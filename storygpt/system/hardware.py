@@ -82,7 +82,7 @@ def pick_inference_dtype(name, device, work):
 
 
 def limit_threads(work):
-    """Generate with one thread if the `work` is small (see `pick_inference_dtype`) and the user has chosen no number."""
+    """Generate with one thread if the `work` is small (`pick_inference_dtype`) and the user has chosen no number."""
     if work < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
