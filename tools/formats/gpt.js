@@ -6,37 +6,21 @@
 // C: n_embd, H: n_head, D: C / H, T: block_size, V: rows of the token embedding. A matrix is a list of its rows.
 "use strict"
 
-// The weights, name -> vector or matrix, from the page's data. There, the numbers of a matrix in int8 follow its scales.
-function unpack(buffer, tensors) {
-  let at = 0
-  const take = (Type, length) => {
-    const part = new Type(buffer, at, length)
-    at += Math.ceil(part.byteLength / 4) * 4  // a Float32Array begins at a multiple of 4
-    return part
-  }
-  return Object.fromEntries(tensors.map(([name, dtype, columns, rows]) => {
-    if (!rows) return [name, take(Float32Array, columns)]
-    const scales = dtype === "int8" ? take(Float32Array, rows) : null
-    const flat = scales ? Float32Array.from(take(Int8Array, rows * columns)) : take(Float32Array, rows * columns)
-    const matrix = Array.from({length: rows}, (_, r) => flat.subarray(r * columns, (r + 1) * columns))
-    if (scales) matrix.forEach((row, r) => { for (let i = 0; i < columns; i++) row[i] *= scales[r] })
-    return [name, matrix]
-  }))
-}
-
 class GPT {
-  // config: the fields of GPTConfig; and `tokens` (V), the token of each row of the embedding, or null if each token
-  // has its own. If they are fewer than the rows, the last row is that of all other tokens, which are never chosen.
-  constructor(config, weights) {
-    Object.assign(this, config, {weights, length: 0, start: 0, window: []})
-    const {n_layer: L, n_head: H, n_embd: C, block_size: T} = config, D = C / H
-    this.tokens ??= Array.from({length: config.vocab_size}, (_, token) => token)
-    this.rowOf = new Int32Array(config.vocab_size).fill(this.tokens.length)
+  // config: GPTConfig, and `tokens`: the token of each row of the embedding, or null if all have their own. If they are
+  // fewer than the rows, the last row is that of all other tokens, which are never chosen.
+  // tensors: name, dtype and shape [columns, rows] of the weights; buffer: their numbers. Scales precede int8.
+  constructor(config, tensors, buffer) {
+    Object.assign(this, config, {length: 0, start: 0, window: []})
+    const {n_layer: L, n_head: H, n_embd: C, block_size: T, vocab_size} = config, D = C / H
+    this.tokens ??= Array.from({length: vocab_size}, (_, token) => token)
+    this.rowOf = new Int32Array(vocab_size).fill(this.tokens.length)
     this.tokens.forEach((token, row) => { this.rowOf[token] = row })
-    const matrix = (rows, columns) => Array.from({length: rows}, () => new Float32Array(columns))
-    this.keys = Array.from({length: L * H}, () => matrix(T, D))  // of each layer and head
-    this.values = Array.from({length: L * H}, () => matrix(D, T))  // transposed
-    this.attention = matrix(L * H, T)  // of the last token: how much each head attends to each token so far
+    const heads = Array.from({length: L * H}), shapes = tensors.map(([, , columns, rows = 0]) => [columns, rows])
+    this.matrices = new Matrices([...shapes, ...heads.flatMap(() => [[D, T], [T, D]])])
+    this.weights = unpack(tensors, buffer, this.matrices)
+    this.keys = heads.map(() => this.matrices.make(D, T))  // of each layer and head
+    this.values = heads.map(() => this.matrices.make(T, D))  // transposed
   }
 
   // Reads the tokens of the context window that are not in the cache yet, one in each iteration, so that a page can do
@@ -47,21 +31,23 @@ class GPT {
     while (start === this.start && known < this.length && this.window[known] === window[known]) known++
     Object.assign(this, {start, window, length: Math.min(known, window.length - 1)})
     while (this.length < window.length) {
+      this.attention = []  // of the last token: for each layer and head, how much it attends to each token so far
       this.x = this.step(window[this.length])  // (C)
       yield
     }
-    this.logits = linear(this.weights.wte, this.norm("ln_f", this.x))
+    this.logits = this.linear("wte", this.norm("ln_f", this.x))
   }
 
   // The output of the last block for a token, (C), which follows the tokens in the cache and joins them.
   step(token) {
     const {weights, n_embd: C} = this, modern = this.architecture === "modern", row = this.rowOf[token]
-    const x = Float64Array.from(weights.wte[row])  // (C)
-    if (!modern) add(x, weights.wpe[this.length])
+    const x = Float64Array.from(weights.wte.row(row))  // (C)
+    if (!modern) add(x, weights.wpe.row(this.length))
     for (let l = 0; l < this.n_layer; l++) {
       const layer = name => `h.${l}.${name}`
       const qkv = this.linear(layer("attn.c_attn"), this.norm(layer("ln_1"), x))  // (3C)
-      if (modern) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * weights[`ve.${l}`][token][i]  // modern.py: VALUE_SCALE
+      const value = weights[`ve.${l}`]?.row(token)  // (C)
+      if (value) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * value[i]  // VALUE_SCALE of modern.py
       add(x, this.linear(layer("attn.c_proj"), this.attend(l, qkv)))
       const hidden = this.linear(layer("mlp.c_fc"), this.norm(layer("ln_2"), x))  // (4C)
       add(x, this.linear(layer("mlp.c_proj"), hidden.map(this.gelu === "tanh" ? geluTanh : geluExact)))
@@ -77,24 +63,28 @@ class GPT {
       let [q, k, v] = [0, C, 2 * C].map(part => qkv.subarray(part + h * D, part + (h + 1) * D))  // (D) each
       if (this.architecture === "modern") [q, k] = [this.rotate(normalize(q)), this.rotate(normalize(k))]
       const keys = this.keys[l * H + h], values = this.values[l * H + h]  // (T, D), (D, T)
-      keys[t].set(k)
-      for (let i = 0; i < D; i++) values[i][t] = v[i]
-      const weights = softmax(linear(keys, q, t + 1).map(score => score / Math.sqrt(D)))  // (t + 1)
-      this.attention[l * H + h].set(weights)
-      y.set(linear(values, weights), h * D)
+      keys.row(t).set(k)
+      for (let i = 0; i < D; i++) values.data[i * values.stride + t] = v[i]
+      const weights = softmax(this.matrices.linear(keys, q, t + 1).map(score => score / Math.sqrt(D)))  // (t + 1)
+      this.attention[l * H + h] = weights
+      y.set(this.matrices.linear(values, weights), h * D)
     }
     return y
   }
 
   // Rotary positions: turns the pairs (x[i], x[i + D / 2]) by angles whose cosines and sines are in the page's data.
   rotate(x) {
-    const half = x.length / 2, cos = this.weights.cos[this.length], sin = this.weights.sin[this.length]  // (D / 2)
-    return x.map((value, i) => i < half ? value * cos[i] - x[i + half] * sin[i]
-                                        : value * cos[i - half] + x[i - half] * sin[i - half])
+    const half = x.length / 2, cos = this.weights.cos.row(this.length), sin = this.weights.sin.row(this.length)  // (D / 2)
+    const y = new Float64Array(x.length)
+    for (let i = 0; i < half; i++) {
+      y[i] = x[i] * cos[i] - x[i + half] * sin[i]
+      y[i + half] = x[i + half] * cos[i] + x[i] * sin[i]
+    }
+    return y
   }
 
   linear(name, x) {
-    const y = linear(this.weights[name], x), bias = this.weights[`${name}.bias`]
+    const y = this.matrices.linear(this.weights[name], x), bias = this.weights[`${name}.bias`]
     return bias ? add(y, bias) : y
   }
 
@@ -106,25 +96,25 @@ class GPT {
   }
 }
 
-// The first `n` products of the rows of a matrix with x. Four at a time: their sums do not wait for each other.
-function linear(matrix, x, n = matrix.length) {
-  const y = new Float64Array(n)
-  for (let r = 0; r < n; r += 4) {
-    const row0 = matrix[r], row1 = matrix[r + 1] ?? row0, row2 = matrix[r + 2] ?? row0, row3 = matrix[r + 3] ?? row0
-    let y0 = 0, y1 = 0, y2 = 0, y3 = 0
-    for (let i = 0; i < x.length; i++) {
-      const xi = x[i]
-      y0 += row0[i] * xi
-      y1 += row1[i] * xi
-      y2 += row2[i] * xi
-      y3 += row3[i] * xi
-    }
-    y[r] = y0
-    y[r + 1] = y1  // beyond the end of y, JavaScript ignores it
-    y[r + 2] = y2
-    y[r + 3] = y3
+// The weights, name -> vector or matrix.
+function unpack(tensors, buffer, matrices) {
+  let at = 0
+  const take = (Type, length) => {
+    const part = new Type(buffer, at, length)
+    at += padded(part.byteLength)  // a Float32Array begins at a multiple of four bytes
+    return part
   }
-  return y
+  return Object.fromEntries(tensors.map(([name, dtype, columns, rows]) => {
+    if (!rows) return [name, take(Float32Array, columns)]
+    const scales = dtype === "int8" ? take(Float32Array, rows) : null
+    const numbers = take(scales ? Int8Array : Float32Array, rows * columns), matrix = matrices.make(columns, rows)
+    for (let r = 0; r < rows; r++) {
+      const row = matrix.row(r)
+      row.set(numbers.subarray(r * columns, (r + 1) * columns))
+      if (scales) for (let i = 0; i < columns; i++) row[i] *= scales[r]
+    }
+    return [name, matrix]
+  }))
 }
 
 function add(x, y) {
@@ -133,22 +123,28 @@ function add(x, y) {
 }
 
 function normalize(x) {
-  const mean = x.reduce((sum, value) => sum + value, 0) / x.length
-  const variance = x.reduce((sum, value) => sum + (value - mean) * (value - mean), 0) / x.length
-  return x.map(value => (value - mean) / Math.sqrt(variance + 1e-5))
+  let mean = 0, variance = 0
+  for (let i = 0; i < x.length; i++) mean += x[i] / x.length
+  for (let i = 0; i < x.length; i++) variance += (x[i] - mean) * (x[i] - mean) / x.length
+  const scale = 1 / Math.sqrt(variance + 1e-5), y = new Float64Array(x.length)
+  for (let i = 0; i < x.length; i++) y[i] = (x[i] - mean) * scale
+  return y
 }
 
 function softmax(x) {
-  const max = x.reduce((a, b) => a > b ? a : b), y = x.map(value => exp(value - max))
-  const sum = y.reduce((a, b) => a + b)
-  return y.map(value => value / sum)
+  let max = -Infinity, sum = 0
+  for (let i = 0; i < x.length; i++) if (x[i] > max) max = x[i]
+  const y = new Float64Array(x.length)
+  for (let i = 0; i < x.length; i++) sum += y[i] = exp(x[i] - max)
+  for (let i = 0; i < x.length; i++) y[i] /= sum
+  return y
 }
 
 // e^x = (e^(x / 256))^256, the inner one by its series.
 function exp(x) {
   if (x < -700) return 0
   const r = x / 256
-  let y = 1 + r * (1 + r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6)))))
+  let y = 1 + r * (1 + r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720))))))
   for (let i = 0; i < 8; i++) y *= y
   return y
 }

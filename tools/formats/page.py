@@ -104,11 +104,12 @@ def check_logits(model, about, weights, end_of_text):
     tokens = torch.randint(V, (T + 1,), generator=generator)
     tokens[T // 2] = end_of_text
     context, differences = MiniRacer(), []
-    context.eval((FOLDER / "gpt.js").read_text(encoding="utf-8"))
+    for name in ("linear.js", "gpt.js"):
+        context.eval((FOLDER / name).read_text(encoding="utf-8"))
     buffer = context.eval(f"const buffer = new ArrayBuffer({len(weights)}); buffer")
     buffer[:] = weights
     try:
-        context.eval(f"const about = {json.dumps(about)}, gpt = new GPT(about.config, unpack(buffer, about.tensors))")
+        context.eval(f"const about = {json.dumps(about)}, gpt = new GPT(about.config, about.tensors, buffer)")
         for n in (T // 2, T // 2 + 1, T, T + 1):
             context.eval(f"for (const _ of gpt.read({tokens[:n].tolist()})); 0")
             result = context.eval("Float32Array.from(gpt.rowOf, row => gpt.logits[row])")
@@ -137,7 +138,7 @@ def page_text(about, weights):
     html = (FOLDER / "page.html").read_text(encoding="utf-8")
     about = json.dumps(about, separators=(",", ":")).replace("<", r"\u003c")  # otherwise </script> would end the data
     weights = base64.b64encode(zlib.compress(weights, 9)).decode()
-    for name in ("gpt.js", "tokenizer.js"):
+    for name in ("linear.js", "gpt.js", "tokenizer.js"):
         script = (FOLDER / name).read_text(encoding="utf-8")
         html = html.replace(f'<script src="{name}"></script>', f"<script>\n{script}</script>")
     return html.replace("ABOUT", about, 1).replace("WEIGHTS", weights, 1).encode()
