@@ -1,26 +1,24 @@
-// Byte-level BPE, as tiktoken does it. Bytes are strings whose characters have the codes 0 to 255.
+// Byte-level BPE, as tiktoken does it. A byte is a character with a code from 0 to 255.
 "use strict"
 
-// GPT-2's pattern, which splits text into words. \s would also match U+FEFF, and not U+0085.
-const WORD = new RegExp("'(?:[sdmt]|ll|ve|re)| ?(?:\\p{L}+|\\p{N}+|[^\\p{White_Space}\\p{L}\\p{N}]+)" +
-                        "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}", "gu")
+// GPT-2's pattern, which splits text into words. Not \s: in JavaScript it is also U+FEFF, but not U+0085.
+const WORD = RegExp(String.raw`'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s`
+  .replaceAll(String.raw`\s`, String.raw`\p{White_Space}`).replaceAll(String.raw`\S`, String.raw`\P{White_Space}`), "gu")
 
 class Tokenizer {
-  // vocabulary: the bytes of each token, in the order of the ids; "" for tokens that are not text.
-  constructor(vocabulary) {
-    this.bytes = vocabulary.map(token => Uint8Array.from(token, byte => byte.charCodeAt(0)))
+  constructor(vocabulary) {  // the bytes of each token, "" for one that is not text
+    this.vocabulary = vocabulary
     this.ranks = new Map(vocabulary.map((token, id) => [token, id]))
   }
 
   encode(text) {
-    const words = text.toWellFormed().match(WORD) ?? []
-    return words.flatMap(word => this.merge(Array.from(new TextEncoder().encode(word), byte => String.fromCharCode(byte))))
+    const bytes = word => Array.from(new TextEncoder().encode(word), byte => String.fromCharCode(byte))
+    return (text.toWellFormed().match(WORD) ?? []).flatMap(word => this.merge(bytes(word)))
   }
 
-  // The tokens of a word: single bytes at first; then again and again the pair that makes the lowest token is merged.
+  // The tokens of a word: of its bytes, again and again the pair that makes the lowest token is merged.
   merge(parts) {
-    const word = this.ranks.get(parts.join(""))
-    if (word !== undefined) return [word]
+    if (this.ranks.has(parts.join(""))) return [this.ranks.get(parts.join(""))]
     const rank = i => i + 1 < parts.length ? this.ranks.get(parts[i] + parts[i + 1]) ?? Infinity : Infinity
     const ranks = parts.map((_, i) => rank(i))  // of the pair that begins at each part
     for (;;) {
@@ -34,9 +32,9 @@ class Tokenizer {
     }
   }
 
-  // A function that decodes token after token, and returns the text that is complete with each.
+  // A function that decodes one token after the other, and returns the text that is complete with each.
   decoder() {
     const decoder = new TextDecoder("utf-8", {ignoreBOM: true})
-    return token => decoder.decode(this.bytes[token], {stream: true})
+    return id => decoder.decode(Uint8Array.from(this.vocabulary[id], byte => byte.charCodeAt(0)), {stream: true})
   }
 }
