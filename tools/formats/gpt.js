@@ -98,7 +98,7 @@ function linear(x, matrix, bias, n = matrix.length) {
       yc += c[i] * xi
       yd += d[i] * xi
     }
-    [y[r], y[r + 1], y[r + 2], y[r + 3]] = [ya, yb, yc, yd]  // what is beyond the end of y is ignored
+    y[r] = ya, y[r + 1] = yb, y[r + 2] = yc, y[r + 3] = yd  // beyond the end of y, this has no effect
   }
   return bias ? add(y, bias) : y
 }
