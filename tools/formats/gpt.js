@@ -1,11 +1,11 @@
 // The forward pass of model.py and modern.py, one token at a time with a KV cache, and the choice of the next token.
-// The same seed gives the same story in every browser: only + - * / and Math.sqrt are exact everywhere, Math.exp is not.
+// The same seed gives the same story in every browser: only + - * / and Math.sqrt are exact everywhere, not Math.exp.
 // C: n_embd, H: n_head, D: C / H, T: block_size, V: rows of the embedding. A matrix is a list of rows, Float32Arrays.
 "use strict"
 
 class GPT {
-  // tensors: [name, columns, rows] of each weight; a vector has no rows. tokens: the token of each row of the embedding.
-  // If they are fewer than the rows, the last row is that of all other tokens, which did not occur in training.
+  // tensors: [name, columns, rows] of the weights; a vector has no rows. tokens: the token of each row of the embedding;
+  // if they are fewer than the rows, the last row is that of all other tokens, which did not occur in training.
   constructor({config, tensors, tokens, dtype}, buffer) {
     Object.assign(this, config, {weights: unpack(tensors, dtype, buffer), length: 0, start: 0, window: []})
     this.tokens = tokens ?? Array.from({length: this.vocab_size}, (_, token) => token)
@@ -16,8 +16,8 @@ class GPT {
     this.values = heads.map(() => zeros(D, this.block_size))  // transposed
   }
 
-  // Reads those tokens of the context window that are not in the cache, one in each iteration, so that a page can react in
-  // between. Afterwards `logits` (V) are those of the next token. A window that has moved is read anew, as in generate.py.
+  // Reads the tokens of the context window that are not in the cache, one in each iteration, so that a page can react in
+  // between. Afterwards `logits` (V) are those of the next token. When the window moves, it is read anew.
   *read(tokens) {
     const start = windowStart(tokens.length, this.block_size), window = tokens.slice(start)
     let known = 0
@@ -44,8 +44,8 @@ class GPT {
       const value = weights[`ve.${l}`]?.[token]  // (C)
       if (value) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * value[i]  // VALUE_SCALE of modern.py
       add(x, linear(this.attend(qkv, l), ...part("attn.c_proj")))
-      const hidden = linear(norm(x, ...part("ln_2")), ...part("mlp.c_fc")).map(this.gelu === "tanh" ? geluTanh : geluExact)
-      add(x, linear(hidden, ...part("mlp.c_proj")))  // (4C) -> (C)
+      const hidden = linear(norm(x, ...part("ln_2")), ...part("mlp.c_fc"))  // (4C)
+      add(x, linear(hidden.map(this.gelu === "tanh" ? geluTanh : geluExact), ...part("mlp.c_proj")))
     }
     return x
   }

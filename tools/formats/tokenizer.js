@@ -1,9 +1,9 @@
 // Byte-level BPE, as tiktoken does it. A byte is a character with a code from 0 to 255.
 "use strict"
 
-// GPT-2's pattern, which splits text into words. Not \s: in JavaScript it is also U+FEFF, but not U+0085.
+// GPT-2's pattern, which splits text into words. JavaScript's \s has U+FEFF, but not U+0085.
 const WORD = RegExp(String.raw`'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s`
-  .replaceAll(String.raw`\s`, String.raw`\p{White_Space}`).replaceAll(String.raw`\S`, String.raw`\P{White_Space}`), "gu")
+  .replaceAll("\\s", "\\p{White_Space}").replaceAll("\\S", "\\P{White_Space}"), "gu")
 
 class Tokenizer {
   constructor(vocabulary) {  // the bytes of each token, "" for one that is not text

@@ -31,10 +31,11 @@ from tools.formats.page import export_page
 from tools.hf import write_run
 
 # Texts with emoji, Chinese, combining characters and odd white space.
-PROMPTS = ["", "Once upon a time", "Naïve 🦊🏽 狐狸说：你好！ e\u0301", " \u00a0\u0085\ufeff\u2003\r\n\t ", "<|endoftext|></script>",
-           "a long one " * 40]
+PROMPTS = ["", "Once upon a time", "Naïve 🦊🏽 狐狸说：你好！ e\u0301", " \u00a0\u0085\ufeff\u2003\r\n\t ",
+           "<|endoftext|></script>", "a long one " * 40]
 # The tokens of the most likely continuation, and the logits of the next token after a text.
-GREEDY = """const [prompt, count] = arguments, tokens = [about.end_of_text, ...tokenizer.encode(prompt)], start = tokens.length
+GREEDY = """const [prompt, count] = arguments, tokens = [about.end_of_text, ...tokenizer.encode(prompt)]
+    const start = tokens.length
     for (let i = 0; i < count; i++) {
       for (const _ of gpt.read(tokens));
       tokens.push(gpt.tokens[sample(gpt.logits.slice(0, gpt.tokens.length), 200, 0, 0.5)])
@@ -129,7 +130,7 @@ def test_the_most_likely_tokens_are_those_of_sample_py(open_page, trained, here,
 
 
 def test_tokens_without_rows_of_their_own(open_page, here):
-    """With GPT-2's vocabulary, of which most tokens did not occur in training: they have one row, and are not chosen."""
+    """With GPT-2's vocabulary, most tokens did not occur in training: they share a row, and are not chosen."""
     tokenizer = Tokenizer.named("gpt2")
     model = random_run("out/random", tokenizer, n_layer=1, n_embd=8, n_head=1, block_size=12)
     with torch.no_grad():
@@ -150,9 +151,9 @@ def test_tokens_without_rows_of_their_own(open_page, here):
 def check_tokenizer(page, tokenizer):
     """Compare the tokens of thousands of texts, made of parts that are difficult for the pattern or the merges."""
     draw = random.Random(0)
-    parts = ["'s", "'S", "'ll", "’t", " ", "  ", "\n", "\r\n", "\t", "\u0085", "\u00a0", "\u2028", "\ufeff", "\u200b", "\u180e",
-             "undefined", "constructor", "__proto__", "<|endoftext|>", "\0", "3", "¾", "Ⅷ", "٣", "é", "e\u0301", "ß", "狐", "🦊",
-             "👩‍👩‍👧", "\ud83e", "\udd8a", "a", "the", " The", "aaaaaaaa", "!", "?!", "--", "_", "\U000e0001", "ﬁ", "ǅ"]
+    parts = ["'s", "'S", "'ll", "’t", " ", "  ", "\n", "\r\n", "\t", "\u0085", "\u00a0", "\u2028", "\ufeff", "\u200b",
+             "\u180e", "undefined", "constructor", "__proto__", "<|endoftext|>", "\0", "3", "¾", "Ⅷ", "é", "e\u0301",
+             "٣", "ß", "狐", "🦊", "👩‍👩‍👧", "\ud83e", "\udd8a", "a", "the", " The", "aaaaaaaa", "!", "?!", "--", "_", "\U000e0001", "ﬁ", "ǅ"]
     texts = ["".join(draw.choices(parts, k=draw.randrange(12))) for _ in range(3000)]
     texts += ["".join(chr(draw.choice([draw.randrange(0x80), draw.randrange(0x3000)])) for _ in range(20))
               for _ in range(1000)]
@@ -162,7 +163,7 @@ def check_tokenizer(page, tokenizer):
                                  [json.dumps(text) for text in texts])
     for text, a, b in zip(texts, actual, expected):
         assert a == b, text
-    decode = "return arguments[0].map(tokens => { const decode = tokenizer.decoder(); return tokens.map(decode).join('') })"
+    decode = "return arguments[0].map(tokens => tokens.map(tokenizer.decoder()).join(''))"
     for text, decoded in zip(texts, page.execute_script(decode, expected)):
         assert decoded == tokenizer.decode(tokenizer.encode(text)), text
 
@@ -319,7 +320,8 @@ def test_attention_and_probabilities_are_those_of_the_model(page, trained):
 def test_screens(page, width, scheme):
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
                          {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500})
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    media = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
     story(page)
     page.execute_script("choose(tokens.length - 1)")
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
