@@ -4,7 +4,7 @@
 "use strict"
 
 class GPT {
-  // tensors: [name, columns, rows] of the weights; a vector has no rows. tokens: the token of each row of the embedding;
+  // tensors: [name, columns, rows] of weights; a vector has no rows. tokens: the token of each row of the embedding;
   // if they are fewer than the rows, the last row is that of all other tokens, which did not occur in training.
   constructor({config, tensors, tokens, dtype}, buffer) {
     Object.assign(this, config, {weights: unpack(tensors, dtype, buffer), length: 0, start: 0, window: []})
@@ -16,7 +16,7 @@ class GPT {
     this.values = heads.map(() => zeros(D, this.block_size))  // transposed
   }
 
-  // Reads the tokens of the context window that are not in the cache, one in each iteration, so that a page can react in
+  // Reads the tokens of the context window that are not in the cache, one an iteration, so that a page can react in
   // between. Afterwards `logits` (V) are those of the next token. When the window moves, it is read anew.
   *read(tokens) {
     const start = windowStart(tokens.length, this.block_size), window = tokens.slice(start)

@@ -153,7 +153,8 @@ def check_tokenizer(page, tokenizer):
     draw = random.Random(0)
     parts = ["'s", "'S", "'ll", "’t", " ", "  ", "\n", "\r\n", "\t", "\u0085", "\u00a0", "\u2028", "\ufeff", "\u200b",
              "\u180e", "undefined", "constructor", "__proto__", "<|endoftext|>", "\0", "3", "¾", "Ⅷ", "é", "e\u0301",
-             "٣", "ß", "狐", "🦊", "👩‍👩‍👧", "\ud83e", "\udd8a", "a", "the", " The", "aaaaaaaa", "!", "?!", "--", "_", "\U000e0001", "ﬁ", "ǅ"]
+             "٣", "ß", "狐", "🦊",
+             "👩‍👩‍👧", "\ud83e", "\udd8a", "a", "the", " The", "aaaaaaaa", "!", "?!", "--", "_", "\U000e0001", "ﬁ", "ǅ"]
     texts = ["".join(draw.choices(parts, k=draw.randrange(12))) for _ in range(3000)]
     texts += ["".join(chr(draw.choice([draw.randrange(0x80), draw.randrange(0x3000)])) for _ in range(20))
               for _ in range(1000)]
@@ -260,6 +261,7 @@ def test_text_is_never_html(page):
     page.execute_script("$('prompt').value = arguments[0]", prompt)
     assert story(page).startswith("• " + prompt)
     assert page.execute_script("return document.querySelectorAll('img, b').length") == 0
+    assert "HTML" not in (ROOT / "tools/formats/page.html").read_text(encoding="utf-8")  # as in innerHTML
     facts = page.execute_script("return $('facts').innerText")
     assert "python -m tools.export out/tiny '</script><b>.html'" in facts
     for fact in ("11,648", "1,536 tokens of nursery-bpe300", "nats/token", "2 layers, 2 heads, width 16"):
