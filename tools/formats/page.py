@@ -4,8 +4,10 @@ Matrices are in int8 with one scale per row, or in float32. All weights are comp
 """
 
 import base64
+import copy
 import json
 import re
+import shlex
 import zlib
 from dataclasses import asdict
 from datetime import date
@@ -14,48 +16,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from storygpt import checkpoint
 from storygpt.corpus.tokenizer import GPT2_PATTERN
 from storygpt.fast import FastLinear
 from storygpt.generate import window_start
-from storygpt.run import best_checkpoint
-from storygpt.system import files
-from storygpt.system.errors import UserError
+from storygpt.system.errors import UserError, shell_word
+from tools.formats import NotExportable
 
 FOLDER = Path(__file__).parent
 # The parameters that gpt.js knows, without "transformer." and ".weight".
 NAMES = re.compile(r"wte|wpe|ve\.\d+|(ln_f|h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))(\.bias)?")
-# A page is refused if one of its logits differs by more than this, relative to the largest (see tools/hf.py).
-LOGIT_TOLERANCE = 1e-5
+# A page is refused if a logit differs by more than this, relative to the largest: between gpt.js and the model, and
+# between the model with weights in int8 and in float32 (five times the difference of a trained model).
+LOGIT_TOLERANCE, INT8_TOLERANCE = 1e-5, 0.1
 # The largest integer of a row in int8. With 127, pages are a tenth larger, and the loss is within 0.0004 nats/token.
 LARGEST_INT = 72
 
 
-def export_page(out_dir, target, dtype, command):
-    """Write the best checkpoint of a run as a web page; returns what was exported, in words.
+def write_page(path, saved, dtype):
+    """Write a SavedModel as a web page; returns its size and how much its logits differ, in words.
 
-    `dtype`: of the matrices, int8 or float32; `command`: what the page says it was made with. Raises UserError if the
-    target exists or cannot be written, the run cannot be read, or gpt.js computes something else than its model.
+    `dtype`: of the matrices, int8 or float32. Raises NotExportable if gpt.js computes something else than the model, or tokenizer.js cannot be its tokenizer.
     """
-    path = best_checkpoint(out_dir)
-    if target.exists():
-        raise UserError(f"{target} already exists: remove it or choose another name")
-    model, tokenizer, state = checkpoint.load_model(path)
-    refusal = f"{path} cannot be a web page (export to {target.stem}.onnx instead): "
+    model, tokenizer = saved.model, saved.tokenizer
+    refusal = f"{saved.path} cannot be a web page (export to {path.stem}.onnx instead): "
     if tokenizer.pattern != GPT2_PATTERN:
-        raise UserError(refusal + "its tokenizer splits text by another pattern than GPT-2's")
-    about, weights = pack(model, dtype, refusal)
-    difference = check_logits(model, about, weights, tokenizer.end_of_text)
-    if not difference <= LOGIT_TOLERANCE:  # so that NaN is an error, too
-        raise UserError(f"{refusal}its logits would differ by {difference:.2g} of the largest, because model.py or "
-                        "modern.py computes something else than tools/formats/gpt.js")
+        raise NotExportable(refusal + "its tokenizer splits text by another pattern than GPT-2's")
+    rounded = copy.deepcopy(model)
+    about, weights = pack(rounded, dtype, refusal)
+    difference = check_logits(saved, rounded, about, weights, refusal)
     texts = {token: text for text, token in tokenizer.ranks.items()}
     about |= {"vocabulary": [texts.get(token, b"").decode("latin-1") for token in range(tokenizer.vocab_size)],
-              "end_of_text": tokenizer.end_of_text, "facts": facts(model, state, command)}
+              "end_of_text": tokenizer.end_of_text, "facts": facts(saved, path.name)}
     page = page_text(about, weights)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.atomic_write(target, lambda file: file.write(page))
-    return f"{path}, {model.num_parameters():,} parameters in {dtype}, as a web page of {len(page) / 1e6:.1f} MB"
+    path.write_bytes(page)
+    return (f" in {dtype}, {len(page) / 1e6:.1f} MB; logits differ by up to {difference:.1g} of the largest from the "
+            "run's in float32")
 
 
 @torch.no_grad()
@@ -63,10 +58,11 @@ def pack(model, dtype, refusal):
     """The settings and tensors of a model for gpt.js: a dict for JSON, and bytes. The model gets the rounded weights.
 
     Rows of the head that are equal, because their tokens did not occur in training, are stored once, as the last row.
+    Raises NotExportable for a parameter that gpt.js does not know.
     """
     parameters = {name.removeprefix("transformer.").removesuffix(".weight"): p for name, p in model.named_parameters()}
     if unknown := [name for name in parameters if not NAMES.fullmatch(name)]:
-        raise UserError(f"{refusal}tools/formats/gpt.js knows no parameter {unknown[0]}")
+        raise NotExportable(f"{refusal}tools/formats/gpt.js knows no parameter {unknown[0]}")
     head = FastLinear(model.config.n_embd, model.config.vocab_size, bias=False, device="meta")
     head.weight = parameters["wte"]
     head.prepare(int8=False)
@@ -83,8 +79,8 @@ def pack(model, dtype, refusal):
             stored = [part[torch.cat([tokens, unused])] for part in stored]
         tensors.append([name, *reversed(stored[-1].shape)])
         parts += stored
-    for name in ("cos", "sin") if model.config.architecture == "modern" else ():
-        table = getattr(model, name)[:, model.cos.size(1) // 2:]  # (T, D / 2): the other half is the same, or negative
+    for name, table in model.named_buffers():  # of modern.py: cos and sin, (T, D)
+        table = table[:, table.size(1) // 2:]  # (T, D / 2): the other half is the same, or negative
         tensors.append([name, *reversed(table.shape), True])
         parts.append(table)
     weights = b"".join(data + bytes(-len(data) % 4) for data in (part.numpy().tobytes() for part in parts))
@@ -93,18 +89,19 @@ def pack(model, dtype, refusal):
 
 
 @torch.no_grad()
-def check_logits(model, about, weights, end_of_text):
-    """The largest difference of a logit of gpt.js from one of the model, relative to its largest one; NaN if it fails.
+def check_logits(saved, rounded, about, weights, refusal):
+    """Raise NotExportable if a logit of gpt.js differs from that of the model `rounded`, or that one's from the run's.
 
-    Of random tokens: of half a block, one more, a whole block and one more, when the context window moves.
+    Returns the latter difference, divided by the largest logit. The tokens are random: half a block, one more, a whole
+    block, and one more, when the context window moves.
     """
     try:
         from py_mini_racer import JSEvalException, MiniRacer
     except ImportError as error:
-        raise UserError("this export needs mini-racer:  pip install -r requirements-extra.txt") from error
-    T, V, generator = model.config.block_size, model.config.vocab_size, torch.Generator().manual_seed(0)
+        raise UserError("a web page needs the package mini-racer:  pip install -r requirements-extra.txt") from error
+    T, V, generator = rounded.config.block_size, rounded.config.vocab_size, torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (T + 1,), generator=generator)
-    tokens[T // 2] = end_of_text
+    tokens[T // 2] = saved.tokenizer.end_of_text
     context, differences = MiniRacer(), []
     context.eval((FOLDER / "gpt.js").read_text(encoding="utf-8"))
     buffer = context.eval(f"const buffer = new ArrayBuffer({len(weights)}); buffer")
@@ -114,23 +111,30 @@ def check_logits(model, about, weights, end_of_text):
         for n in (T // 2, T // 2 + 1, T, T + 1):
             context.eval(f"for (const _ of gpt.read({tokens[:n].tolist()})); 0")
             result = context.eval(f"Float32Array.from({{length: {V}}}, (_, token) => gpt.logits[gpt.row(token)])")
-            logits = model(tokens[None, window_start(n, T):n])[0, -1]  # (V)
-            difference = torch.from_numpy(np.frombuffer(result, np.float32)) - logits  # (V)
-            differences.append(difference.abs().max() / logits.abs().max())
-    except JSEvalException:  # a parameter is missing or has another shape
-        return float("nan")
-    return torch.stack(differences).max().item()
+            own, exact = (model(tokens[None, window_start(n, T):n])[0, -1] for model in (rounded, saved.model))  # (V)
+            pairs = (torch.from_numpy(np.frombuffer(result, np.float32)), own), (own, exact)
+            differences.append([float((a - b).abs().max() / b.abs().max()) for a, b in pairs])
+    except JSEvalException as error:
+        raise NotExportable(f"{refusal}a parameter has another shape than in tools/formats/gpt.js") from error
+    of_code, of_rounding = np.max(differences, 0)
+    if not of_code <= LOGIT_TOLERANCE:  # so that NaN is an error, too
+        raise NotExportable(f"{refusal}its logits would differ by {of_code:.2g} of the largest, because model.py or "
+                            "modern.py computes something else than tools/formats/gpt.js")
+    if of_rounding > INT8_TOLERANCE:
+        raise NotExportable(f"{refusal}in int8, its logits would differ by {of_rounding:.2g} of the largest")
+    return of_rounding
 
 
-def facts(model, state, command):
-    """What the page says about its model: pairs of a name and a text."""
-    c, metrics = model.config, state["metrics"]
-    facts = [("Parameters", f"{model.num_parameters():,}"),
+def facts(saved, name):
+    """What the page says about a SavedModel: pairs of a name and a text. `name`: of the page's file."""
+    c, state, metrics = saved.model.config, saved.state, saved.state["metrics"]
+    facts = [("Parameters", f"{saved.model.num_parameters():,}"),
              ("Network", f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context of {c.block_size} tokens"),
              ("Trained on", f"{state['tokens']:,} tokens of {state['config']['dataset']}" if state["tokens"]
               else "unknown (imported model)")]
     if "val_loss" in metrics:
         facts += [("Validation loss", f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte")]
+    command = f"python -m tools.export {shell_word(Path('out', saved.path.parent.resolve().name))} {shlex.quote(name)}"
     return [*facts, ("Page made", f"{date.today():%d %B %Y}"), ("With", command)]
 
 

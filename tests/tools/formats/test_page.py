@@ -26,8 +26,9 @@ from modern import make_model
 from storygpt import checkpoint
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.generate import generate
-from storygpt.system.errors import UserError
-from tools.formats.page import export_page
+from tools.formats import NotExportable, SavedModel
+from tools.formats import page as page_module
+from tools.formats.page import write_page
 from tools.hf import write_run
 
 # Texts with emoji, Chinese, combining characters and odd white space.
@@ -77,9 +78,9 @@ def open_page(chromium):
 @pytest.fixture(scope="module")
 def tiny_page(trained, tmp_path_factory):
     """A page of the run out/tiny of the fixture `trained`, in int8."""
-    path = tmp_path_factory.mktemp("pages") / "tiny.html"
-    exported = export_page(trained / "out/tiny", path, "int8", "python -m tools.export out/tiny '</script><b>.html'")
-    assert exported == f"{trained / 'out/tiny/ckpt.pt'}, 11,648 parameters in int8, as a web page of 0.0 MB"
+    path = tmp_path_factory.mktemp("pages") / "<b>.html"
+    note = write_page(path, SavedModel.load(trained / "out/tiny"), "int8")
+    assert re.fullmatch(r" in int8, 0\.0 MB; logits differ by up to 0\.0\d+ of the largest from .* in float32", note)
     return path
 
 
@@ -123,7 +124,7 @@ EVEN = dict(n_layer=1, n_embd=16, n_head=2, block_size=24)
 def test_the_most_likely_tokens_are_those_of_sample_py(open_page, trained, here, settings):
     tokenizer = trained_tokenizer(trained)
     model = random_run("out/random", tokenizer, **settings)
-    export_page("out/random", here / "page.html", "float32", "")
+    write_page(here / "page.html", SavedModel.load("out/random"), "float32")
     page = open_page("page.html")
     for prompt in PROMPTS:
         assert page.execute_script(GREEDY, prompt, 200) == greedy(model, tokenizer, prompt, 200)
@@ -136,7 +137,7 @@ def test_tokens_without_rows_of_their_own(open_page, here):
     with torch.no_grad():
         model.transformer.wte.weight[torch.randperm(50256)[:40_000]] = torch.full((8,), 0.5)
     write_run(Path("out/random"), model, tokenizer, overwrite=True)
-    export_page("out/random", here / "page.html", "float32", "")
+    write_page(here / "page.html", SavedModel.load("out/random"), "float32")
     assert Path("page.html").stat().st_size < 1.4e6
     page = open_page("page.html")
     tokens = [[50256, *tokenizer.encode(text)][:12] for text in PROMPTS]
@@ -263,7 +264,7 @@ def test_text_is_never_html(page):
     assert page.execute_script("return document.querySelectorAll('img, b').length") == 0
     assert "HTML" not in (ROOT / "tools/formats/page.html").read_text(encoding="utf-8")  # as in innerHTML
     facts = page.execute_script("return $('facts').innerText")
-    assert "python -m tools.export out/tiny '</script><b>.html'" in facts
+    assert "python -m tools.export out/tiny '<b>.html'" in facts
     for fact in ("11,648", "1,536 tokens of nursery-bpe300", "nats/token", "2 layers, 2 heads, width 16"):
         assert fact in facts
 
@@ -342,8 +343,8 @@ def test_the_page_of_the_documentation(open_page):
 
 
 def refused(here, run="out/edited"):
-    with pytest.raises(UserError) as error:
-        export_page(run, here / "page.html", "int8", "")
+    with pytest.raises(NotExportable) as error:
+        write_page(here / "page.html", SavedModel.load(run), "int8")
     assert not Path("page.html").exists() and "export to page.onnx instead" in str(error.value)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -378,11 +379,14 @@ def test_other_parameters_are_refused(trained, here, monkeypatch):
             assert f"gpt.js knows no parameter {name}" in refused(here, f"out/{name}")
 
 
-def test_another_pattern_is_refused_and_no_file_is_replaced(trained, here):
+def test_another_pattern_is_refused(trained, here):
     tokenizer = trained_tokenizer(trained)
     other = Tokenizer("other", r"\s+|\S+", tokenizer.ranks, tokenizer.special_tokens)
     random_run("out/edited", other, **EVEN)
     assert "another pattern than GPT-2's" in refused(here)
-    Path("page.html").write_text("")
-    with pytest.raises(UserError, match="already exists"):
-        export_page(trained / "out/tiny", here / "page.html", "int8", "")
+
+
+def test_weights_that_int8_cannot_hold_are_refused(trained, here, monkeypatch):
+    monkeypatch.setattr(page_module, "INT8_TOLERANCE", 1e-4)
+    assert "in int8, its logits would differ by 0.00" in refused(here, trained / "out/tiny")
+    write_page(here / "page.html", SavedModel.load(trained / "out/tiny"), "float32")
