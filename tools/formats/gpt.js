@@ -1,19 +1,21 @@
 // The forward pass of model.py and modern.py, one token at a time with a KV cache, and the choice of the next token.
 // The same seed gives the same story in every browser: only + - * / and Math.sqrt are exact everywhere, not Math.exp.
-// C: n_embd, H: n_head, D: C / H, T: block_size, V: rows of the embedding. A matrix is a list of rows, Float32Arrays.
+// C: n_embd, H: n_head, D: C / H, T: block_size, V: rows of the embedding. Matrices: see linear.js.
 "use strict"
 
 class GPT {
   // tensors: [name, columns, rows] of weights; a vector has no rows. tokens: the token of each row of the embedding;
   // if they are fewer than the rows, the last row is that of all other tokens, which did not occur in training.
   constructor({config, tensors, tokens, dtype}, buffer) {
-    Object.assign(this, config, {weights: unpack(tensors, dtype, buffer), length: 0, start: 0, window: []})
+    Object.assign(this, config, {length: 0, start: 0, window: []})
     this.tokens = tokens ?? Array.from({length: this.vocab_size}, (_, token) => token)
     this.rowOf = new Map(this.tokens.map((token, row) => [token, row]))
     const D = this.n_embd / this.n_head, heads = Array.from({length: this.n_layer * this.n_head})
-    const zeros = (rows, columns) => Array.from({length: rows}, () => new Float32Array(columns))
-    this.keys = heads.map(() => zeros(this.block_size, D))
-    this.values = heads.map(() => zeros(D, this.block_size))  // transposed
+    const T = this.block_size, shapes = tensors.map(([, columns, rows = 0]) => [rows, columns])
+    const memory = new Memory([...shapes, ...heads.flatMap(() => [[T, D], [D, T]])])
+    this.weights = unpack(tensors, dtype, buffer, memory)
+    this.keys = heads.map(() => memory.matrix(T, D))
+    this.values = heads.map(() => memory.matrix(D, T))  // transposed
   }
 
   // Reads the tokens of the context window that are not in the cache, one an iteration, so that a page can react in
@@ -35,13 +37,13 @@ class GPT {
 
   // The output of the last block for the token that follows those in the cache: (C)
   step(token) {
-    const {weights, n_embd: C} = this, x = Float64Array.from(weights.wte[this.row(token)])  // (C)
-    if (weights.wpe) add(x, weights.wpe[this.length])
+    const {weights, n_embd: C} = this, x = Float64Array.from(weights.wte.row(this.row(token)))  // (C)
+    if (weights.wpe) add(x, weights.wpe.row(this.length))
     this.attention = []  // for each layer and head: how much the token attends to each one so far
     for (let l = 0; l < this.n_layer; l++) {
       const part = name => this.part(`h.${l}.${name}`)
       const qkv = linear(norm(x, ...part("ln_1")), ...part("attn.c_attn"))  // (3C)
-      const value = weights[`ve.${l}`]?.[token]  // (C)
+      const value = weights[`ve.${l}`]?.row(token)  // (C)
       if (value) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * value[i]  // VALUE_SCALE of modern.py
       add(x, linear(this.attend(qkv, l), ...part("attn.c_proj")))
       const hidden = linear(norm(x, ...part("ln_2")), ...part("mlp.c_fc"))  // (4C)
@@ -55,10 +57,10 @@ class GPT {
     const {n_head: H, n_embd: C, length: t, weights: {cos, sin}} = this, D = C / H, y = new Float64Array(C)
     for (let h = 0; h < H; h++) {
       let [q, k, v] = [0, C, 2 * C].map(start => qkv.subarray(start + h * D, start + (h + 1) * D))  // (D) each
-      if (cos) [q, k] = [q, k].map(x => rotate(norm(x), cos[t], sin[t]))  // modern.py
+      if (cos) [q, k] = [q, k].map(x => rotate(norm(x), cos.row(t), sin.row(t)))  // modern.py
       const keys = this.keys[l * H + h], values = this.values[l * H + h]  // (T, D), (D, T)
-      keys[t].set(k)
-      values.forEach((row, i) => { row[t] = v[i] })
+      keys.row(t).set(k)
+      for (let i = 0; i < D; i++) values.row(i)[t] = v[i]
       const scores = linear(q, keys, null, t + 1)  // (t + 1)
       const weights = softmax(scores.map(score => score / Math.sqrt(D)))
       this.attention.push(weights)
@@ -69,7 +71,7 @@ class GPT {
 }
 
 // name -> vector or matrix. In the buffer, the scales of the rows of a matrix come before its int8.
-function unpack(tensors, dtype, buffer) {
+function unpack(tensors, dtype, buffer, memory) {
   let at = 0
   const take = (Type, length) => {
     const part = new Type(buffer, at, length)
@@ -80,27 +82,14 @@ function unpack(tensors, dtype, buffer) {
     if (!rows) return [name, take(Float32Array, columns)]
     const scales = dtype === "int8" && !isTable && take(Float32Array, rows)
     const flat = take(scales ? Int8Array : Float32Array, rows * columns)
-    const row = r => Float32Array.from(flat.subarray(r * columns, (r + 1) * columns))
-    return [name, Array.from({length: rows}, (_, r) => scales ? row(r).map(value => value * scales[r]) : row(r))]
-  }))
-}
-
-// The product of x with the first `n` rows of a matrix, (n). Four rows at a time are faster than one after the other.
-function linear(x, matrix, bias, n = matrix.length) {
-  const y = new Float64Array(n)
-  for (let r = 0; r < n; r += 4) {
-    const a = matrix[r], b = matrix[r + 1] ?? a, c = matrix[r + 2] ?? a, d = matrix[r + 3] ?? a
-    let ya = 0, yb = 0, yc = 0, yd = 0
-    for (let i = 0; i < x.length; i++) {
-      const xi = x[i]
-      ya += a[i] * xi
-      yb += b[i] * xi
-      yc += c[i] * xi
-      yd += d[i] * xi
+    const matrix = memory.matrix(rows, columns)
+    for (let r = 0; r < rows; r++) {
+      const row = matrix.row(r)
+      row.set(flat.subarray(r * columns, (r + 1) * columns))
+      if (scales) for (let i = 0; i < columns; i++) row[i] *= scales[r]
     }
-    y[r] = ya, y[r + 1] = yb, y[r + 2] = yc, y[r + 3] = yd  // beyond the end of y, this has no effect
-  }
-  return bias ? add(y, bias) : y
+    return [name, matrix]
+  }))
 }
 
 function add(x, y) {
@@ -159,10 +148,14 @@ function windowStart(n, T) {  // as in storygpt/generate.py
   return n <= T ? 0 : half * Math.ceil((n - T) / half)
 }
 
-// The indices of the k largest numbers, the largest first.
+// The indices of the k largest numbers, the largest first. Only those near the largest are sorted.
 function largest(numbers, k) {
-  const threshold = numbers.length > k ? numbers.slice().sort()[numbers.length - k] : -Infinity, found = []
-  for (let i = 0; i < numbers.length; i++) if (numbers[i] >= threshold) found.push(i)
+  let found = [], cut = numbers.reduce((a, b) => a > b ? a : b)
+  while (found.length < Math.min(k, numbers.length)) {
+    cut -= 2
+    found = []
+    for (let i = 0; i < numbers.length; i++) if (numbers[i] >= cut) found.push(i)
+  }
   return found.sort((a, b) => numbers[b] - numbers[a] || a - b).slice(0, k)
 }
 

@@ -35,7 +35,8 @@ LARGEST_INT = 72
 def write_page(path, saved, dtype):
     """Write a SavedModel as a web page; returns its size and how much its logits differ, in words.
 
-    `dtype`: of the matrices, int8 or float32. Raises NotExportable if gpt.js computes something else than the model, or tokenizer.js cannot be its tokenizer.
+    `dtype`: of the matrices, int8 or float32. Raises NotExportable if gpt.js computes something else than the
+    model, or tokenizer.js cannot be its tokenizer.
     """
     model, tokenizer = saved.model, saved.tokenizer
     refusal = f"{saved.path} cannot be a web page (export to {path.stem}.onnx instead): "
@@ -103,7 +104,8 @@ def check_logits(saved, rounded, about, weights, refusal):
     tokens = torch.randint(V, (T + 1,), generator=generator)
     tokens[T // 2] = saved.tokenizer.end_of_text
     context, differences = MiniRacer(), []
-    context.eval((FOLDER / "gpt.js").read_text(encoding="utf-8"))
+    for name in ("linear.js", "gpt.js"):
+        context.eval((FOLDER / name).read_text(encoding="utf-8"))
     buffer = context.eval(f"const buffer = new ArrayBuffer({len(weights)}); buffer")
     buffer[:] = weights
     try:
@@ -143,7 +145,7 @@ def page_text(about, weights):
     html = (FOLDER / "page.html").read_text(encoding="utf-8")
     about = json.dumps(about, separators=(",", ":")).replace("<", r"\u003c")  # otherwise </script> would end the data
     weights = base64.b64encode(zlib.compress(weights, 9)).decode()
-    for name in ("gpt.js", "tokenizer.js"):
+    for name in ("linear.js", "gpt.js", "tokenizer.js"):
         script = (FOLDER / name).read_text(encoding="utf-8")
         html = html.replace(f'<script src="{name}"></script>', f"<script>\n{script}</script>")
     return html.replace("WEIGHTS", weights, 1).replace("ABOUT", about, 1).encode()  # ABOUT comes first in page.html
