@@ -327,11 +327,15 @@ def check_everywhere(out_dir, flags, capsys):
 
 
 def check_export(out_dir, is_gpt2, fails):
-    """A model that computes what GPT-2 does is exported, and the export compares its logits; others are refused."""
+    """A model that computes what GPT-2 does is exported, and the export compares its logits; others are refused.
+
+    tests/tools/formats/test_onnx.py exports edited models to ONNX.
+    """
     from tools import export
     if is_gpt2:
         export.main([out_dir, "exported"])
     else:
+        assert "export to page.onnx instead" in fails(export.main, [out_dir, "page.html"])
         assert fails(export.main, [out_dir, "exported"])
     assert os.path.exists("exported") == is_gpt2
 
@@ -340,7 +344,7 @@ def check_export(out_dir, is_gpt2, fails):
 def test_an_edit_holds_everywhere(name, with_data, monkeypatch, capsys, fails):
     monkeypatch.setattr(*CHANGES[name])
     check_everywhere("out/edited", [f"--optimizer={('muon', 'adamw')[list(CHANGES).index(name) % 2]}"], capsys)
-    if find_spec("transformers") and find_spec("gguf"):  # of requirements-extra.txt
+    if find_spec("transformers") and find_spec("py_mini_racer"):  # of requirements-extra.txt
         check_export("out/edited", CHANGES[name][2] in STILL_GPT2, fails)
 
 

@@ -23,8 +23,9 @@ from storygpt.system.errors import UserError, shell_word
 from tools.formats import NotExportable
 
 FOLDER = Path(__file__).parent
-# The parameters that gpt.js knows, without "transformer." and ".weight".
-NAMES = re.compile(r"wte|wpe|ve\.\d+|(ln_f|h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))(\.bias)?")
+# The parameters and buffers that gpt.js knows, without "transformer." and ".weight".
+NAMES = re.compile(r"wte|wpe|ve\.\d+|cos|sin|"
+                   r"(ln_f|h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))(\.bias)?")
 # A page is refused if a logit differs by more than this, relative to the largest: between gpt.js and the model, and
 # between the model with weights in int8 and in float32 (five times the difference of a trained model).
 LOGIT_TOLERANCE, INT8_TOLERANCE = 1e-5, 0.1
@@ -62,8 +63,9 @@ def pack(model, dtype, refusal):
     Raises NotExportable for a parameter that gpt.js does not know.
     """
     parameters = {name.removeprefix("transformer.").removesuffix(".weight"): p for name, p in model.named_parameters()}
-    if unknown := [name for name in parameters if not NAMES.fullmatch(name)]:
-        raise NotExportable(f"{refusal}tools/formats/gpt.js knows no parameter {unknown[0]}")
+    tables = dict(model.named_buffers())  # of modern.py: cos and sin, (T, D)
+    if unknown := [name for name in [*parameters, *tables] if not NAMES.fullmatch(name)]:
+        raise NotExportable(f"{refusal}tools/formats/gpt.js knows no parameter or buffer {unknown[0]}")
     head = FastLinear(model.config.n_embd, model.config.vocab_size, bias=False, device="meta")
     head.weight = parameters["wte"]
     head.prepare(int8=False)
@@ -80,7 +82,7 @@ def pack(model, dtype, refusal):
             stored = [part[torch.cat([tokens, unused])] for part in stored]
         tensors.append([name, *reversed(stored[-1].shape)])
         parts += stored
-    for name, table in model.named_buffers():  # of modern.py: cos and sin, (T, D)
+    for name, table in tables.items():
         table = table[:, table.size(1) // 2:]  # (T, D / 2): the other half is the same, or negative
         tensors.append([name, *reversed(table.shape), True])
         parts.append(table)
