@@ -3,7 +3,7 @@
 python prepare.py nursery --tokenizer bpe:2048 && python train.py config/quickstart.py
 
 Nine of ten stories keep their hero (docs/judging.md). --architecture=gpt2 trains a model that can be exported to
-Hugging Face and llama.cpp, but its heroes change their names.
+transformers and llama.cpp, too, but its heroes change their names.
 """
 
 dataset = "nursery-bpe2048"  # nearly every word of the corpus is one token
