@@ -103,7 +103,7 @@ def hub(monkeypatch):
     hub.server_close()
 
 
-def test_a_private_push_and_a_second_one_that_makes_it_public(run, hub, capsys):
+def test_a_new_repository_is_private_and_has_every_format(run, hub, capsys):
     hub_tool.main(["push", "out/tiny", "alice/tiny"])
     printed = capsys.readouterr().out
     assert printed == f"pushed out/tiny/ckpt.pt, 11,648 parameters; the repository is private: {hub.url}/alice/tiny\n"
@@ -121,17 +121,20 @@ def test_a_private_push_and_a_second_one_that_makes_it_public(run, hub, capsys):
                  "`tiny.html`: ", "sample_onnx.py tiny.onnx ", "-m tiny.gguf "):
         assert text in card
 
-    hub_tool.main(["push", "out/tiny", "alice/tiny", "--public"])
+
+def test_an_existing_private_repository_is_made_public(run, hub, capsys):
+    hub.private["alice/tiny"] = True
+    hub_tool.main(["push", "out/tiny", "alice/tiny", "--space", "--public"])
     assert f"the repository is public: {hub.url}/alice/tiny" in capsys.readouterr().out
-    assert hub.private == {"alice/tiny": False} and hub.commits == 2 * [(repository, message, files)]
+    assert hub.private == {"alice/tiny": False} and len(hub.commits) == 1
 
 
 def test_a_new_public_repository_stays_public(run, hub, capsys):
     for flags in (["--public"], []):
-        hub_tool.main(["push", "out/tiny", "alice/tiny", *flags])
+        hub_tool.main(["push", "out/tiny", "alice/tiny", "--space", *flags])
         assert f"the repository is public: {hub.url}/alice/tiny" in capsys.readouterr().out
         assert hub.private == {"alice/tiny": False}
-    assert len(hub.commits) == 2 and ("PUT", "/api/models/alice/tiny/settings") not in hub.requests
+    assert len(hub.commits) == 2 and ("PUT", "/api/spaces/alice/tiny/settings") not in hub.requests
 
 
 def test_a_modern_model_is_pushed_without_what_cannot_hold_it(run, hub, capsys):
@@ -172,7 +175,7 @@ def test_name_token_and_run_are_checked_before_a_repository_is_created(
 
 
 def test_refused_and_failed_connections(run, hub, fails, monkeypatch):
-    error = fails(hub_tool.main, ["push", "out/tiny", "bob/tiny"])
+    error = fails(hub_tool.main, ["push", "out/tiny", "bob/tiny", "--space"])
     assert "cannot push to bob/tiny, with a token that must be allowed to write there: 403 Forbidden" in error
     assert not hub.private and not hub.commits
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
