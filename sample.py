@@ -38,7 +38,7 @@ def main(argv=None):
     model, tokenizer, state = load_model(path)
     work = model.num_parameters() * args.num_samples
     dtype = pick_inference_dtype(args.dtype, device, work)
-    limit_threads(work)
+    limit_threads(device, work)
     prepare_for_generation(model, device, dtype)
     training = f"trained on {state['tokens']:,} tokens" if state["tokens"] else "trained elsewhere"
     val_loss = f", validation loss {state['metrics']['val_loss']:.3f}" if "val_loss" in state["metrics"] else ""

@@ -50,8 +50,8 @@ def generate(model, tokens, rng, temperature=0.8, top_k=200):
 
 
 def sample(logits, rng, temperature, top_k):
-    """Sample from the `top_k` largest logits (U): from all of them, until it is one of these."""
-    cumulative = np.exp((logits - logits.max()) / np.float32(temperature)).cumsum()
+    """Sample from the `top_k` largest logits (U), by rejection: from all logits, until one is among these."""
+    cumulative = np.exp((logits - logits.max()) / np.float32(temperature)).cumsum(dtype=np.float64)
     while True:
         choice = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
         if np.count_nonzero(logits > logits[choice]) < top_k:
@@ -63,7 +63,7 @@ def main(file, prompt="", seed=None):
     model = Model(file)
     parts, end_of_text = model.info["tokenizer"], model.info["end_of_text"]
     parts["mergeable_ranks"] = {base64.b64decode(token): rank for token, rank in parts["mergeable_ranks"].items()}
-    tokenizer, started, count = tiktoken.Encoding(**parts), time.perf_counter(), 0
+    tokenizer, started = tiktoken.Encoding(**parts), time.perf_counter()
     sys.stdout.buffer.write(prompt.encode())
     tokens = [end_of_text, *tokenizer.encode_ordinary(prompt)]
     for count, token in enumerate(generate(model, tokens, np.random.default_rng(seed and int(seed))), 1):

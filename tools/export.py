@@ -1,4 +1,4 @@
-"""Export the best checkpoint of a run to a file or folder that other programs open. The ending says what it becomes.
+"""Export the best checkpoint of a run to a file or folder that other programs open. The extension selects the format.
 
     python -m tools.export out/quickstart stories.html      a web page that generates stories
     python -m tools.export out/quickstart stories.onnx      a file for ONNX Runtime (docs/sample_onnx.py)
@@ -21,7 +21,7 @@ from tools.formats.hf_folder import write_hf_folder
 from tools.formats.onnx_file import write_onnx
 from tools.formats.page import write_page
 
-# By ending: the function that writes the format, and the dtypes of its matrices, the default first.
+# By extension: the function that writes the format, and the dtypes of its matrices, the default first.
 FORMATS = {
     ".html": (write_page, ("int8", "float32")),
     ".onnx": (write_onnx, ("float32", "int8")),
@@ -34,35 +34,35 @@ FORMATS = {
 def main(argv=None):
     """Export a run. `argv`: the command line, by default sys.argv's."""
     args = parse_args(argv)
-    modelfile = args.target.with_suffix(".Modelfile")
-    for path in (args.target, modelfile)[:1 + args.modelfile]:
+    targets = [args.target, *([args.target.with_suffix(".Modelfile")] if args.modelfile else [])]
+    for path in targets:
         if path.exists():
             raise UserError(f"{path} already exists: remove it or choose another name")
     saved = SavedModel.load(args.run)
     write, dtypes = FORMATS[args.target.suffix.lower()]
     note = export(saved, args.target, write, args.dtype or dtypes[0])
     if args.modelfile:
-        write_modelfile(modelfile, args.target, saved.model.config.block_size)
+        write_modelfile(targets[1], args.target, saved.model.config.block_size)
     print(f"{args.target}: exported {saved.describe()}{note}")
 
 
 def parse_args(argv):
-    """Parse the command line; exits with code 2 for an unknown ending, or a flag that is not one of the format's."""
+    """Parse the command line; exits with code 2 for an unknown extension, or a flag that is not one of the format's."""
     parser = Parser(prog="python -m tools.export", description="Export a run to a file or folder for other programs.")
     parser.add_argument("run", metavar="RUN", help="the run's folder, such as out/quickstart")
     parser.add_argument("target", metavar="TARGET", type=Path, help="NAME.html: a web page; NAME.onnx: for ONNX "
                         "Runtime; NAME.gguf: for llama.cpp; NAME: a folder for transformers")
-    dtypes = (f"{ending or 'folder'}: {', '.join(dtypes)}" for ending, (_, dtypes) in FORMATS.items())
+    dtypes = (f"{extension or 'folder'}: {', '.join(dtypes)}" for extension, (_, dtypes) in FORMATS.items())
     parser.add_argument("--dtype", help=f"of the matrices; {'; '.join(dtypes)} (default: the first)")
     parser.add_argument("--modelfile", action="store_true", help=".gguf: also write NAME.Modelfile for Ollama")
     args = parser.parse_args(argv)
-    ending = args.target.suffix.lower()
-    if ending not in FORMATS:
-        parser.error(f"{args.target} ends in {ending}: use .html, .onnx or .gguf, or no dot in the name of a folder")
-    dtypes = FORMATS[ending][1]
+    extension = args.target.suffix.lower()
+    if extension not in FORMATS:
+        parser.error(f"{args.target} ends in {extension}: use .html, .onnx or .gguf, or no dot in the name of a folder")
+    dtypes = FORMATS[extension][1]
     if args.dtype and args.dtype not in dtypes:
         parser.error(f"--dtype {args.dtype} is not a dtype of {args.target}: use {' or '.join(dtypes)}")
-    if args.modelfile and ending != ".gguf":
+    if args.modelfile and extension != ".gguf":
         parser.error(f"--modelfile has no effect on {args.target}: it is for .gguf files")
     return args
 

@@ -16,19 +16,18 @@ from pathlib import Path
 from storygpt.system.errors import Parser, UserError, exit_with_one_line
 from tools.export import FORMATS, export
 from tools.formats import NotExportable, SavedModel
-from tools.formats.hf_folder import (
-    library_errors_as_user_errors, silence_transformers, to_hf_tokenizer, write_hf_folder)
-from tools.formats.model_card import model_card
+from tools.formats.hf_folder import library_errors_as_user_errors, silence_transformers, to_hf_tokenizer
+from tools.formats.model_card import model_card, trained_on
 from tools.formats.page import write_page
 
 EXAMPLE = Path(__file__).parent.parent / "docs/sample_onnx.py"
 SPACE_CARD = """---
-title: {name}
+title: "{name}"
 sdk: static
 app_file: index.html
 ---
 
-A language model that generates stories in the browser, trained on {dataset}.
+A language model that generates stories in the browser. Training data: {data}.
 """
 
 
@@ -84,15 +83,18 @@ def write_model_files(folder, saved, name):
     Prints why a format cannot. Raises UserError if none can.
     """
     refusals = []
-    for ending, (write, dtypes) in FORMATS.items():
+    for extension, (write, dtypes) in FORMATS.items():
+        target = folder / f"{name.split('/')[1]}{extension}"
         try:
-            if write is write_hf_folder:
-                write(folder, saved)
-            else:
-                export(saved, folder / f"{name.split('/')[1]}{ending}", write, dtypes[0])
+            export(saved, target, write, dtypes[0])
         except NotExportable as error:
             refusals.append(error)
-            print(f"without {ending or 'safetensors'}: {error}")
+            print(f"without {extension or 'safetensors'}: {error}")
+            continue
+        if target.is_dir():  # that of transformers, whose files belong to the top of a repository
+            for path in target.iterdir():
+                path.rename(folder / path.name)
+            target.rmdir()
     if len(refusals) == len(FORMATS):
         raise refusals[0]
     to_hf_tokenizer(saved.tokenizer, saved.model.config.block_size).save_pretrained(folder)
@@ -104,7 +106,7 @@ def write_model_files(folder, saved, name):
 def write_space_files(folder, saved, name):
     """Write what a static Space contains: the page and the Space's settings."""
     write_page(folder / "index.html", saved, "int8")
-    card = SPACE_CARD.format(name=name.split("/")[1], dataset=saved.state["config"]["dataset"])
+    card = SPACE_CARD.format(name=name.split("/")[1], data=trained_on(saved.state))
     Path(folder, "README.md").write_text(card, encoding="utf-8")
 
 

@@ -81,9 +81,9 @@ def pick_inference_dtype(name, device, work):
     return torch.int8 if name == "int8" else pick_dtype(name, device)
 
 
-def limit_threads(work):
-    """Generate with one thread if the `work` is small (`pick_inference_dtype`) and the user has chosen no number."""
-    if work < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
+def limit_threads(device, work):
+    """Use one thread on a CPU if the `work` is small (`pick_inference_dtype`) and the user has chosen no number."""
+    if device.type == "cpu" and work < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

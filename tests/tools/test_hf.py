@@ -74,7 +74,7 @@ def test_exported_model_and_tokenizer_give_equal_results(run, capsys, fails):
 
     card = Path("model/README.md").read_text(encoding="utf-8")
     for text in (f"{state['metrics']['val_loss']:.4f} nats/token", f"{state['metrics']['val_bpb']:.4f} bits per byte",
-                 "| learning_rate | 0.01 |", "tokens of 54 stories (nursery-bpe300)", "| training tokens | 1,536 |",
+                 "| learning_rate | 0.01 |", 'tokens in 54 stories)', "| training tokens | 1,536 |",
                  "bpe300, 300 tokens"):
         assert text in card
     code = card.split("```python")[1].split("```")[0].replace("max_length=16", "max_length=16, do_sample=False")
@@ -429,6 +429,7 @@ def test_earlier_commands_name_those_of_today(fails, words, command):
 
 
 def test_a_missing_run_and_a_missing_package(run, fails, monkeypatch):
+    assert ". already exists" in fails(export.main, ["out/tiny", "."])
     for target in ("model", "model.gguf"):
         assert "no checkpoint in out/none" in fails(export.main, ["out/none", target])
     monkeypatch.setitem(sys.modules, "transformers", None)

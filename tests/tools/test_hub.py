@@ -17,6 +17,7 @@ from huggingface_hub import constants
 import sample
 import train
 from conftest import ROOT, TINY
+from model import MLP
 from storygpt import checkpoint
 from storygpt.corpus.tokenizer import END_OF_TEXT
 from tools import export, hf, judge
@@ -151,6 +152,14 @@ def test_a_modern_model_is_pushed_without_what_cannot_hold_it(run, hub, capsys):
     assert files["sample_onnx.py"] == Path(ROOT, "docs/sample_onnx.py").read_bytes()
 
 
+def test_a_format_that_gives_other_logits_is_not_uploaded(run, hub, capsys, monkeypatch):
+    monkeypatch.setattr(MLP, "forward", lambda self, x: self.c_proj(self.c_fc(x).relu()))
+    hub_tool.main(["push", "out/tiny", "alice/edited"])
+    assert "without safetensors: out/tiny/ckpt.pt cannot be converted: the logits" in capsys.readouterr().out
+    (_, _, files), = hub.commits
+    assert "edited.onnx" in files and not files.keys() & {"model.safetensors", "config.json", "edited.html"}
+
+
 def test_a_space_has_the_page(run, hub, capsys):
     hub_tool.main(["push", "out/tiny", "alice/stories", "--space", "--public"])
     assert "the repository is public: " in capsys.readouterr().out
@@ -158,6 +167,7 @@ def test_a_space_has_the_page(run, hub, capsys):
     assert repository == "alice/stories" and ("POST", "/api/spaces/alice/stories/commit/main") in hub.requests
     assert files.keys() == {"index.html", "README.md"} and files["index.html"].startswith(b"<!DOCTYPE html>")
     assert b"\nsdk: static\napp_file: index.html\n" in files["README.md"]
+    assert b"Training data: 1,536 tokens of nursery-bpe300." in files["README.md"]
 
 
 @pytest.mark.parametrize("name, token, complaint, requests", [

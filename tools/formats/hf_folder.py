@@ -39,7 +39,7 @@ def write_hf_folder(folder, saved, dtype="float32"):
 
 
 def check_logits(source, model, hf_model, end_of_text, tolerance):
-    """Raise UserError unless a model of transformers gives a GPT's logits on random tokens.
+    """Raise NotExportable unless a model of transformers gives a GPT's logits on random tokens.
 
     Returns the largest difference, divided by the largest logit; `tolerance`: the largest that is accepted. `source`:
     the checkpoint or model that is converted. The models read whole blocks and a shorter text, with an end of text in

@@ -100,19 +100,23 @@ print(tokenizer.decode(model.generate(**prompt, max_length={block_size})[0], ski
 """
 
 
+def trained_on(state):
+    """How many tokens of which dataset a checkpoint was trained on, given its dict."""
+    if not state["tokens"]:
+        return "unknown (imported model)"
+    return f"{state['tokens']:,} tokens of {state['config']['dataset']}"
+
+
 def training_table(state, meta):
     """The table of the model card about training, as Markdown."""
-    metrics, data = state["metrics"], meta["splits"]["train"]
-    loss, training_data = "not measured", "unknown (imported model)"
+    metrics, data, loss = state["metrics"], meta["splits"]["train"], "not measured"
     if "val_loss" in metrics:
         loss = (f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte (evaluation at "
                 f"iteration {metrics['iter']:,})")
-    if state["tokens"]:
-        training_data = f"{data['tokens']:,} tokens of {data['stories']:,} stories ({state['config']['dataset']})"
+    stories = f" ({data['tokens']:,} tokens in {data['stories']:,} stories)" if state["tokens"] else ""
     return f"""| | |
 |---|---|
-| training data | {training_data} |
-| training tokens | {f"{state['tokens']:,}" if state['tokens'] else 'unknown'} |
+| training data | {trained_on(state)}{stories} |
 | validation loss | {loss} |
 | tokenizer | {meta['tokenizer']['name']}, {meta['vocab_size']:,} tokens |
 """

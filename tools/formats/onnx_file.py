@@ -3,7 +3,7 @@
 The graph is traced from the model as it is, so that it follows edits. Inputs: `tokens` (B, T), the number of tokens in
 the cache, `length` (), and its buffers, `past_0`, `past_1`, … (B, H, block_size, D), the keys and values of each layer.
 Outputs: `logits` (B, U) of the last token, and the buffers with the new tokens, `present_0`, …: nothing is copied if
-the caller gives them the same memory. Of several sequences with tokens in the cache, T has to be 1. A model that cannot
+the caller gives them the same memory. If B > 1 and the cache is not empty, T must be 1. A model that cannot
 use a cache has `tokens` and `logits` only.
 
 B: batch size, T: new tokens, C: width, H: heads, D: C / H, V: vocabulary size, U: tokens with a logit.
@@ -115,7 +115,7 @@ def use_int8(model):
     """
     forwards, quantized = {nn.Linear: linear_int8, nn.Embedding: embedding_int8}, {}
     for module in model.modules():
-        if type(module) in forwards:
+        if type(module) in forwards and "forward" not in vars(module):  # not one that a reader gave to a layer
             if module.weight not in quantized:
                 quantized[module.weight] = quantize(module.weight)
             bias = getattr(module, "bias", None)
@@ -242,6 +242,7 @@ def example():
     return runpy.run_path(Path(__file__).parents[2] / "docs/sample_onnx.py")
 
 
+@torch.no_grad()
 def check_logits(path, model, data, end_of_text, tolerance):
     """Raise NotExportable unless ONNX Runtime gives a model's logits with the file's `data`, on random tokens.
 

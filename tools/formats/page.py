@@ -7,7 +7,6 @@ import base64
 import copy
 import json
 import re
-import shlex
 import zlib
 from dataclasses import asdict
 from datetime import date
@@ -21,6 +20,7 @@ from storygpt.fast import FastLinear
 from storygpt.generate import window_start
 from storygpt.system.errors import UserError, shell_word
 from tools.formats import NotExportable
+from tools.formats.model_card import trained_on
 
 FOLDER = Path(__file__).parent
 # The parameters and buffers that gpt.js knows, without "transformer." and ".weight".
@@ -48,7 +48,7 @@ def write_page(path, saved, dtype):
     difference = check_logits(saved, rounded, about, weights, refusal)
     texts = {token: text for text, token in tokenizer.ranks.items()}
     about |= {"vocabulary": [texts.get(token, b"").decode("latin-1") for token in range(tokenizer.vocab_size)],
-              "end_of_text": tokenizer.end_of_text, "facts": facts(saved, path.name)}
+              "end_of_text": tokenizer.end_of_text, "facts": facts(saved, path.name, dtype)}
     page = page_text(about, weights)
     path.write_bytes(page)
     return (f" in {dtype}, {len(page) / 1e6:.1f} MB; logits differ by up to {difference:.1g} of the largest from the "
@@ -93,7 +93,8 @@ def pack(model, dtype, refusal):
 
 @torch.no_grad()
 def check_logits(saved, rounded, about, weights, refusal):
-    """Raise NotExportable if a logit of gpt.js differs from that of the model `rounded`, or that one's from the run's.
+    """Raise NotExportable if a logit of gpt.js differs from that of `rounded`, the model with the page's weights, or if
+    a logit of `rounded` differs from the run's.
 
     Returns the latter difference, divided by the largest logit. The tokens are random: half a block, one more, a whole
     block, and one more, when the context window moves.
@@ -119,7 +120,9 @@ def check_logits(saved, rounded, about, weights, refusal):
             pairs = (torch.from_numpy(np.frombuffer(result, np.float32)), own), (own, exact)
             differences.append([float((a - b).abs().max() / b.abs().max()) for a, b in pairs])
     except JSEvalException as error:
-        raise NotExportable(f"{refusal}a parameter has another shape than in tools/formats/gpt.js") from error
+        reason = str(error).strip().splitlines()[0]
+        raise NotExportable(f"{refusal}tools/formats/gpt.js cannot run it, as when a parameter has another shape "
+                            f"({reason})") from error
     of_code, of_rounding = np.max(differences, 0)
     if not of_code <= LOGIT_TOLERANCE:  # so that NaN is an error, too
         raise NotExportable(f"{refusal}its logits would differ by {of_code:.2g} of the largest, because model.py or "
@@ -129,16 +132,15 @@ def check_logits(saved, rounded, about, weights, refusal):
     return of_rounding
 
 
-def facts(saved, name):
+def facts(saved, name, dtype):
     """What the page says about a SavedModel: pairs of a name and a text. `name`: of the page's file."""
-    c, state, metrics = saved.model.config, saved.state, saved.state["metrics"]
+    c, metrics, run = saved.model.config, saved.state["metrics"], Path("out", saved.path.parent.resolve().name)
     facts = [("Parameters", f"{saved.model.num_parameters():,}"),
              ("Network", f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context of {c.block_size} tokens"),
-             ("Trained on", f"{state['tokens']:,} tokens of {state['config']['dataset']}" if state["tokens"]
-              else "unknown (imported model)")]
+             ("Trained on", trained_on(saved.state))]
     if "val_loss" in metrics:
         facts += [("Validation loss", f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits per byte")]
-    command = f"python -m tools.export {shell_word(Path('out', saved.path.parent.resolve().name))} {shlex.quote(name)}"
+    command = f"python -m tools.export {shell_word(run)} {shell_word(name)} --dtype {dtype}"
     return [*facts, ("Page made", f"{date.today():%d %B %Y}"), ("With", command)]
 
 

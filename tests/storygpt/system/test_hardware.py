@@ -216,14 +216,15 @@ def test_stop_signals_are_recorded_and_repeating_one_aborts(capfd, number, other
     assert signals.received and capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("variable, work, threads", [(None, 3_000_000, 1), (None, 100_000_000, 2), ("2", 3_000_000, 2)])
+@pytest.mark.parametrize("variable, work, threads", [
+    (None, 3_000_000, 1), (None, 30_000_000, 1), (None, 100_000_000, 2), ("2", 3_000_000, 2)])
 def test_little_work_is_done_by_one_thread_unless_the_user_chose_a_number(monkeypatch, variable, work, threads):
     monkeypatch.delenv("OMP_NUM_THREADS")
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     torch.set_num_threads(2)
     try:
-        limit_threads(work)
+        limit_threads(CPU, work)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)  # as conftest.py sets it

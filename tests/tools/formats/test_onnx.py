@@ -21,7 +21,7 @@ from modern import make_model
 from storygpt import checkpoint, generate
 from storygpt.corpus.tokenizer import Tokenizer
 from test_edits import CHANGES
-from tools.formats import NotExportable, SavedModel
+from tools.formats import NotExportable, SavedModel, onnx_file
 from tools.formats.onnx_file import check_logits, convert, example, write_onnx
 
 SHAPE = dict(vocab_size=301, block_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.0)
@@ -122,6 +122,19 @@ def test_rows_that_are_equal_are_stored_and_computed_once():
     sizes = [math.prod(t.dims) for t in proto.graph.initializer if t.data_type != onnx.TensorProto.INT64]
     assert sorted(size for size in sizes if size > 10_000) == [1001 * 16, 3001 * 16]  # tied, and the value embedding
     assert "MatMulNBits" in operators(proto) and "GroupQueryAttention" in operators(proto)
+
+
+def test_a_forward_of_its_own_is_kept_in_int8():
+    model = make_model(GPTConfig(**SHAPE))
+    layer = model.transformer.h[0].mlp.c_fc
+    layer.forward = lambda x: 3 * torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert len([node for node in check(model, "int8").graph.node if node.op_type == "MatMulNBits"]) == 4  # of five
+
+
+def test_int8_that_changes_the_logits_too_much_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(onnx_file.TOLERANCE, "int8", 1e-5)
+    with pytest.raises(NotExportable, match="in ONNX Runtime the logits would differ by up to"):
+        write_onnx(tmp_path / "x.onnx", SavedModel.load(trained / "out/tiny"), "int8")
 
 
 def test_other_logits_are_refused(trained, exported):

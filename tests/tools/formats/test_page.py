@@ -245,6 +245,10 @@ def test_a_story(page):
     page.execute_script("$('openings').children[1].click()")
     wait(page, "writing === null")
     assert page.execute_script("return $('story').textContent").startswith("• One day, a girl")
+    page.execute_script("$('temperature').value = '0'")
+    likely = story(page)
+    page.execute_script("$('seed').value = '7'")
+    assert story(page) == likely  # not a matter of luck
     page.execute_script("$('temperature').value = ''; $('write').click()")
     assert page.execute_script("return writing") is None
 
@@ -264,7 +268,7 @@ def test_text_is_never_html(page):
     assert page.execute_script("return document.querySelectorAll('img, b').length") == 0
     assert "HTML" not in (ROOT / "tools/formats/page.html").read_text(encoding="utf-8")  # as in innerHTML
     facts = page.execute_script("return $('facts').innerText")
-    assert "python -m tools.export out/tiny '<b>.html'" in facts
+    assert "python -m tools.export out/tiny '<b>.html' --dtype int8" in facts
     for fact in ("11,648", "1,536 tokens of nursery-bpe300", "nats/token", "2 layers, 2 heads, width 16"):
         assert fact in facts
 
@@ -336,7 +340,10 @@ def test_screens(page, width, scheme):
 
 
 def test_the_page_of_the_documentation(open_page):
-    assert len(story(open_page(ROOT / "docs/stories.html"))) > 100
+    path = ROOT / "docs/stories.html"
+    assert len(story(open_page(path))) > 100
+    for name in ("linear.js", "gpt.js", "tokenizer.js"):  # python -m tools.export out/quickstart docs/stories.html
+        assert (ROOT / "tools/formats" / name).read_text(encoding="utf-8") in path.read_text(encoding="utf-8"), name
 
 
 # ---- what cannot be a page ----
