@@ -91,6 +91,18 @@ def use_fast_linear(model, int8):
 distinct_logits = ContextVar("distinct_logits", default=False)
 
 
+def distinct_rows(weight, bias=None):
+    """If most rows of a weight (out, in) and bias (out) are equal, the indices of the U other rows, and (U + 1) of these
+    and one of the equal rows; else None and None.
+    """
+    rows = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+    repeated = (rows == rows[rows[:, 0].mode().indices]).all(1)  # (out), whether a row is the most common one
+    if not len(rows) > repeated.sum() > len(rows) / 2:
+        return None, None
+    distinct = (~repeated).nonzero().flatten()
+    return distinct, torch.cat([distinct, repeated.nonzero()[0]])
+
+
 class FastLinear(nn.Linear):
     """nn.Linear for generating, which computes rows of the weight that are equal once, and in int8 if asked to.
 
@@ -103,12 +115,8 @@ class FastLinear(nn.Linear):
     def prepare(self, int8):
         """Convert the weight as it is now: later changes of it have no effect."""
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        rows = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
-        repeated = (rows == rows[rows[:, 0].mode().indices]).all(1)  # (out), whether a row is the most common one
-        self.distinct_rows = None  # or the U rows that are not repeated
-        if len(rows) > repeated.sum() > len(rows) / 2:
-            self.distinct_rows = (~repeated).nonzero().flatten()
-            computed = torch.cat([self.distinct_rows, repeated.nonzero()[0]])  # (U + 1)
+        self.distinct_rows, computed = distinct_rows(weight, bias)
+        if computed is not None:
             weight, bias = weight[computed], None if bias is None else bias[computed]
         self.row_weight, self.row_bias = weight, bias
         self.packed = pack_int8(weight, bias) if int8 else None

@@ -74,8 +74,8 @@ def test_exported_model_and_tokenizer_give_equal_results(run, capsys, fails):
 
     card = Path("model/README.md").read_text(encoding="utf-8")
     for text in (f"{state['metrics']['val_loss']:.4f} nats/token", f"{state['metrics']['val_bpb']:.4f} bits per byte",
-                 "| learning_rate | 0.01 |", "| training data | 1,536 tokens of nursery-bpe300 (", "tokens in 54 stories)",
-                 "bpe300, 300 tokens"):
+                 "| learning_rate | 0.01 |", "| training data | 1,536 tokens of nursery-bpe300 (",
+                 "tokens in 54 stories)", "bpe300, 300 tokens"):
         assert text in card
     code = card.split("```python")[1].split("```")[0].replace("max_length=16", "max_length=16, do_sample=False")
     exec(code, {})

@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from storygpt import generate
-from storygpt.fast import FastLinear, torch_attention
+from storygpt.fast import distinct_rows, torch_attention
 from storygpt.generate import KVCache, check_cache, last_logits, output_layer, uses_cache
 from storygpt.system.errors import UserError
 from tools.formats import NotExportable
@@ -82,27 +82,23 @@ def convert(path, model, dtype, metadata):
 
 
 def compute_equal_rows_once(model):
-    """Keep one of the equal rows of a model's output layer, and of the embedding tied to it; see `FastLinear`.
+    """Keep one of the equal rows of a model's output layer, and of the embedding tied to it (`distinct_rows`).
 
     Returns the ids of the U tokens of its logits. If there is one logit more, it is that of all other tokens.
     """
-    head, rows = output_layer(model), torch.arange(model.config.vocab_size)
-    if head is None:
-        return rows
-    head.__class__ = FastLinear
-    head.prepare(int8=False)
-    head.__class__, tied_weight = nn.Linear, head.weight
-    if head.distinct_rows is None:
-        return rows
-    head.weight = nn.Parameter(head.row_weight, requires_grad=False)
-    head.bias = None if head.bias is None else nn.Parameter(head.row_bias, requires_grad=False)
-    U = len(head.distinct_rows)
-    row_of_token = torch.full_like(rows, U).index_copy(0, head.distinct_rows, torch.arange(U))
+    head, every_token = output_layer(model), torch.arange(model.config.vocab_size)
+    tokens, rows = (None, None) if head is None else distinct_rows(head.weight, head.bias)
+    if rows is None:
+        return every_token
+    tied_weight, U = head.weight, len(tokens)
+    head.weight = nn.Parameter(head.weight[rows], requires_grad=False)
+    head.bias = None if head.bias is None else nn.Parameter(head.bias[rows], requires_grad=False)
+    row_of_token = torch.full_like(every_token, U).index_copy(0, tokens, torch.arange(U))
     for module in model.modules():
         if type(module) is nn.Embedding and module.weight is tied_weight:
             module.weight = head.weight
             module.register_forward_pre_hook(lambda module, args: (row_of_token[args[0]],))
-    return head.distinct_rows
+    return tokens
 
 
 # ---- int8 ----

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from storygpt.corpus.tokenizer import GPT2_PATTERN
-from storygpt.fast import FastLinear
+from storygpt.fast import distinct_rows
 from storygpt.generate import window_start
 from storygpt.system.errors import UserError, shell_word
 from tools.formats import NotExportable
@@ -66,10 +66,7 @@ def pack(model, dtype, refusal):
     tables = dict(model.named_buffers())  # of modern.py: cos and sin, (T, D)
     if unknown := [name for name in [*parameters, *tables] if not NAMES.fullmatch(name)]:
         raise NotExportable(f"{refusal}tools/formats/gpt.js knows no parameter or buffer {unknown[0]}")
-    head = FastLinear(model.config.n_embd, model.config.vocab_size, bias=False, device="meta")
-    head.weight = parameters["wte"]
-    head.prepare(int8=False)
-    tokens = head.distinct_rows  # those of the other rows, or None
+    tokens, rows = distinct_rows(parameters["wte"])
     tensors, parts = [], []
     for name, p in parameters.items():
         stored = [p]
@@ -78,8 +75,7 @@ def pack(model, dtype, refusal):
             stored = [scale, (p / scale).round().to(torch.int8)]
             p.copy_(stored[1] * scale)
         if name == "wte" and tokens is not None:
-            unused = torch.ones(len(p), dtype=torch.bool).index_fill_(0, tokens, False).nonzero()[:1, 0]
-            stored = [part[torch.cat([tokens, unused])] for part in stored]
+            stored = [part[rows] for part in stored]
         tensors.append([name, *reversed(stored[-1].shape)])
         parts += stored
     for name, table in tables.items():
