@@ -39,7 +39,10 @@ class Model:
 
 
 def generate(model, tokens, rng, temperature=0.8, top_k=200):
-    """Continue a list of token ids; yields one token after the other. The context window advances by half a block."""
+    """Continue a list of token ids; yields one token after the other. The context window advances by half a block.
+
+    The temperature has to be above 0, `top_k` 1 or more.
+    """
     half, cached_start = model.info["block_size"] // 2, None
     while True:
         start = half * max(0, -((model.info["block_size"] - len(tokens)) // half))
@@ -76,4 +79,4 @@ def main(file, prompt="", seed=None):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or sys.exit(__doc__))
+    main(*sys.argv[1:]) if sys.argv[1:] and not sys.argv[1].startswith("-") else sys.exit(__doc__)

@@ -92,8 +92,8 @@ distinct_logits = ContextVar("distinct_logits", default=False)
 
 
 def distinct_rows(weight, bias=None):
-    """If most rows of a weight (out, in) and bias (out) are equal, the indices of the U other rows, and (U + 1) of these
-    and one of the equal rows; else None and None.
+    """If most rows of a weight (out, in) and bias (out) are equal, the indices of the other rows, (U), and of these and
+    one of the equal rows, (U + 1); else None and None.
     """
     rows = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
     repeated = (rows == rows[rows[:, 0].mode().indices]).all(1)  # (out), whether a row is the most common one

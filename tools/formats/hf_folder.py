@@ -13,7 +13,7 @@ import torch
 import sample
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, byte_decoder
 from storygpt.system.errors import UserError
-from tools.formats import NotExportable
+from tools.formats import NotExportable, check_tokens
 from tools.formats.model_card import model_card
 
 # An export is refused if a logit differs by more than this, relative to the largest logit. For the published model
@@ -39,20 +39,17 @@ def write_hf_folder(folder, saved, dtype="float32"):
 
 
 def check_logits(source, model, hf_model, end_of_text, tolerance):
-    """Raise NotExportable unless a model of transformers gives a GPT's logits on random tokens.
+    """Raise NotExportable unless a model of transformers gives a GPT's logits.
 
     Returns the largest difference, divided by the largest logit; `tolerance`: the largest that is accepted. `source`:
-    the checkpoint or model that is converted. The models read whole blocks and a shorter text, with an end of text in
-    the middle, because an edit of model.py may have an effect in only one of these cases.
+    the checkpoint or model that is converted. The models read the `check_tokens` of a whole block and of half of one,
+    because an edit of model.py may have an effect in only one of these cases.
     """
-    T, V, generator = model.config.block_size, model.config.vocab_size, torch.Generator().manual_seed(0)
-    differences = []
+    T, V, differences = model.config.block_size, model.config.vocab_size, []
     with torch.inference_mode():
-        for length in (T, T, T, T, T // 2):
-            # One sequence at a time, because all logits of a block of GPT-2 are already 200 MB.
-            idx = torch.randint(V, (1, length), generator=generator)
-            idx[:, length // 2] = end_of_text
-            logits = model(idx)  # (1, length, V)
+        # One sequence at a time, because all logits of a block of GPT-2 are already 200 MB.
+        for idx in (*check_tokens(model, end_of_text, T), *check_tokens(model, end_of_text, T // 2)):  # (1, …) each
+            logits = model(idx)  # (1, …, V)
             differences.append((hf_model(idx).logits[..., :V] - logits).abs().max() / logits.abs().max())
     difference = torch.stack(differences).max().item()
     if not difference <= tolerance:  # so that NaN is an error, too
@@ -88,7 +85,8 @@ def to_hf_model(saved):
     try:
         hf_model.load_state_dict(weights)
     except RuntimeError as error:
-        raise NotExportable(f"{saved.path} is not a GPT-2: export to NAME.onnx instead ({error})") from error
+        raise NotExportable(f"{saved.path} is not a GPT-2: export to NAME.onnx instead "
+                            f"({' '.join(str(error).split())[:200]})") from error
     sampling = sample.parse_args([])  # the defaults
     hf_model.generation_config.update(pad_token_id=end_of_text, do_sample=True, temperature=sampling.temperature,
                                       top_k=sampling.top_k)

@@ -5,6 +5,7 @@ Matrices are in int8 with one scale per row, or in float32. All weights are comp
 
 import base64
 import copy
+import itertools
 import json
 import re
 import zlib
@@ -19,7 +20,7 @@ from storygpt.corpus.tokenizer import GPT2_PATTERN
 from storygpt.fast import distinct_rows
 from storygpt.generate import window_start
 from storygpt.system.errors import UserError, shell_word
-from tools.formats import NotExportable
+from tools.formats import NotExportable, check_tokens
 from tools.formats.model_card import trained_on
 
 FOLDER = Path(__file__).parent
@@ -92,27 +93,25 @@ def check_logits(saved, rounded, about, weights, refusal):
     """Raise NotExportable if a logit of gpt.js differs from that of `rounded`, the model with the page's weights, or if
     a logit of `rounded` differs from the run's.
 
-    Returns the latter difference, divided by the largest logit. The tokens are random: half a block, one more, a whole
-    block, and one more, when the context window moves.
+    Returns the latter difference, divided by the largest logit. The page reads `check_tokens`: half a block, one more,
+    a whole block, and one more, when the context window moves.
     """
     try:
         from py_mini_racer import JSEvalException, MiniRacer
     except ImportError as error:
         raise UserError("a web page needs the package mini-racer:  pip install -r requirements-extra.txt") from error
-    T, V, generator = rounded.config.block_size, rounded.config.vocab_size, torch.Generator().manual_seed(0)
-    tokens = torch.randint(V, (T + 1,), generator=generator)
-    tokens[T // 2] = saved.tokenizer.end_of_text
-    context, differences = MiniRacer(), []
+    T, V, context, differences = rounded.config.block_size, rounded.config.vocab_size, MiniRacer(), []
     for name in ("linear.js", "gpt.js"):
         context.eval((FOLDER / name).read_text(encoding="utf-8"))
     buffer = context.eval(f"const buffer = new ArrayBuffer({len(weights)}); buffer")
     buffer[:] = weights
     try:
         context.eval(f"const gpt = new GPT({json.dumps(about)}, buffer)")
-        for n in (T // 2, T // 2 + 1, T, T + 1):
-            context.eval(f"for (const _ of gpt.read({tokens[:n].tolist()})); 0")
+        for idx, n in itertools.product(check_tokens(saved.model, saved.tokenizer.end_of_text, T + 1),
+                                        (T // 2, T // 2 + 1, T, T + 1)):  # idx: (1, T + 1)
+            context.eval(f"for (const _ of gpt.read({idx[0, :n].tolist()})); 0")
             result = context.eval(f"Float32Array.from({{length: {V}}}, (_, token) => gpt.logits[gpt.row(token)])")
-            own, exact = (model(tokens[None, window_start(n, T):n])[0, -1] for model in (rounded, saved.model))  # (V)
+            own, exact = (model(idx[:, window_start(n, T):n])[0, -1] for model in (rounded, saved.model))  # (V)
             pairs = (torch.from_numpy(np.frombuffer(result, np.float32)), own), (own, exact)
             differences.append([float((a - b).abs().max() / b.abs().max()) for a, b in pairs])
     except JSEvalException as error:

@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="pip install -r requirements-extra.txt
 pytest.importorskip("onnxscript", reason="pip install -r requirements-extra.txt")
 
 from conftest import ROOT
-from model import GPTConfig
+from model import GPT, GPTConfig
 from modern import make_model
 from storygpt import checkpoint, generate
 from storygpt.corpus.tokenizer import Tokenizer
@@ -142,6 +142,13 @@ def test_other_logits_are_refused(trained, exported):
     model.transformer.ln_f.bias.data += 1
     with pytest.raises(NotExportable, match="^run cannot be exported: in ONNX Runtime the logits would differ by up"):
         check_logits("run", model.requires_grad_(False), exported[0].read_bytes(), tokenizer.end_of_text, 1e-5)
+
+
+def test_a_model_with_an_operator_that_the_runtime_lacks_is_refused_in_one_line(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, "hidden_states", lambda self, idx, *args, hidden_states=GPT.hidden_states: (
+        lambda x: x + 0.1 * torch.randn_like(x))(hidden_states(self, idx, *args)))
+    with pytest.raises(NotExportable, match="ckpt.pt cannot be exported: ONNX Runtime cannot run it: [^\\n]+$"):
+        write_onnx(tmp_path / "x.onnx", SavedModel.load(trained / "out/tiny"), "float32")
 
 
 def test_a_model_that_cannot_be_traced_is_refused_in_one_line(monkeypatch, capfd):

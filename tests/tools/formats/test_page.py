@@ -26,7 +26,7 @@ from modern import make_model
 from storygpt import checkpoint
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.generate import generate
-from tools.formats import NotExportable, SavedModel
+from tools.formats import NotExportable, SavedModel, check_tokens
 from tools.formats import page as page_module
 from tools.formats.page import write_page
 from tools.hf import write_run
@@ -253,6 +253,12 @@ def test_a_story(page):
     assert page.execute_script("return writing") is None
 
 
+def test_a_prompt_longer_than_the_context(page):
+    page.execute_script("$('prompt').value = 'Once upon a time there was a little girl. '.repeat(9); $('write').click()")
+    assert page.execute_script("return $('status').textContent").startswith("Writing. The model reads only the last ")
+    wait(page, "writing === null")
+
+
 def test_stop(page):
     page.execute_script("$('write').click(); $('write').click()")
     assert page.execute_script("return [$('status').textContent, $('write').textContent]") == ["Stopped", "Write"]
@@ -370,6 +376,18 @@ def test_an_edited_model_is_refused(trained, here, monkeypatch, cls, method, edi
     monkeypatch.setattr(cls, method, edited)
     random_run("out/edited", trained_tokenizer(trained), **EVEN)
     assert re.search(r"its logits would differ by [\d.]+ of the largest", refused(here))
+
+
+@torch.no_grad()
+def test_an_edit_for_a_token_that_only_stories_have_is_refused(trained, here, monkeypatch):
+    monkeypatch.setattr(GPT, "hidden_states", lambda self, idx, *args, hidden_states=GPT.hidden_states: hidden_states(
+        self, idx, *args) + (idx == 7)[..., None] * torch.arange(16))
+    tokenizer = trained_tokenizer(trained)
+    model = random_run("out/edited", tokenizer, **EVEN)
+    model.transformer.ln_f.bias += 10 * model.transformer.wte.weight[7]  # every story is "7 7 7 …"
+    assert [7 in idx for idx in check_tokens(model, tokenizer.end_of_text, 25)] == [False, True]
+    write_run(Path("out/edited"), model, tokenizer, overwrite=True)
+    assert "its logits would differ by" in refused(here)
 
 
 def test_other_parameters_are_refused(trained, here, monkeypatch):
