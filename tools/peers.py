@@ -33,7 +33,7 @@ def programs(config):
 
 
 class ThisProgram:
-    """storygpt/generate.py with the weights that sample.py uses by default on an x86 CPU."""
+    """storygpt/generate.py with int8 weights, as sample.py uses by default for large models on an x86 CPU."""
 
     def __init__(self, model, prompt, folder):
         self.model, self.prompt = prepare_for_generation(model, "cpu", torch.int8), prompt

@@ -21,8 +21,8 @@ from tools.formats.model_card import model_card
 LOGIT_TOLERANCE = 1e-5
 
 
-def write_hf_folder(folder, saved, dtype="float32"):
-    """Write a SavedModel as a folder that transformers' `from_pretrained` loads, with a model card.
+def write_hf_folder(folder, saved, dtype):
+    """Write a SavedModel as a folder that transformers' `from_pretrained` loads, with a model card. `dtype`: float32.
 
     Raises NotExportable if it is not a GPT-2.
     """
@@ -47,8 +47,8 @@ def check_logits(source, model, hf_model, end_of_text, tolerance):
     """
     T, V, differences = model.config.block_size, model.config.vocab_size, []
     with torch.inference_mode():
-        # One sequence at a time, because all logits of a block of GPT-2 are already 200 MB.
-        for idx in (*check_tokens(model, end_of_text, T), *check_tokens(model, end_of_text, T // 2)):  # (1, …) each
+        # One sequence idx (1, …) at a time, because all logits of a block of GPT-2 are already 200 MB.
+        for idx in (*check_tokens(model, end_of_text, T), *check_tokens(model, end_of_text, max(2, T // 2))):
             logits = model(idx)  # (1, …, V)
             differences.append((hf_model(idx).logits[..., :V] - logits).abs().max() / logits.abs().max())
     difference = torch.stack(differences).max().item()
