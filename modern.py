@@ -2,8 +2,10 @@
 
 `architecture = "modern"` in a config selects it. It differs from model.py in:
 
-- rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones
+- rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones, in half of each head
+- in the other half, the keys of the token before (modded-nanogpt)
 - layer norm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
+- the square of ReLU (So et al. 2021, Primer, arXiv 2109.08668) instead of GELU
 - layer norms without parameters, except for the last one
 - blocks whose output matrices start at zero
 - value embeddings (modded-nanogpt; after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
@@ -18,7 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, MLP, CausalSelfAttention
+import model
+from model import GPT, CausalSelfAttention
 
 # A factor on value embeddings. It acts like a 16 times larger initial size and, as AdamW's steps do not depend on the
 # size of the gradient, like a 16 times higher learning rate. Checkpoints depend on it.
@@ -32,10 +35,10 @@ class Modern(GPT):
     def __init__(self, config):
         nn.Module.__init__(self)  # not GPT's, which makes its own layers
         self.config = config
-        # The value embeddings are outside of the blocks, whose matrices Muon updates.
+        # The value embeddings of all blocks are one table: one lookup. Muon updates the matrices of the blocks.
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            ve=nn.ModuleList([nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_layer)]),
+            ve=nn.Embedding(config.vocab_size, config.n_layer * config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -43,10 +46,10 @@ class Modern(GPT):
         self.init_weights()
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
-        D = config.n_embd // config.n_head
-        frequencies = ROTARY_BASE ** (-torch.arange(0, D, 2) / D)  # (D / 2), in radians per token
-        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, D / 2)
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)  # (block_size, D)
+        R = config.n_embd // config.n_head // 2  # rotated dimensions of a head
+        frequencies = ROTARY_BASE ** (-torch.arange(0, R, 2) / R)  # (R / 2), in radians per token
+        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, R / 2)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)  # (block_size, R)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
     def init_weights(self):
@@ -63,9 +66,10 @@ class Modern(GPT):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # half the memory traffic between the matrix products
         x = self.transformer.drop(x)
-        rotation = self.cos[positions, None].to(x.dtype), self.sin[positions, None].to(x.dtype)  # (T, 1, D) each
-        for block, value_embedding in zip(self.transformer.h, self.transformer.ve):
-            x = block(x, rotation, value_embedding(idx), cache)
+        rotation = self.cos[positions, None].to(x.dtype), self.sin[positions, None].to(x.dtype)  # (T, 1, R) each
+        value_embeddings = self.transformer.ve(idx).to(x.dtype).chunk(len(self.transformer.h), -1)  # (B, T, C) each
+        for block, value_embedding in zip(self.transformer.h, value_embeddings):
+            x = block(x, rotation, value_embedding, cache)
         return x
 
 
@@ -75,7 +79,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attn = Attention(config)
-        self.mlp = MLP(config)  # model.py's; in another one, c_proj is the matrix that starts at zero
+        self.mlp = MLP(config)
 
     def forward(self, x, rotation, value_embedding, cache=None):
         """(B, T, C) -> (B, T, C); see Attention for the other arguments."""
@@ -84,7 +88,11 @@ class Block(nn.Module):
 
 
 class Attention(CausalSelfAttention):
-    """Multi-head self-attention with a causal mask, rotary positions, and normalized queries and keys."""
+    """Multi-head self-attention with a causal mask and normalized queries and keys.
+
+    The first half of a head's dimensions has rotary positions. The second half has no positions; there, the keys are
+    those of the token before. So one head can find what followed an earlier occurrence of the token: a name is copied.
+    """
 
     def forward(self, x, rotation, value_embedding, cache=None):
         """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `value_embedding` (B, T, C): added to the values.
@@ -92,11 +100,24 @@ class Attention(CausalSelfAttention):
         With a KVCache, the T tokens follow the cached ones and attend to them too.
         """
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D) each
-        q, k = rotate(normalize(q), *rotation), rotate(normalize(k), *rotation)
-        v = torch.add(v, value_embedding.view(v.shape).to(v.dtype), alpha=VALUE_SCALE)
+        H, D = self.n_head, C // self.n_head
+        qk, v = self.c_attn(x).split([2 * C, C], -1)
+        rotated, plain = normalize(qk.view(B, T, 2 * H, D)).chunk(2, -1)  # (B, T, 2H, D / 2) each
+        q, k = plain.chunk(2, 2)  # (B, T, H, D / 2) each
+        k = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)) if cache is None else cache.previous(k)
+        rotated = rotate(rotated, *rotation)
+        q, k = torch.cat([rotated[:, :, :H], q], -1), torch.cat([rotated[:, :, H:], k], -1)  # (B, T, H, D) each
+        v = torch.add(v, value_embedding, alpha=VALUE_SCALE).view(B, T, H, D)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(model.MLP):
+    """Linear to 4C, the square of ReLU, linear back to C."""
+
+    def forward(self, x):
+        """(B, T, C) -> (B, T, C)"""
+        return self.dropout(self.c_proj(F.relu(self.c_fc(x)).square()))
 
 
 def normalize(x):
@@ -106,7 +127,7 @@ def normalize(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: x (B, T, H, D); cos, sin (T, 1, D) -> (B, T, H, D)."""
+    """Rotary position embedding: x (B, T, H, R); cos, sin (T, 1, R) -> (B, T, H, R)."""
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 

@@ -1,6 +1,5 @@
 """Token embeddings from co-occurrence counts: a start from which a model learns faster than from random ones."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -8,6 +7,7 @@ from storygpt.system.errors import UserError
 
 DISTANCES = (1, 2, 3, 4)  # of neighbours, in tokens
 CONTEXTS = 2000  # the most frequent tokens, which serve as neighbours
+MAX_DENSE = 2**27  # elements of the matrix of counts that is decomposed as a dense one, which is faster
 CONTEXT_POWER = 0.75  # of the frequency of neighbours; below 1 it lowers the weight of rare ones
 
 
@@ -35,27 +35,36 @@ def cooccurrence_embeddings(sequences, vocab_size, width):
     decomposition of the positive pointwise mutual information, log p(token, neighbour) / p(token) p(neighbour), of each
     token with the neighbours at each distance to the left and to the right.
     """
-    counts = np.bincount(sequences.ravel(), minlength=vocab_size)
-    rank_of = np.argsort(np.argsort(-counts, kind="stable"))  # of each token in the order of frequency
-    blocks = []  # (vocab_size, CONTEXTS) each, sparse
+    sequences, V = torch.from_numpy(sequences), vocab_size
+    counts = sequences.flatten().bincount(minlength=V)
+    rank_of = counts.argsort(descending=True, stable=True).argsort()  # of each token in the order of frequency
+    blocks = []  # (V, CONTEXTS) each, sparse
     for distance in DISTANCES:
-        left, right = sequences[:, :-distance].ravel(), sequences[:, distance:].ravel()
-        for tokens, columns in ((left, rank_of[right]), (right, rank_of[left])):
-            used = columns < CONTEXTS
-            pairs, n = np.unique(tokens[used] * CONTEXTS + columns[used], return_counts=True)
-            row, column = np.divmod(pairs, CONTEXTS)
-            p_column = np.bincount(column, n) ** CONTEXT_POWER
-            p_column /= p_column.sum()
-            values = np.log(n / (np.bincount(row, n)[row] * p_column[column]))
-            blocks.append(torch.sparse_coo_tensor(
-                np.stack([row, column])[:, values > 0], values[values > 0], (vocab_size, CONTEXTS),
-                dtype=torch.float32, check_invariants=True))
+        pairs, n = torch.unique(sequences[:, :-distance] * V + sequences[:, distance:], return_counts=True)
+        for tokens, neighbours in ((pairs // V, pairs % V), (pairs % V, pairs // V)):
+            blocks.append(mutual_information(tokens, rank_of[neighbours], n.double(), V))
+    matrix = torch.cat(blocks, 1).coalesce()  # (V, 8 * CONTEXTS)
+    if matrix.numel() < MAX_DENSE:
+        matrix = matrix.to_dense()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the random start of the decomposition
-        rank = min(width, vocab_size)
+        rank = min(width, V)
         # 32 more than needed: the last ones are inaccurate
-        u, s, _ = torch.svd_lowrank(torch.cat(blocks, 1), q=min(rank + 32, vocab_size), niter=2)
-    embeddings = F.pad(u[:, :rank] * s[:rank], (0, width - rank))  # (vocab_size, width)
+        u, s, _ = torch.svd_lowrank(matrix, q=min(rank + 32, V), niter=2)
+    embeddings = F.pad(u[:, :rank] * s[:rank], (0, width - rank))  # (V, width)
     embeddings /= embeddings.square().mean(1, keepdim=True).sqrt().clamp_min(1e-9)
     embeddings[counts == 0] = 0
     return embeddings
+
+
+def mutual_information(tokens, columns, n, vocab_size):
+    """The positive pointwise mutual information of `tokens` with neighbours `columns` (< CONTEXTS, others are left out)
+    that occur together `n` times, three tensors (P): a sparse tensor (vocab_size, CONTEXTS).
+    """
+    tokens, columns, n = (values[columns < CONTEXTS] for values in (tokens, columns, n))
+    p_column = columns.bincount(n, CONTEXTS) ** CONTEXT_POWER
+    p_column /= p_column.sum()
+    values = (n / (tokens.bincount(n, vocab_size)[tokens] * p_column[columns])).log().float()
+    positive = values > 0
+    return torch.sparse_coo_tensor(torch.stack([tokens, columns])[:, positive], values[positive],
+                                   (vocab_size, CONTEXTS), check_invariants=True)

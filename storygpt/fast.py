@@ -17,6 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+# Queries whose scores are computed at once in `causal_attention`: with fewer, less of the future is computed and masked.
+QUERIES = 128
+
 torch_attention, torch_dropout = F.scaled_dot_product_attention, F.dropout
 
 
@@ -69,10 +72,14 @@ def causal_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **
         return torch_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
     B, H, T, D = q.shape
     mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    # One operation for the product, the scale and the mask: each is a pass over the largest tensors of the block.
-    scores = torch.baddbmm(mask, q.reshape(B * H, T, D), k.reshape(B * H, T, D).mT, alpha=D**-0.5)  # (B * H, T, T)
-    weights = scores.softmax(-1, dtype=q.dtype).view(B, H, T, T)
-    return dropout(weights, dropout_p) @ v
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    parts = []  # (B * H, t, D) each, of t queries
+    for start in range(0, T, QUERIES):
+        end = min(T, start + QUERIES)
+        # One operation for the product, the scale and the mask: each is a pass over the largest tensors of the block.
+        scores = torch.baddbmm(mask[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D**-0.5)  # (B * H, t, end)
+        parts.append(dropout(scores.softmax(-1, dtype=q.dtype), dropout_p) @ v[:, :end])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(B, H, T, D)
 
 
 # ---- generating ----

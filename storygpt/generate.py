@@ -22,15 +22,17 @@ from storygpt.system.errors import UserError
 class KVCache:
     """Keys and values of the tokens processed so far, of every attention layer, with room for one block.
 
-    The forward pass calls `advance` once and then `append` in each attention layer, in the same order every time. On a
-    GPU the length is only known to the device, and every pass reads all slots, so that a decoding step, whose tensors
-    then have fixed shapes, can be captured as a CUDA graph. Gradients do not pass through the cache.
+    The forward pass calls `advance` once and then `append` in each attention layer, in the same order every time; also
+    `previous`, where a layer needs something of the token before. On a GPU the length is only known to the device, and
+    every pass reads all slots, so that a decoding step, whose tensors then have fixed shapes, can be captured as a CUDA
+    graph. Gradients do not pass through the cache.
     """
 
     def __init__(self, block_size, device):
         self.length = torch.zeros((), dtype=torch.long, device=device)  # number of tokens in the cache
         self.slots = torch.arange(block_size, device=device)
         self.keys, self.values = [], []  # of each layer, (B, H, block_size, D), from its first `append` on
+        self.last = []  # of each call of `previous`, (B, 1, …): what the last token has
         self.fixed_shapes = torch.device(device).type == "cuda"
 
     def advance(self, T):
@@ -38,8 +40,20 @@ class KVCache:
         self.positions = self.length + self.slots[:T]
         self.length += T
         self.kv_length = len(self.slots) if self.fixed_shapes else int(self.length)
-        self.layer = 0  # the next one to append
+        self.layer = self.call = 0  # the next ones of `append` and `previous`
         return self.positions
+
+    def previous(self, x):
+        """What the tokens before the new ones have, where the new ones have x: (B, T, …) -> (B, T, …). The first token
+        of the context window gets zeros.
+        """
+        if self.call == len(self.last):
+            self.last.append(torch.zeros_like(x[:, :1]))
+        last = self.last[self.call]
+        self.call += 1
+        x = torch.cat([last * (self.positions[0] > 0), x], 1)  # (B, 1 + T, …)
+        last.copy_(x[:, -1:])
+        return x[:, :-1]
 
     def append(self, k, v):
         """Store the keys and values (B, H, T, D) of new tokens; returns the layer's, (B, H, kv_length, D) each."""
@@ -66,7 +80,8 @@ class KVCache:
 
     def keep(self, rows):
         """Drop all sequences of the batch but those where `rows`, a bool tensor (B), is true."""
-        self.keys, self.values = [keys[rows] for keys in self.keys], [values[rows] for values in self.values]
+        self.keys, self.values, self.last = ([x[rows] for x in tensors] for tensors in
+                                             (self.keys, self.values, self.last))
 
 
 @torch.inference_mode()

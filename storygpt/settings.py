@@ -85,9 +85,10 @@ class Config(ModelSettings):
         object.__setattr__(self, "init_from", str(Path(self.init_from)))  # drops a slash at the end
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
-        if self.architecture == "modern" and self.n_embd % (2 * self.n_head):
-            raise UserError(f"n_embd / n_head = {self.n_embd // self.n_head} is odd, but the rotary positions of "
-                            "architecture = 'modern' need pairs: choose another n_embd or n_head")
+        if self.architecture == "modern" and self.n_embd % (4 * self.n_head):
+            raise UserError(f"n_embd / n_head = {self.n_embd // self.n_head} is not a multiple of 4, but the rotary "
+                            "positions of architecture = 'modern' need pairs in half of a head: choose another n_embd "
+                            "or n_head")
         if self.max_tokens:
             step_tokens = self.sequences_per_step * self.block_size
             if self.max_tokens < step_tokens:

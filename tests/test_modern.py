@@ -22,17 +22,32 @@ def small(**changes):
 
 def test_rotated_scores_depend_on_the_distance_alone():
     model = small(block_size=64, n_embd=32)
-    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 64, 1, 16)  # (1, T, 1, D): the same vector at every position
-    q, k = (rotate(x, model.cos[:, None], model.sin[:, None])[0, :, 0] for x in (q, k))  # (T, D)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 64, 1, 8)  # (1, T, 1, R): the same vector at every position
+    q, k = (rotate(x, model.cos[:, None], model.sin[:, None])[0, :, 0] for x in (q, k))  # (T, R)
     scores = q @ k.T  # (T, T)
     for distance in (0, 1, 40):
         diagonal = scores.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     assert (scores[0] - scores[0, 0]).abs().max() > 0.1
     torch.testing.assert_close(q.norm(dim=1), q.norm(dim=1)[:1].expand(64))
-    rotated = rotate(torch.ones(1, 1, 1, 16), model.cos[1:2, None], model.sin[1:2, None]).flatten()
+    rotated = rotate(torch.ones(1, 1, 1, 8), model.cos[1:2, None], model.sin[1:2, None]).flatten()
     angle = torch.tensor(1.0)  # radians per token, of the first pair: checkpoints depend on the direction
-    torch.testing.assert_close(rotated[[0, 8]], torch.stack([angle.cos() - angle.sin(), angle.cos() + angle.sin()]))
+    torch.testing.assert_close(rotated[[0, 4]], torch.stack([angle.cos() - angle.sin(), angle.cos() + angle.sin()]))
+
+
+def test_half_of_a_key_is_that_of_the_token_before():
+    model = small(n_layer=1, n_head=1)
+    attention, rotation = model.transformer.h[0].attn, (model.cos[:, None], model.sin[:, None])
+    keys = []
+    attention.attend = lambda q, k, v, cache: keys.append(k[0, 0]) or v  # k: (1, H, T, D)
+    x, zeros = torch.randn(2, 1, 8, 16).unbind()
+    attention(x, rotation, zeros)
+    x[0, 5] += 1
+    attention(x, rotation, zeros)
+    changed = keys[0] != keys[1]
+    assert changed[:, :8].any(1).nonzero().flatten().tolist() == [5]
+    assert changed[:, 8:].any(1).nonzero().flatten().tolist() == [6]
+    assert not keys[0][0, 8:].any() and keys[0][1:, 8:].all()
 
 
 def test_parameters_and_blocks_that_start_as_the_identity():
@@ -40,8 +55,8 @@ def test_parameters_and_blocks_that_start_as_the_identity():
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     blocks = [shape for name, shape in shapes.items() if name.startswith("transformer.h.")]
     assert blocks == [(48, 16), (16, 16), (64, 16), (16, 64)] * 3
-    assert len(shapes) == len(blocks) + 5 and shapes["transformer.wte.weight"] == (50, 16)  # the norm and three below
-    assert {shapes[f"transformer.ve.{i}.weight"] for i in range(3)} == {(50, 16)}
+    assert len(shapes) == len(blocks) + 3 and shapes["transformer.wte.weight"] == (50, 16)  # the norm and ve
+    assert shapes["transformer.ve.weight"] == (50, 3 * 16)
     torch.testing.assert_close(model(idx), normalize(model.transformer.wte(idx)) @ model.transformer.wte.weight.T)
     assert abs(model(idx, idx.roll(-1, 1)).item() - math.log(50)) < 0.15
     biases = [p for name, p in small(bias=True).named_parameters() if name.endswith("bias")]
@@ -54,8 +69,8 @@ def test_a_value_embedding_adds_to_the_values_of_its_token_in_each_block():
     for block in model.transformer.h:
         torch.nn.init.normal_(block.attn.c_proj.weight)
     model(idx, idx.roll(-1, 1)).backward()
-    for embedding in model.transformer.ve:
-        assert embedding.weight.grad.any(1).nonzero().flatten().tolist() == [3, 7, 9]
+    for grad in model.transformer.ve.weight.grad.chunk(3, 1):  # of each block
+        assert grad.any(1).nonzero().flatten().tolist() == [3, 7, 9]
     attention, rotation = model.transformer.h[0].attn, (model.cos[:1, None], model.sin[:1, None])
     x, embedding = torch.randn(2, 1, 1, 16)
     with torch.no_grad():
@@ -96,4 +111,4 @@ def test_a_run_is_sampled_evaluated_and_fine_tuned(with_data, capsys, fails):
     train.main([*short, "--init_from=out/x", "--block_size=8", "--out_dir=out/y"])
     assert "starting from the weights of out/x" in capsys.readouterr().out
     odd = [*TINY, "--architecture=modern", "--n_embd=18", "--out_dir=out/z"]
-    assert "n_embd / n_head = 9 is odd" in fails(train.main, odd)
+    assert "n_embd / n_head = 9 is not a multiple of 4" in fails(train.main, odd)

@@ -127,6 +127,15 @@ def test_dropout_of_attention_weights():
     assert kept.sum() / (weights != 0).sum() == pytest.approx(0.75, abs=0.03)
 
 
+def test_attention_of_several_groups_of_queries_is_torchs():
+    q, k, v = (x.requires_grad_() for x in seeded(3, 2, 3, 2 * fast.QUERIES + 7, 8))
+    own, expected = (function(q, k, v, is_causal=True) for function in (fast.causal_attention, fast.torch_attention))
+    torch.testing.assert_close(own, expected)
+    weights = seeded(*own.shape)
+    for gradients in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (own, expected))):
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 MASK = torch.ones(9, 9, dtype=torch.bool).tril(2)
 
 

@@ -279,10 +279,11 @@ def test_a_race_alternates_with_the_first_record(with_data, here, monkeypatch, c
     monkeypatch.setattr(bench, "FIRST_RECORD", "HEAD:config.py")
     bench.main(["race", "config.py", "--json", "--rounds=3", "--device=cpu", "--tiny"])
     result = json.loads(capsys.readouterr().out)["race"]
-    assert (here / "order").read_text() == "now 1 cpu\nfirst 1 cpu\nnow 2 cpu\nnow 3 cpu\n"
-    own = [result[f"config.py --seed={seed}"] for seed in (1, 2, 3)]
-    assert result["reached_0.815"] == "2 of 3" and [each["bits_per_byte"] for each in own] == [0.815, 0.816, 0.815]
-    assert own[1]["standard_error"] == pytest.approx(0.5 * 0.816 / 2)
+    assert (here / "order").read_text() == "now 1337 cpu\nfirst 1 cpu\nnow 1 cpu\nnow 2 cpu\n"
+    own = [result[f"config.py --seed={seed}"] for seed in (1337, 1, 2)]
+    assert result["reached_0.815"] == "2 of 3" and [each["bits_per_byte"] for each in own] == [0.815, 0.815, 0.816]
+    assert result["worst_bits_per_byte"] == 0.816 and result["mean_bits_per_byte"] == pytest.approx(0.815333, abs=1e-6)
+    assert own[2]["standard_error"] == pytest.approx(0.5 * 0.816 / 2)
     assert result["seconds"] == sorted(each["seconds"] for each in own)[1]
     assert result["times_first_record"] == result["seconds"] / result["the first record"]["seconds"]
 

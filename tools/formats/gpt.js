@@ -16,6 +16,7 @@ class GPT {
     this.weights = unpack(tensors, dtype, buffer, memory)
     this.keys = heads.map(() => memory.matrix(T, D))
     this.values = heads.map(() => memory.matrix(D, T))  // transposed
+    this.activation = this.architecture === "modern" ? reluSquared : this.gelu === "tanh" ? geluTanh : geluExact
   }
 
   // Reads the tokens of the context window that are not in the cache, one an iteration, so that a page can react in
@@ -43,11 +44,11 @@ class GPT {
     for (let l = 0; l < this.n_layer; l++) {
       const part = name => this.part(`h.${l}.${name}`)
       const qkv = linear(norm(x, ...part("ln_1")), ...part("attn.c_attn"))  // (3C)
-      const value = weights[`ve.${l}`]?.row(token)  // (C)
-      if (value) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * value[i]  // VALUE_SCALE of modern.py
+      const values = weights.ve?.row(token)  // (C) of each block
+      if (values) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * values[l * C + i]  // VALUE_SCALE of modern.py
       add(x, linear(this.attend(qkv, l), ...part("attn.c_proj")))
       const hidden = linear(norm(x, ...part("ln_2")), ...part("mlp.c_fc"))  // (4C)
-      add(x, linear(hidden.map(this.gelu === "tanh" ? geluTanh : geluExact), ...part("mlp.c_proj")))
+      add(x, linear(hidden.map(this.activation), ...part("mlp.c_proj")))
     }
     return x
   }
@@ -57,8 +58,12 @@ class GPT {
     const {n_head: H, n_embd: C, length: t, weights: {cos, sin}} = this, D = C / H, y = new Float64Array(C)
     for (let h = 0; h < H; h++) {
       let [q, k, v] = [0, C, 2 * C].map(start => qkv.subarray(start + h * D, start + (h + 1) * D))  // (D) each
-      if (cos) [q, k] = [q, k].map(x => rotate(norm(x), cos.row(t), sin.row(t)))  // modern.py
       const keys = this.keys[l * H + h], values = this.values[l * H + h]  // (T, D), (D, T)
+      if (cos) {  // modern.py
+        [q, k] = [q, k].map(x => rotate(norm(x), cos.row(t), sin.row(t)))
+        if (t + 1 < keys.rows) keys.row(t + 1).set(k.subarray(D / 2), D / 2)
+        k = k.subarray(0, D / 2)
+      }
       keys.row(t).set(k)
       for (let i = 0; i < D; i++) values.row(i)[t] = v[i]
       const scores = linear(q, keys, null, t + 1)  // (t + 1)
@@ -107,9 +112,9 @@ function norm(x, weight, bias) {
   return y
 }
 
-// Rotary positions: x (D), cos and sin (D / 2) -> (D)
+// Rotary positions in the first half of x (D), cos and sin (D / 4) -> (D)
 function rotate(x, cos, sin) {
-  const half = cos.length, y = new Float64Array(x.length)
+  const half = cos.length, y = Float64Array.from(x)
   for (let i = 0; i < half; i++) {
     y[i] = x[i] * cos[i] - x[i + half] * sin[i]
     y[i + half] = x[i + half] * cos[i] + x[i] * sin[i]
@@ -135,6 +140,8 @@ function exp(x) {  // (e^(x / 256))^256, the inner one by its series
 function geluTanh(x) {  // x / 2 * (1 + tanh(u)), where 1 + tanh(u) = 2 / (1 + e^-2u)
   return x / (1 + exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))  // 2 * sqrt(2 / pi)
 }
+
+function reluSquared(x) { return x > 0 ? x * x : 0 }
 
 function geluExact(x) {  // x times the probability that a standard normal variable is below x, by its series
   if (x < -6 || x > 6) return x > 0 ? x : 0

@@ -1,10 +1,10 @@
 """Export of a run to ONNX, for ONNX Runtime: docs/sample_onnx.py generates stories with such a file, without PyTorch.
 
 The graph is traced from the model as it is, so that it follows edits. Inputs: `tokens` (B, T), the number of tokens in
-the cache, `length` (), and its buffers, `past_0`, `past_1`, … (B, H, block_size, D), the keys and values of each layer.
-Outputs: `logits` (B, U) of the last token, and the buffers with the new tokens, `present_0`, …: nothing is copied if
-the caller gives them the same memory. If B > 1 and the cache is not empty, T must be 1. A model that cannot
-use a cache has `tokens` and `logits` only.
+the cache, `length` (), and its buffers, `past_0`, `past_1`, …: the keys of each layer, then the values of each layer,
+(B, H, block_size, D), then what `KVCache.previous` keeps of the last token, (B, 1, …). Outputs: `logits` (B, U) of the
+last token, and the buffers with the new tokens, `present_0`, …: nothing is copied if the caller gives them the same
+memory. If B > 1 and the cache is not empty, T must be 1. A model that cannot use a cache has `tokens` and `logits` only.
 
 B: batch size, T: new tokens, C: width, H: heads, D: C / H, V: vocabulary size, U: tokens with a logit.
 """
@@ -148,18 +148,18 @@ def trace(path, model):
     """Trace a model, with a cache if it can use one: an onnx.ModelProto. Raises NotExportable if torch.onnx cannot."""
     inputs, any_size = {"tokens": torch.zeros(3, 2, dtype=torch.long)}, torch.export.Dim.DYNAMIC
     dynamic = [{0: any_size, 1: any_size}]  # the sizes above are any but 1, which would be taken for a constant
-    outputs = ["logits"]
+    outputs, traced = ["logits"], Traced(model)
     if uses_cache(model):
         kv = KVCache(model.config.block_size, "cpu")
         model(inputs["tokens"], cache=kv)
-        buffers = [buffer for pair in zip(kv.keys, kv.values) for buffer in pair]
+        buffers, traced.n_keys = [*kv.keys, *kv.values, *kv.last], len(kv.keys)
         inputs |= {"length": kv.length} | {f"past_{i}": buffer for i, buffer in enumerate(buffers)}
         outputs += [f"present_{i}" for i in range(len(buffers))]
         dynamic += [{}, tuple({0: any_size} for _ in buffers)]
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            proto = torch.onnx.export(Traced(model), tuple(inputs.values()), input_names=list(inputs),
+            proto = torch.onnx.export(traced, tuple(inputs.values()), input_names=list(inputs),
                                       output_names=outputs, dynamic_shapes=dynamic, opset_version=23, dynamo=True,
                                       verbose=False).model_proto
     except torch.onnx.OnnxExporterError as error:
@@ -178,16 +178,17 @@ class Traced(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.n_keys = model, 0
 
     def forward(self, tokens, length=None, *buffers):
-        """Without a length, the model is called without a cache."""
+        """The first `n_keys` buffers are keys, as many others values. Without a length, there is no cache."""
         if length is None:
             return last_logits(self.model, None, tokens)
-        cache = TracedCache(length, buffers)
+        cache = TracedCache(length, buffers[:self.n_keys], buffers[self.n_keys:2 * self.n_keys],
+                            buffers[2 * self.n_keys:])
         with patch.object(F, "scaled_dot_product_attention", cache.attention):
             logits = last_logits(self.model, cache, tokens)
-        return logits, *(buffer for pair in zip(cache.keys, cache.values) for buffer in pair)
+        return logits, *cache.keys, *cache.values, *cache.last
 
 
 class StaticCache(KVCache):
@@ -204,10 +205,10 @@ class TracedCache(StaticCache):
     That operator copies nothing, either.
     """
 
-    def __init__(self, length, buffers):
-        super().__init__(buffers[0].size(2), "cpu")
-        self.length, self.buffers = length.clone(), buffers
-        self.keys, self.values = [[buffer.clone() for buffer in buffers[i::2]] for i in (0, 1)]
+    def __init__(self, length, keys, values, last):
+        super().__init__(keys[0].size(2), "cpu")
+        self.length, self.past = length.clone(), list(zip(keys, values))  # of each layer
+        self.keys, self.values, self.last = ([x.clone() for x in buffers] for buffers in (keys, values, last))
 
     def append(self, k, v):
         """As KVCache.append"""
@@ -220,10 +221,9 @@ class TracedCache(StaticCache):
         is_ours = k is self.keys[i] and v is self.values[i] and attn_mask is self.mask
         if not is_ours or k.shape != v.shape or D % 8:
             return torch_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        past, total = self.buffers[2 * i:2 * i + 2], self.length.int()
-        inputs = [x.transpose(1, 2).flatten(2) for x in (q, *self.new)]  # (B, T, H * D) each
+        inputs, total = [x.transpose(1, 2).flatten(2) for x in (q, *self.new)], self.length.int()  # (B, T, H * D) each
         y, self.keys[i], self.values[i] = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention", [*inputs, *past, (total - 1).expand(B), total],
+            "com.microsoft::GroupQueryAttention", [*inputs, *self.past[i], (total - 1).expand(B), total],
             {"num_heads": H, "kv_num_heads": k.size(1), "scale": scale or D**-0.5},
             dtypes=[q.dtype] * 3, shapes=[inputs[0].shape, k.shape, v.shape], version=1)
         return y.unflatten(2, (H, D)).transpose(1, 2)

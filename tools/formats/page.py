@@ -25,7 +25,7 @@ from tools.formats.model_card import trained_on
 
 FOLDER = Path(__file__).parent
 # The parameters and buffers that gpt.js knows, without "transformer." and ".weight".
-NAMES = re.compile(r"wte|wpe|ve\.\d+|cos|sin|"
+NAMES = re.compile(r"wte|wpe|ve|cos|sin|"
                    r"(ln_f|h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))(\.bias)?")
 # A page is refused if a logit differs by more than this, relative to the largest: between gpt.js and the model, and
 # between the model with weights in int8 and in float32 (five times the difference of a trained model).
@@ -64,7 +64,7 @@ def pack(model, dtype, refusal):
     Raises NotExportable for a parameter that gpt.js does not know.
     """
     parameters = {name.removeprefix("transformer.").removesuffix(".weight"): p for name, p in model.named_parameters()}
-    tables = dict(model.named_buffers())  # of modern.py: cos and sin, (T, D)
+    tables = dict(model.named_buffers())  # of modern.py: cos and sin, (T, R)
     if unknown := [name for name in [*parameters, *tables] if not NAMES.fullmatch(name)]:
         raise NotExportable(f"{refusal}tools/formats/gpt.js knows no parameter or buffer {unknown[0]}")
     tokens, rows = distinct_rows(parameters["wte"])
@@ -80,7 +80,7 @@ def pack(model, dtype, refusal):
         tensors.append([name, *reversed(stored[-1].shape)])
         parts += stored
     for name, table in tables.items():
-        table = table[:, table.size(1) // 2:]  # (T, D / 2): the other half is the same, or negative
+        table = table[:, table.size(1) // 2:]  # (T, R / 2): the other half is the same, or negative
         tensors.append([name, *reversed(table.shape), True])
         parts.append(table)
     weights = b"".join(data + bytes(-len(data) % 4) for data in (part.numpy().tobytes() for part in parts))

@@ -113,7 +113,7 @@ def greedy(model, tokenizer, prompt, count):
     return [int(token) for token in generate(model, idx, count, temperature=0)]
 
 
-ODD = dict(n_layer=2, n_embd=30, n_head=3, block_size=17, dropout=0.1)
+ODD = dict(n_layer=2, n_embd=36, n_head=3, block_size=17, dropout=0.1)
 EVEN = dict(n_layer=1, n_embd=16, n_head=2, block_size=24)
 
 
