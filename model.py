@@ -36,7 +36,7 @@ class ModelSettings:
     block_size: int = setting(128, "length of a sequence in tokens; also of the context window", low=2)
     dropout: float = setting(0.1, "probability of dropping an activation in training", low=0, high=0.99)
     bias: bool = setting(True, "biases in linear layers and layer norms")
-    gelu: Literal["tanh", "exact"] = setting("tanh", "GELU of gpt2: tanh approximation, as in GPT-2, or exact, as in nanoGPT")
+    gelu: Literal["tanh", "exact"] = setting("tanh", "GELU of gpt2: tanh approximation, or exact, as in nanoGPT")
 
 
 @dataclass(frozen=True)

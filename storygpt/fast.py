@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-# Queries whose scores are computed at once in `causal_attention`: with fewer, less of the future is computed and masked.
+# Queries whose scores `causal_attention` computes at once: with fewer, less of the future is computed and masked.
 QUERIES = 128
 
 torch_attention, torch_dropout = F.scaled_dot_product_attention, F.dropout

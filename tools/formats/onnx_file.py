@@ -2,9 +2,9 @@
 
 The graph is traced from the model as it is, so that it follows edits. Inputs: `tokens` (B, T), the number of tokens in
 the cache, `length` (), and its buffers, `past_0`, `past_1`, …: the keys of each layer, then the values of each layer,
-(B, H, block_size, D), then what `KVCache.previous` keeps of the last token, (B, 1, …). Outputs: `logits` (B, U) of the
+(B, H, block_size, D), then what `KVCache.previous` keeps of the last one, (B, 1, …). Outputs: `logits` (B, U) of the
 last token, and the buffers with the new tokens, `present_0`, …: nothing is copied if the caller gives them the same
-memory. If B > 1 and the cache is not empty, T must be 1. A model that cannot use a cache has `tokens` and `logits` only.
+memory. If B > 1 and the cache is not empty, T must be 1. A model without a cache has `tokens` and `logits` only.
 
 B: batch size, T: new tokens, C: width, H: heads, D: C / H, V: vocabulary size, U: tokens with a logit.
 """
