@@ -15,6 +15,7 @@ n_embd = 128
 block_size = 256  # most stories fit completely
 bias = False
 dropout = 0.0  # a part of an epoch cannot overfit
+init_embeddings = "cooccurrence"
 
 batch_size = 8  # 2,048 tokens per step
 gradient_accumulation_steps = 1
@@ -26,7 +27,7 @@ learning_rate = 1.2e-2  # AdamW's, for the embeddings
 beta2 = 0.999  # the large gradients of a rare token are many steps apart
 lr_schedule = "linear"
 min_lr = 0.0
-warmup_iters = 50
+warmup_iters = 10
 weight_decay = 0.0
 grad_clip = 1.0
 

@@ -1,0 +1,28 @@
+"""The script that measures the figures of README.md."""
+
+import json
+
+import pytest
+
+from conftest import ROOT, TINY
+from storygpt.settings import read_config_file
+from tools import figures
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_measured_once_a_commit(with_data, monkeypatch, capsys):
+    for name in ("one", "two"):
+        with_data.joinpath(f"{name}.py").write_text("")
+    monkeypatch.setattr(figures, "RUNS", {"one": (["one.py", *TINY], True), "two": (["two.py", *TINY], False)})
+    figures.main(["--fast"])
+    first = json.loads(figures.RESULTS.read_text())
+    assert set(first) == {"one"} and first["one"]["seconds"] > 0 and 1 < first["one"]["bits_per_byte"] < 5
+    figures.main([])
+    results = json.loads(figures.RESULTS.read_text())
+    assert set(results) == {"one", "two"} and results["one"] == first["one"]
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_the_configs_exist():
+    for arguments, _ in figures.RUNS.values():
+        assert read_config_file(ROOT / arguments[0])
