@@ -2,9 +2,9 @@
 
 python prepare.py --tokenizer bpe:4096 && python train.py config/tinystories_cpu.py
 
-Another length (--max_minutes=20, --max_tokens=8_000_000): the learning-rate schedule follows it. The longer the run, the
-larger the best model: see tinystories_cpu_5min.py and tinystories_cpu_1h.py. --architecture=gpt2 trains a model that can
-be exported to transformers and llama.cpp.
+Another length (--max_minutes=20, --max_tokens=8_000_000): the learning-rate schedule follows it. The longer the run,
+the larger the best model: see tinystories_cpu_5min.py and tinystories_cpu_1h.py. --architecture=gpt2 trains a model
+that can be exported to transformers and llama.cpp.
 """
 
 dataset = "tinystories-bpe4096"  # with GPT-2's 50,257 tokens most of the arithmetic would be in the output head

@@ -68,8 +68,8 @@ def measure(name, arguments):
     text = run_script([sys.executable, ROOT / "train.py", f"--out_dir={out_dir}", "--eval_only"])
     judge.main([out_dir])
     one_hero = json.loads(Path(out_dir, "judge.json").read_text(encoding="utf-8"))["measures"]["one_hero"]
-    return {"seconds": seconds, **{key: float(value) for key, value in re.findall(r"^(\w+): ([\d.]+)$", text, re.M)},
-            "one_hero_percent": 100 * one_hero["value"], "its_interval": [100 * one_hero["low"], 100 * one_hero["high"]]}
+    values = {key: float(value) for key, value in re.findall(r"^(\w+): ([\d.]+)$", text, re.M)}
+    return {"seconds": seconds, **values, **{f"one_hero_{name}": value for name, value in one_hero.items()}}
 
 
 if __name__ == "__main__":
