@@ -67,7 +67,7 @@ def measure(name, arguments):
     seconds = time.perf_counter() - started
     text = run_script([sys.executable, ROOT / "train.py", f"--out_dir={out_dir}", "--eval_only"])
     judge.main([out_dir])
-    one_hero = json.loads(Path(out_dir, "judge.json").read_text(encoding="utf-8"))["measures"]["one_hero"]
+    one_hero = json.loads(Path(out_dir, "judge.json").read_text(encoding="utf-8"))["measures"]["one_hero"] or {}
     values = {key: float(value) for key, value in re.findall(r"^(\w+): ([\d.]+)$", text, re.M)}
     return {"seconds": seconds, **values, **{f"one_hero_{name}": value for name, value in one_hero.items()}}
 
