@@ -227,11 +227,12 @@ def capture_graph(forward, cache):
     A step launches about two hundred small kernels, and launching them one by one takes longer than running them.
     The logits are valid until the next call.
     """
-    length = cache.length.clone()
-    tokens = torch.zeros(len(cache.keys[0]), 1, dtype=torch.long, device=length.device)
+    state = [(x, x.clone()) for x in (cache.length, *cache.last)]
+    tokens = torch.zeros(len(cache.keys[0]), 1, dtype=torch.long, device=cache.length.device)
     with torch.cuda.device(tokens.device):  # every thread has its own current device
         forward(tokens)  # not captured: initializes CUDA's libraries
-        cache.length.copy_(length)
+        for x, value in state:
+            x.copy_(value)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = forward(tokens)
