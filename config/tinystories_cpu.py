@@ -15,7 +15,7 @@ n_head = 3
 n_embd = 192
 block_size = 512  # longer than most stories: fewer windows begin in the middle of one
 bias = False
-dropout = 0.0  # one or two epochs of a fiftieth of TinyStories cannot overfit
+dropout = 0.0  # about an epoch of a fiftieth of TinyStories cannot overfit
 init_embeddings = "cooccurrence"
 
 batch_size = 4  # 2,048 tokens per step

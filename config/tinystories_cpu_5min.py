@@ -11,7 +11,7 @@ n_head = 2
 n_embd = 128
 block_size = 512  # longer than most stories: fewer windows begin in the middle of one
 bias = False
-dropout = 0.0  # an epoch cannot overfit
+dropout = 0.0  # a part of an epoch cannot overfit
 init_embeddings = "cooccurrence"
 
 batch_size = 4  # 2,048 tokens per step
