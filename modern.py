@@ -4,6 +4,8 @@
 
 - rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones, in half of each head
 - in the other half, the keys of the token before (modded-nanogpt)
+- attention to a window of the last tokens (Beltagy et al. 2020, Longformer, arXiv 2004.05150), so that long blocks are
+  as fast as short ones
 - layer norm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
 - the square of ReLU (So et al. 2021, Primer, arXiv 2109.08668) instead of GELU
 - layer norms without parameters, except for the last one
@@ -26,6 +28,7 @@ from model import GPT, CausalSelfAttention
 # A factor on value embeddings. It acts like a 16 times larger initial size and, as AdamW's steps do not depend on the
 # size of the gradient, like a 16 times higher learning rate. Checkpoints depend on it.
 VALUE_SCALE = 16
+WINDOW = 128  # tokens that a token attends to, itself included; those of n_layer windows reach it through the blocks
 ROTARY_BASE = 1000  # wavelengths are from 6 to nearly 2 pi * 1,000 tokens
 
 
@@ -53,12 +56,22 @@ class Modern(GPT):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
     def init_weights(self):
-        """Embeddings: std 0.02. Matrices: so that outputs are as large as inputs; zero for those into the residual."""
+        """Embeddings: std 0.02. Matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120); zero for those into the
+        residual stream. Keys start equal to queries where they are those of the token before, so that a token attends
+        at first to what followed tokens like it.
+        """
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(p)
+            elif name.endswith("c_attn.weight"):
+                for part in p.data.chunk(3):  # queries, keys, values
+                    nn.init.orthogonal_(part)
+                heads = p.data.view(3, self.config.n_head, 2, -1, p.size(1))
+                heads[1, :, 1] = heads[0, :, 1]
+            elif ".h." in name and p.dim() == 2:
+                nn.init.orthogonal_(p)
             elif p.dim() == 2:
-                nn.init.normal_(p, std=p.size(1) ** -0.5 if ".h." in name else 0.02)
+                nn.init.normal_(p, std=0.02)
 
     def hidden_states(self, idx, positions, cache):
         """Token ids (B, T) at `positions` (T) of the context window -> the output of the last block, (B, T, C)."""
@@ -68,8 +81,10 @@ class Modern(GPT):
         x = self.transformer.drop(x)
         rotation = self.cos[positions, None].to(x.dtype), self.sin[positions, None].to(x.dtype)  # (T, 1, R) each
         value_embeddings = self.transformer.ve(idx).to(x.dtype).chunk(len(self.transformer.h), -1)  # (B, T, C) each
+        T = len(positions)
+        visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - WINDOW)
         for block, value_embedding in zip(self.transformer.h, value_embeddings):
-            x = block(x, rotation, value_embedding, cache)
+            x = block(x, rotation, value_embedding, visible, cache)
         return x
 
 
@@ -81,9 +96,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotation, value_embedding, cache=None):
+    def forward(self, x, rotation, value_embedding, visible, cache=None):
         """(B, T, C) -> (B, T, C); see Attention for the other arguments."""
-        x = x + self.attn(normalize(x), rotation, value_embedding, cache)
+        x = x + self.attn(normalize(x), rotation, value_embedding, visible, cache)
         return x + self.mlp(normalize(x))
 
 
@@ -94,10 +109,11 @@ class Attention(CausalSelfAttention):
     those of the token before. So one head can find what followed an earlier occurrence of the token: a name is copied.
     """
 
-    def forward(self, x, rotation, value_embedding, cache=None):
-        """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `value_embedding` (B, T, C): added to the values.
+    def forward(self, x, rotation, value_embedding, visible, cache=None):
+        """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `value_embedding` (B, T, C): added to the values. `visible`
+        (T, T), bool: the tokens that each token attends to.
 
-        With a KVCache, the T tokens follow the cached ones and attend to them too.
+        With a KVCache, the T tokens follow the cached ones and attend to the last WINDOW of them too.
         """
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
@@ -108,7 +124,11 @@ class Attention(CausalSelfAttention):
         rotated = rotate(rotated, *rotation)
         q, k = torch.cat([rotated[:, :, :H], q], -1), torch.cat([rotated[:, :, H:], k], -1)  # (B, T, H, D) each
         v = torch.add(v, value_embedding, alpha=VALUE_SCALE).view(B, T, H, D)
-        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)  # (B, H, T, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.append(k, v, WINDOW)
+        mask = visible if cache is None else cache.mask
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

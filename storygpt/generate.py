@@ -39,7 +39,6 @@ class KVCache:
         """Prepare for the next T tokens; returns their positions in the context window, (T)."""
         self.positions = self.length + self.slots[:T]
         self.length += T
-        self.kv_length = len(self.slots) if self.fixed_shapes else int(self.length)
         self.layer = self.call = 0  # the next ones of `append` and `previous`
         return self.positions
 
@@ -55,28 +54,35 @@ class KVCache:
         last.copy_(x[:, -1:])
         return x[:, :-1]
 
-    def append(self, k, v):
-        """Store the keys and values (B, H, T, D) of new tokens; returns the layer's, (B, H, kv_length, D) each."""
+    def append(self, k, v, window=None):
+        """Store the keys and values (B, H, T, D) of new tokens; returns those for attention, (B, H, L, D) each.
+
+        With `window`, a token attends to as many tokens only, itself included. `mask` is then added to the scores,
+        (T, L); None: the new token attends to all that are returned.
+        """
         T, layer = k.size(2), self.layer
         self.layer += 1
-        if layer == 0:
-            self.mask = None  # added to the attention scores, (T, kv_length); None: the new token attends to all
-            if T > 1 or self.fixed_shapes:
-                future = self.slots[:self.kv_length] > self.positions[:, None]  # (T, kv_length)
-                self.mask = torch.zeros_like(future, dtype=k.dtype).masked_fill_(future, -math.inf)
         if layer == len(self.keys):
             for tensors, new in ((self.keys, k), (self.values, v)):
                 B, H, _, D = new.shape
                 tensors.append(new.new_zeros(B, H, len(self.slots), D))
         keys, values = self.keys[layer], self.values[layer]
+        start, end = 0, len(self.slots)  # of the L slots
         if self.fixed_shapes:
             keys.index_copy_(2, self.positions, k)
             values.index_copy_(2, self.positions, v)
-            return keys, values
-        keys, values = keys.narrow(2, 0, self.kv_length), values.narrow(2, 0, self.kv_length)
-        keys.narrow(2, -T, T).copy_(k)
-        values.narrow(2, -T, T).copy_(v)
-        return keys, values
+        else:
+            end = int(self.length)
+            start = max(0, end - T + 1 - window) if window else 0
+            keys[:, :, end - T:end] = k
+            values[:, :, end - T:end] = v
+        if layer == 0 or window != self.window:
+            self.window, self.mask = window, None
+            if T > 1 or self.fixed_shapes:
+                distance = self.positions[:, None] - self.slots[start:end]  # (T, L)
+                hidden = (distance < 0) | (distance >= (window or end))
+                self.mask = torch.zeros_like(hidden, dtype=k.dtype).masked_fill_(hidden, -math.inf)
+        return keys[:, :, start:end], values[:, :, start:end]
 
     def keep(self, rows):
         """Drop all sequences of the batch but those where `rows`, a bool tensor (B), is true."""

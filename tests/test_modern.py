@@ -9,7 +9,8 @@ import sample
 import train
 from conftest import TINY
 from model import GPTConfig
-from modern import VALUE_SCALE, Modern, normalize, rotate
+from modern import VALUE_SCALE, WINDOW, Modern, normalize, rotate
+from storygpt.generate import KVCache
 from tools import serve
 
 
@@ -38,16 +39,28 @@ def test_rotated_scores_depend_on_the_distance_alone():
 def test_half_of_a_key_is_that_of_the_token_before():
     model = small(n_layer=1, n_head=1)
     attention, rotation = model.transformer.h[0].attn, (model.cos[:, None], model.sin[:, None])
-    keys = []
-    attention.attend = lambda q, k, v, cache: keys.append(k[0, 0]) or v  # k: (1, H, T, D)
-    x, zeros = torch.randn(2, 1, 8, 16).unbind()
-    attention(x, rotation, zeros)
-    x[0, 5] += 1
-    attention(x, rotation, zeros)
+    keys, x = [], torch.randn(1, 8, 16)
+    for _ in range(2):
+        cache = KVCache(8, "cpu")
+        cache.advance(8)
+        attention(x, rotation, torch.zeros(1, 8, 16), None, cache)
+        keys.append(cache.keys[0][0, 0])  # (T, D)
+        x[0, 5] += 1
     changed = keys[0] != keys[1]
     assert changed[:, :8].any(1).nonzero().flatten().tolist() == [5]
     assert changed[:, 8:].any(1).nonzero().flatten().tolist() == [6]
     assert not keys[0][0, 8:].any() and keys[0][1:, 8:].all()
+
+
+def test_a_token_attends_to_the_window_before_it():
+    model = small(block_size=3 * WINDOW, n_layer=1)
+    torch.nn.init.normal_(model.transformer.h[0].attn.c_proj.weight)
+    idx, token = torch.randint(50, (2, 3 * WINDOW)), 40
+    idx[1] = idx[0]
+    idx[1, token] = (idx[0, token] + 1) % 50
+    one, other = model(idx)
+    changed = (one != other).any(1).nonzero().flatten().tolist()
+    assert changed == list(range(token, token + WINDOW + 1))  # the last one by the key of the token after it
 
 
 def test_parameters_and_blocks_that_start_as_the_identity():
@@ -74,7 +87,7 @@ def test_a_value_embedding_adds_to_the_values_of_its_token_in_each_block():
     attention, rotation = model.transformer.h[0].attn, (model.cos[:1, None], model.sin[:1, None])
     x, embedding = torch.randn(2, 1, 1, 16)
     with torch.no_grad():
-        difference = attention(x, rotation, embedding) - attention(x, rotation, torch.zeros(1, 1, 16))
+        difference = attention(x, rotation, embedding, None) - attention(x, rotation, torch.zeros(1, 1, 16), None)
         torch.testing.assert_close(difference, attention.c_proj(VALUE_SCALE * embedding), rtol=1e-4, atol=1e-4)
 
 

@@ -361,7 +361,7 @@ VARIANTS = {
     "float32": (train_project, ["--dtype=float32"]),
     "dropout 0": (train_project, ["--dropout=0"]),
     "torch's dropout": (train_project, [], (fast, "dropout", fast.torch_dropout)),
-    "torch's attention": (train_project, [], (fast, "causal_attention", fast.torch_attention)),
+    "torch's attention": (train_project, [], (fast, "attention", fast.torch_attention)),
     "whole vocabulary": (train_project, [], (train, "fuse_loss", lambda model, *_, **__: loss_module.fuse_loss(model))),
     "unfused loss": (train_project, ["--device_batch_size=32"],  # the logits of a whole step would fill a GPU
                      (loss_module, "fused_linear_cross_entropy", unfused_loss)),

@@ -51,7 +51,7 @@ def test_a_layer_that_was_changed_in_any_way_is_not_plain(edit):
 def test_functions_are_replaced_in_the_context_only():
     torchs, q = (F.dropout, F.scaled_dot_product_attention), seeded(2, 3, 9, 8).requires_grad_()
     with pytest.raises(KeyError), fast.faster_functions(CPU):
-        assert (F.dropout, F.scaled_dot_product_attention) == (fast.dropout, fast.causal_attention)
+        assert (F.dropout, F.scaled_dot_product_attention) == (fast.dropout, fast.attention)
         node = F.scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn
         assert node.name() != fast.torch_attention(q, q, q, is_causal=True).grad_fn.name()
         raise KeyError
@@ -121,26 +121,35 @@ def test_dropout_of_attention_weights():
     torch.manual_seed(0)
     q = seeded(1, 2, 64, 64).requires_grad_()
     v = torch.eye(64).expand(1, 2, 64, 64)  # then the output is the weights
-    weights, dropped = (fast.causal_attention(q, q, v, None, p, True) for p in (0.0, 0.25))
+    weights, dropped = (fast.attention(q, q, v, None, p, True) for p in (0.0, 0.25))
     kept = dropped != 0
     torch.testing.assert_close(dropped, weights / 0.75 * kept)
     assert kept.sum() / (weights != 0).sum() == pytest.approx(0.75, abs=0.03)
 
 
-def test_attention_of_several_groups_of_queries_is_torchs():
-    q, k, v = (x.requires_grad_() for x in seeded(3, 2, 3, 2 * fast.QUERIES + 7, 8))
-    own, expected = (function(q, k, v, is_causal=True) for function in (fast.causal_attention, fast.torch_attention))
+T = 2 * fast.QUERIES + 7
+CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("options", [
+    dict(is_causal=True), dict(attn_mask=CAUSAL.triu(-20)), dict(attn_mask=CAUSAL.T), dict(attn_mask=~CAUSAL.diag().diag()),
+], ids=["causal", "window", "future", "others"])
+def test_attention_of_several_groups_of_queries_is_torchs(options):
+    q, k, v = (x.requires_grad_() for x in seeded(3, 2, 3, T, 8))
+    own, expected = (function(q, k, v, **options) for function in (fast.attention, fast.torch_attention))
+    assert own.grad_fn.name() != expected.grad_fn.name()
     torch.testing.assert_close(own, expected)
     weights = seeded(*own.shape)
     for gradients in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (own, expected))):
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-MASK = torch.ones(9, 9, dtype=torch.bool).tril(2)
+MASK = torch.zeros(9, 9)  # added to the scores
 
 
 @pytest.mark.parametrize("shapes, options", [
-    ([(2, 4, 9, 8)] * 3, dict(attn_mask=MASK)), ([(2, 4, 9, 8)] * 3, dict(is_causal=False)),
+    ([(2, 4, 9, 8)] * 3, dict(attn_mask=MASK)), ([(2, 4, 9, 8)] * 3, dict(attn_mask=MASK[:1] == 0)),
+    ([(2, 4, 9, 8)] * 3, dict(is_causal=False)),
     ([(2, 4, 9, 8)] * 3, dict(is_causal=True, scale=0.3)), ([(4, 9, 8)] * 3, dict(is_causal=True)),
     ([(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)], dict(is_causal=True, enable_gqa=True)),
     ([(2, 4, 5, 8), (2, 4, 9, 8), (2, 4, 9, 8)], dict(is_causal=True)),
@@ -148,12 +157,12 @@ MASK = torch.ones(9, 9, dtype=torch.bool).tril(2)
 ])
 def test_other_attention_is_torchs(shapes, options):
     q, k, v = (seeded(*shape).requires_grad_() for shape in shapes)
-    y = fast.causal_attention(q, k, v, **options)
+    y = fast.attention(q, k, v, **options)
     assert torch.equal(y, fast.torch_attention(q, k, v, **options))
     assert y.grad_fn.name() == fast.torch_attention(q, k, v, **options).grad_fn.name()
     with torch.no_grad():
         q = seeded(2, 4, 9, 8)
-        assert torch.equal(fast.causal_attention(q, q, q, is_causal=True),
+        assert torch.equal(fast.attention(q, q, q, is_causal=True),
                            fast.torch_attention(q, q, q, is_causal=True))
 
 

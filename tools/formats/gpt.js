@@ -67,6 +67,7 @@ class GPT {
       keys.row(t).set(k)
       for (let i = 0; i < D; i++) values.row(i)[t] = v[i]
       const scores = linear(q, keys, null, t + 1)  // (t + 1)
+      if (cos) scores.fill(-Infinity, 0, Math.max(0, t + 1 - 128))  // WINDOW of modern.py
       const weights = softmax(scores.map(score => score / Math.sqrt(D)))
       this.attention.push(weights)
       y.set(linear(weights, values), h * D)

@@ -210,21 +210,22 @@ class TracedCache(StaticCache):
         self.length, self.past = length.clone(), list(zip(keys, values))  # of each layer
         self.keys, self.values, self.last = ([x.clone() for x in buffers] for buffers in (keys, values, last))
 
-    def append(self, k, v):
+    def append(self, k, v, window=None):
         """As KVCache.append"""
-        self.new = k, v
-        return super().append(k, v)
+        self.new, self.given = (k, v), super().append(k, v, window)
+        return self.given
 
     def attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         """F.scaled_dot_product_attention, by ONNX Runtime's operator if it is that of new tokens to the cached ones."""
         (B, H, _, D), i = q.shape, self.layer - 1
-        is_ours = k is self.keys[i] and v is self.values[i] and attn_mask is self.mask
+        is_ours = k is self.given[0] and v is self.given[1] and attn_mask is self.mask
         if not is_ours or k.shape != v.shape or D % 8:
             return torch_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         inputs, total = [x.transpose(1, 2).flatten(2) for x in (q, *self.new)], self.length.int()  # (B, T, H * D) each
         y, self.keys[i], self.values[i] = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention", [*inputs, *self.past[i], (total - 1).expand(B), total],
-            {"num_heads": H, "kv_num_heads": k.size(1), "scale": scale or D**-0.5},
+            {"num_heads": H, "kv_num_heads": k.size(1), "scale": scale or D**-0.5,
+             "local_window_size": self.window or -1},
             dtypes=[q.dtype] * 3, shapes=[inputs[0].shape, k.shape, v.shape], version=1)
         return y.unflatten(2, (H, D)).transpose(1, 2)
 
