@@ -81,7 +81,7 @@ class Modern(GPT):
         x = self.transformer.drop(x)
         rotation = self.cos[positions, None].to(x.dtype), self.sin[positions, None].to(x.dtype)  # (T, 1, R) each
         value_embeddings = self.transformer.ve(idx).to(x.dtype).chunk(len(self.transformer.h), -1)  # (B, T, C) each
-        T = len(positions)
+        T = idx.size(1)
         visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - WINDOW)
         for block, value_embedding in zip(self.transformer.h, value_embeddings):
             x = block(x, rotation, value_embedding, visible, cache)

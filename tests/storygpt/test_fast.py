@@ -132,7 +132,8 @@ CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
 
 
 @pytest.mark.parametrize("options", [
-    dict(is_causal=True), dict(attn_mask=CAUSAL.triu(-20)), dict(attn_mask=CAUSAL.T), dict(attn_mask=~CAUSAL.diag().diag()),
+    dict(is_causal=True), dict(attn_mask=CAUSAL.triu(-20)), dict(attn_mask=CAUSAL.T),
+    dict(attn_mask=~CAUSAL.diag().diag()),
 ], ids=["causal", "window", "future", "others"])
 def test_attention_of_several_groups_of_queries_is_torchs(options):
     q, k, v = (x.requires_grad_() for x in seeded(3, 2, 3, T, 8))

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import modern
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from storygpt.fast import FastLinear
 from storygpt.generate import (KVCache, capture_graph, check_cache, fast_topk, generate, prepare_for_generation,
@@ -58,7 +59,8 @@ def test_window_start_advances_by_half_a_block():
 @torch.no_grad()
 @pytest.mark.parametrize("fixed_shapes", [False, True])  # as on a CPU, as on a GPU
 @each_architecture
-def test_cache_filled_by_several_tokens_and_by_single_ones(fixed_shapes, architecture):
+def test_cache_filled_by_several_tokens_and_by_single_ones(fixed_shapes, architecture, monkeypatch):
+    monkeypatch.setattr(modern, "WINDOW", 3)
     model, idx = small(architecture=architecture).double(), torch.randint(50, (2, 8))
     plain, cache = model(idx), KVCache(8, "cpu")
     cache.fixed_shapes = fixed_shapes

@@ -17,6 +17,7 @@ pytest.importorskip("onnxscript", reason="pip install -r requirements-extra.txt"
 
 from conftest import ROOT
 from model import GPT, GPTConfig
+import modern
 from modern import make_model
 from storygpt import checkpoint, generate
 from storygpt.corpus.tokenizer import Tokenizer
@@ -93,9 +94,11 @@ def test_the_file_contains_what_an_application_needs(trained, exported):
     assert info["training_settings"]["learning_rate"] == 0.01 and info["losses"]["val_loss"] > 1
 
 
-def test_modern_with_odd_sizes():
-    proto = check(make_model(GPTConfig(architecture="modern", **ODD_SHAPE | {"n_embd": 36})))
-    assert "GroupQueryAttention" not in operators(proto)  # its heads have a multiple of 8
+@pytest.mark.parametrize("n_embd", [36, 48])
+def test_modern_with_odd_sizes_and_a_window(n_embd, monkeypatch):
+    monkeypatch.setattr(modern, "WINDOW", 3)
+    proto = check(make_model(GPTConfig(architecture="modern", **ODD_SHAPE | {"n_embd": n_embd, "block_size": 9})))
+    assert ("GroupQueryAttention" in operators(proto)) == (n_embd == 48)  # its heads have a multiple of 8
 
 
 @pytest.mark.parametrize("names, shape, dtype, has_cache", [
