@@ -18,6 +18,8 @@
 B: batch size, T: sequence length, C: n_embd, H: n_head, D: C / H, V: vocab_size.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -81,10 +83,9 @@ class Modern(GPT):
         x = self.transformer.drop(x)
         rotation = self.cos[positions, None].to(x.dtype), self.sin[positions, None].to(x.dtype)  # (T, 1, R) each
         value_embeddings = self.transformer.ve(idx).to(x.dtype).chunk(len(self.transformer.h), -1)  # (B, T, C) each
-        T = idx.size(1)
-        visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - WINDOW)
+        mask = window_mask(x) if cache is None else None
         for block, value_embedding in zip(self.transformer.h, value_embeddings):
-            x = block(x, rotation, value_embedding, visible, cache)
+            x = block(x, rotation, value_embedding, mask, cache)
         return x
 
 
@@ -96,9 +97,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotation, value_embedding, visible, cache=None):
+    def forward(self, x, rotation, value_embedding, mask, cache=None):
         """(B, T, C) -> (B, T, C); see Attention for the other arguments."""
-        x = x + self.attn(normalize(x), rotation, value_embedding, visible, cache)
+        x = x + self.attn(normalize(x), rotation, value_embedding, mask, cache)
         return x + self.mlp(normalize(x))
 
 
@@ -109,11 +110,11 @@ class Attention(CausalSelfAttention):
     those of the token before. So one head can find what followed an earlier occurrence of the token: a name is copied.
     """
 
-    def forward(self, x, rotation, value_embedding, visible, cache=None):
-        """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `value_embedding` (B, T, C): added to the values. `visible`
-        (T, T), bool: the tokens that each token attends to.
+    def forward(self, x, rotation, value_embedding, mask, cache=None):
+        """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `mask`: see `window_mask`. `value_embedding` (B, T, C): added
+        to the values.
 
-        With a KVCache, the T tokens follow the cached ones and attend to the last WINDOW of them too.
+        With a KVCache, the T tokens follow the cached ones and attend to the last of them too.
         """
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
@@ -124,12 +125,13 @@ class Attention(CausalSelfAttention):
         rotated = rotate(rotated, *rotation)
         q, k = torch.cat([rotated[:, :, :H], q], -1), torch.cat([rotated[:, :, H:], k], -1)  # (B, T, H, D) each
         v = torch.add(v, value_embedding, alpha=VALUE_SCALE).view(B, T, H, D)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
-        if cache is not None:
+        if cache is None:
+            y = window_attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, T, H, D)
+        else:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
             k, v = cache.append(k, v, WINDOW)
-        mask = visible if cache is None else cache.mask
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            y = F.scaled_dot_product_attention(q, k, v, cache.mask).transpose(1, 2)  # (B, T, H, D)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
 
 class MLP(model.MLP):
@@ -138,6 +140,28 @@ class MLP(model.MLP):
     def forward(self, x):
         """(B, T, C) -> (B, T, C)"""
         return self.dropout(self.c_proj(F.relu(self.c_fc(x)).square()))
+
+
+def window_attention(q, k, v, mask, dropout):
+    """Attention of each token to the last W = WINDOW ones, itself included: q, k, v (B, T, H, D) -> (B, T, H, D).
+
+    The tokens are cut into N groups of W. Each group attends to itself and to the one before; the groups are the batch.
+    """
+    B, T, H, D = q.shape
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -T % WINDOW)).unflatten(1, (-1, WINDOW)) for x in (q, k, v))  # (B, N, W, H, D)
+    k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], 2) for x in (k, v))  # (B, N, 2W, H, D)
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # (B * N, H, W or 2W, D)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B * N, H, W, D)
+    return y.transpose(1, 2).reshape(B, -1, H, D)[:, :T]
+
+
+def window_mask(x):
+    """What is added to the scores in `window_attention`, 0 or -inf, for x (B, T, C): (B * N, 1, W, 2W)."""
+    B, N = len(x), math.ceil(x.size(1) / WINDOW)
+    i, j = torch.arange(WINDOW, 2 * WINDOW, device=x.device)[:, None], torch.arange(2 * WINDOW, device=x.device)
+    hidden = ((j > i) | (j <= i - WINDOW)).repeat(N, 1, 1)  # (N, W, 2W)
+    hidden[0, :, :WINDOW] = True  # there is no group before the first one
+    return torch.zeros_like(hidden, dtype=x.dtype).masked_fill_(hidden, -math.inf).repeat(B, 1, 1)[:, None]
 
 
 def normalize(x):

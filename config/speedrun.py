@@ -12,14 +12,14 @@ architecture = "modern"
 n_layer = 4
 n_head = 2
 n_embd = 128
-block_size = 256  # most stories fit completely
+block_size = 1024  # attention reaches back WINDOW = 128 tokens (modern.py)
 bias = False
 dropout = 0.0  # a part of an epoch cannot overfit
 init_embeddings = "cooccurrence"
 
-batch_size = 8  # 2,048 tokens per step
+batch_size = 2  # 2,048 tokens per step
 gradient_accumulation_steps = 1
-max_tokens = 2_300_000
+max_tokens = 2_000_000
 
 optimizer = "muon"
 muon_lr = 0.02

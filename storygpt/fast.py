@@ -10,14 +10,14 @@ import math
 import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-# Queries whose scores `attention` computes at once: with fewer, less is computed and masked.
+# Queries whose scores `attention` computes at once: with fewer, less of the future is computed and masked.
 QUERIES = 128
 
 torch_attention, torch_dropout = F.scaled_dot_product_attention, F.dropout
@@ -62,51 +62,34 @@ def dropout(x, p=0.5, training=True, inplace=False):
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """F.scaled_dot_product_attention without a fused kernel, for training: q, k, v (B, H, T, D) -> (B, H, T, D).
+    """F.scaled_dot_product_attention without a fused kernel, for training: q (B, H, T, D) and k, v (B, H, L, D) ->
+    (B, H, T, D).
 
     On a CPU, torch's fused kernel is several times slower in the backward pass at short blocks, and with dropout at
-    any; and it computes what a mask hides. Everything but self-attention with gradients, causal or with a bool mask
-    (T, T), is torch's.
+    any. Everything but attention with gradients, causal self-attention or with a mask that is added, is torch's.
     """
-    T = q.size(-2)
-    masked = attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape == (T, T)
-    plain = ((masked and not is_causal or is_causal and attn_mask is None) and not options
-             and q.dim() == 4 and q.shape == k.shape == v.shape)
+    causal = is_causal and attn_mask is None and q.shape == k.shape
+    added = not is_causal and attn_mask is not None and attn_mask.dtype == q.dtype
+    plain = (causal or added) and not options and q.dim() == 4 and q.shape[:2] == k.shape[:2] and k.shape == v.shape
     if not plain or q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
         return torch_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
-    B, H, T, D = q.shape
-    mask = attn_mask if masked else causal_mask(T)
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    parts = []  # (B * H, t, D) each, of t queries
-    for queries, keys, bias in groups(mask, mask._version, q.dtype):
-        # One operation for the product, the scale and the mask: each is a pass over the largest tensors of the block.
-        scores = torch.baddbmm(bias, q[:, queries], k[:, keys].mT, alpha=D**-0.5)  # (B * H, t, keys)
-        parts.append(dropout(scores.softmax(-1, dtype=q.dtype), dropout_p) @ v[:, keys])
+    (B, H, T, D), L = q.shape, k.size(2)
+    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
+    if added:
+        mask = attn_mask.expand(B, H, T, L).reshape(B * H, T, L)
+        return unfused_attention(q, k, v, mask, dropout_p).view(B, H, T, D)
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    ends = [min(T, start + QUERIES) for start in range(0, T, QUERIES)]
+    parts = [unfused_attention(q[:, start:end], k[:, :end], v[:, :end], mask[start:end, :end], dropout_p)
+             for start, end in zip([0, *ends], ends)]  # (B * H, t, D) each, of t queries
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(B, H, T, D)
 
 
-@lru_cache(maxsize=8)
-def causal_mask(T):
-    """(T, T), bool: each token attends to itself and to all before it."""
-    return torch.ones(T, T, dtype=torch.bool).tril()
-
-
-@lru_cache(maxsize=2)
-def groups(mask, version, dtype):
-    """Cut a mask (T, T) into groups of queries: a list of slices of t queries and of the keys between the first and the
-    last one that they attend to, and what is added to their scores, (t, keys).
-
-    All layers have the same mask, mostly. `version` is that of its content.
-    """
-    parts = []
-    for start in range(0, len(mask), QUERIES):
-        visible = mask[start:start + QUERIES]  # (t, T)
-        columns = visible.any(0).nonzero().flatten().tolist() or [0, len(mask) - 1]
-        keys = slice(columns[0], columns[-1] + 1)
-        hidden = ~visible[:, keys]
-        bias = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
-        parts.append((slice(start, start + len(visible)), keys, bias))
-    return parts
+def unfused_attention(q, k, v, mask, dropout_p):
+    """q (N, T, D), k and v (N, L, D), and what is added to the scores, (T, L) or (N, T, L) -> (N, T, D)."""
+    # One operation for the product, the scale and the mask: each is a pass over the largest tensors of the block.
+    scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5)  # (N, T, L)
+    return dropout(scores.softmax(-1, dtype=q.dtype), dropout_p) @ v
 
 
 # ---- generating ----

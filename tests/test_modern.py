@@ -9,7 +9,7 @@ import sample
 import train
 from conftest import TINY
 from model import GPTConfig
-from modern import VALUE_SCALE, WINDOW, Modern, normalize, rotate
+from modern import VALUE_SCALE, WINDOW, Modern, normalize, rotate, window_mask
 from storygpt.generate import KVCache
 from tools import serve
 
@@ -87,7 +87,8 @@ def test_a_value_embedding_adds_to_the_values_of_its_token_in_each_block():
     attention, rotation = model.transformer.h[0].attn, (model.cos[:1, None], model.sin[:1, None])
     x, embedding = torch.randn(2, 1, 1, 16)
     with torch.no_grad():
-        difference = attention(x, rotation, embedding, None) - attention(x, rotation, torch.zeros(1, 1, 16), None)
+        mask = window_mask(x)
+        difference = attention(x, rotation, embedding, mask) - attention(x, rotation, torch.zeros(1, 1, 16), mask)
         torch.testing.assert_close(difference, attention.c_proj(VALUE_SCALE * embedding), rtol=1e-4, atol=1e-4)
 
 

@@ -128,15 +128,13 @@ def test_dropout_of_attention_weights():
 
 
 T = 2 * fast.QUERIES + 7
-CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
 
 
-@pytest.mark.parametrize("options", [
-    dict(is_causal=True), dict(attn_mask=CAUSAL.triu(-20)), dict(attn_mask=CAUSAL.T),
-    dict(attn_mask=~CAUSAL.diag().diag()),
-], ids=["causal", "window", "future", "others"])
-def test_attention_of_several_groups_of_queries_is_torchs(options):
-    q, k, v = (x.requires_grad_() for x in seeded(3, 2, 3, T, 8))
+@pytest.mark.parametrize("options, L", [
+    (dict(is_causal=True), T), (dict(attn_mask=seeded(T, T)), T), (dict(attn_mask=seeded(2, 1, T, 7)), 7),
+], ids=["causal", "mask", "mask of each sequence"])
+def test_attention_with_gradients_is_torchs(options, L):
+    q, k, v = (x.requires_grad_() for x in (seeded(2, 3, T, 8), *seeded(2, 2, 3, L, 8)))
     own, expected = (function(q, k, v, **options) for function in (fast.attention, fast.torch_attention))
     assert own.grad_fn.name() != expected.grad_fn.name()
     torch.testing.assert_close(own, expected)
@@ -145,12 +143,12 @@ def test_attention_of_several_groups_of_queries_is_torchs(options):
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-MASK = torch.zeros(9, 9)  # added to the scores
+MASK = torch.ones(9, 9, dtype=torch.bool).tril(2)
 
 
 @pytest.mark.parametrize("shapes, options", [
-    ([(2, 4, 9, 8)] * 3, dict(attn_mask=MASK)), ([(2, 4, 9, 8)] * 3, dict(attn_mask=MASK[:1] == 0)),
-    ([(2, 4, 9, 8)] * 3, dict(is_causal=False)),
+    ([(2, 4, 9, 8)] * 3, dict(attn_mask=MASK)), ([(2, 4, 9, 8)] * 3, dict(is_causal=False)),
+    ([(2, 4, 9, 8)] * 3, dict(attn_mask=seeded(9, 9), scale=0.3)),
     ([(2, 4, 9, 8)] * 3, dict(is_causal=True, scale=0.3)), ([(4, 9, 8)] * 3, dict(is_causal=True)),
     ([(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)], dict(is_causal=True, enable_gqa=True)),
     ([(2, 4, 5, 8), (2, 4, 9, 8), (2, 4, 9, 8)], dict(is_causal=True)),
