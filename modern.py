@@ -9,7 +9,7 @@
 - layer norm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
 - the square of ReLU (So et al. 2021, Primer, arXiv 2109.08668) instead of GELU
 - layer norms without parameters, except for the last one
-- blocks whose output matrices start at zero
+- blocks whose output matrices start at zero, and whose queries, keys and values start as the input
 - value embeddings (modded-nanogpt; after Zhou et al. 2024, arXiv 2410.17897): in each block, a token adds a learned
   vector of its own to its values. The model does nothing else with these n_layer * V * C parameters, but every
   optimizer step updates them all: they suit small vocabularies
@@ -58,18 +58,18 @@ class Modern(GPT):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
     def init_weights(self):
-        """Embeddings: std 0.02. Matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120); zero for those into the
-        residual stream. Keys start equal to queries where they are those of the token before, so that a token attends
-        at first to what followed tokens like it.
+        """Embeddings: std 0.02. Matrices into the residual stream: zero. Queries, keys and values: each is a dimension of
+        x, so that a token attends at first to what followed tokens like it; with random ones, the loss depends more on
+        the seed (docs/speedrun.md). Other matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120).
         """
+        C, H = self.config.n_embd, self.config.n_head
+        # The halves without positions get the first dimensions: those that differ most in computed embeddings.
+        identity = torch.eye(C).view(2, H, -1, C).flip(0).transpose(0, 1).reshape(C, C)
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(p)
             elif name.endswith("c_attn.weight"):
-                for part in p.data.chunk(3):  # queries, keys, values
-                    nn.init.orthogonal_(part)
-                heads = p.data.view(3, self.config.n_head, 2, -1, p.size(1))
-                heads[1, :, 1] = heads[0, :, 1]
+                p.data.copy_(identity.repeat(3, 1))
             elif ".h." in name and p.dim() == 2:
                 nn.init.orthogonal_(p)
             elif p.dim() == 2:
@@ -111,8 +111,8 @@ class Attention(CausalSelfAttention):
     """
 
     def forward(self, x, rotation, value_embedding, mask, cache=None):
-        """(B, T, C) -> (B, T, C). `rotation`: see `rotate`. `mask`: see `window_mask`. `value_embedding` (B, T, C): added
-        to the values.
+        """(B, T, C) -> (B, T, C). `value_embedding` (B, T, C) is added to the values; for the others see `rotate` and
+        `window_mask`.
 
         With a KVCache, the T tokens follow the cached ones and attend to the last of them too.
         """
