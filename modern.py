@@ -58,9 +58,9 @@ class Modern(GPT):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
     def init_weights(self):
-        """Embeddings: std 0.02. Matrices into the residual stream: zero. Queries, keys and values: each is a dimension of
-        x, so that a token attends at first to what followed tokens like it; with random ones, the loss depends more on
-        the seed (docs/speedrun.md). Other matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120).
+        """Embeddings: std 0.02. Matrices into the residual stream: zero. Queries, keys and values: the input itself, so
+        that a token attends at first to what followed tokens like it; with random ones, the loss depends more on the
+        seed (docs/speedrun.md). Other matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120).
         """
         C, H = self.config.n_embd, self.config.n_head
         # The halves without positions get the first dimensions: those that differ most in computed embeddings.

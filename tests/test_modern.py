@@ -76,6 +76,15 @@ def test_parameters_and_blocks_that_start_as_the_identity():
     assert len(biases) == 3 * 4 + 1 and not any(p.any() for p in biases)
 
 
+def test_queries_keys_and_values_start_as_the_input():
+    """The first half of its dimensions in the halves of the heads without positions."""
+    x = torch.arange(16.0)
+    for block in small().transformer.h:  # 2 heads of 8 dimensions
+        q, k, v = block.attn.c_attn(x).view(3, 2, 2, 4)
+        assert torch.equal(q, k) and torch.equal(q, v)
+        assert torch.equal(q[:, 1], x[:8].view(2, 4)) and torch.equal(q[:, 0], x[8:].view(2, 4))
+
+
 def test_a_value_embedding_adds_to_the_values_of_its_token_in_each_block():
     """So in a sequence of one token, where attention returns its value, it adds c_proj of itself."""
     model, idx = small(), torch.tensor([[3, 7, 3, 9]])
