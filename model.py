@@ -67,7 +67,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, cache):
         """Attention of queries q to keys k and values v, (B, H, T, D) each -> (B, H, T, D), and to the cached ones."""
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, L, D) each, of all L tokens so far
+            k, v = cache.append(k, v)  # (B, H, L, D) each
             return F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)

@@ -4,8 +4,8 @@
 
 - rotary positions (Su et al. 2021, RoFormer, arXiv 2104.09864) instead of learned ones, in half of each head
 - in the other half, the keys of the token before (modded-nanogpt)
-- attention to a window of the last tokens (Beltagy et al. 2020, Longformer, arXiv 2004.05150), so that long blocks are
-  as fast as short ones
+- attention to a window of the last tokens (Beltagy et al. 2020, Longformer, arXiv 2004.05150), so that long blocks
+  cost little more than short ones
 - layer norm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
 - the square of ReLU (So et al. 2021, Primer, arXiv 2109.08668) instead of GELU
 - layer norms without parameters, except for the last one
@@ -30,7 +30,9 @@ from model import GPT, CausalSelfAttention
 # A factor on value embeddings. It acts like a 16 times larger initial size and, as AdamW's steps do not depend on the
 # size of the gradient, like a 16 times higher learning rate. Checkpoints depend on it.
 VALUE_SCALE = 16
-WINDOW = 128  # tokens that a token attends to, itself included; those of n_layer windows reach it through the blocks
+# Tokens that a token attends to, itself included. Through the blocks, it depends on those of n_layer windows.
+# Checkpoints depend on it; tools/formats/gpt.js has it, too.
+WINDOW = 128
 ROTARY_BASE = 1000  # wavelengths are from 6 to nearly 2 pi * 1,000 tokens
 
 
@@ -63,7 +65,7 @@ class Modern(GPT):
         seed (docs/speedrun.md). Other matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120).
         """
         C, H = self.config.n_embd, self.config.n_head
-        # The halves without positions get the first dimensions: those that differ most in computed embeddings.
+        # The halves without positions get the first dimensions, whose variance is largest in computed embeddings.
         identity = torch.eye(C).view(2, H, -1, C).flip(0).transpose(0, 1).reshape(C, C)
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "bias")):
@@ -104,17 +106,18 @@ class Block(nn.Module):
 
 
 class Attention(CausalSelfAttention):
-    """Multi-head self-attention with a causal mask and normalized queries and keys.
+    """Multi-head self-attention to the last WINDOW tokens, with normalized queries and keys.
 
     The first half of a head's dimensions has rotary positions. The second half has no positions; there, the keys are
-    those of the token before. So one head can find what followed an earlier occurrence of the token: a name is copied.
+    those of the token before. So one head can find what followed an earlier occurrence of the token within the window:
+    a name is copied.
     """
 
     def forward(self, x, rotation, value_embedding, mask, cache=None):
-        """(B, T, C) -> (B, T, C). `value_embedding` (B, T, C) is added to the values; for the others see `rotate` and
-        `window_mask`.
+        """(B, T, C) -> (B, T, C). `value_embedding` (B, T, C) is added to the values; for `rotation` and `mask` see
+        `rotate` and `window_mask`.
 
-        With a KVCache, the T tokens follow the cached ones and attend to the last of them too.
+        With a KVCache, the T tokens follow the cached ones and attend to the last of these too; `mask` is not used.
         """
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
@@ -125,13 +128,16 @@ class Attention(CausalSelfAttention):
         rotated = rotate(rotated, *rotation)
         q, k = torch.cat([rotated[:, :, :H], q], -1), torch.cat([rotated[:, :, H:], k], -1)  # (B, T, H, D) each
         v = torch.add(v, value_embedding, alpha=VALUE_SCALE).view(B, T, H, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
+        y = self.attend(q, k, v, mask, cache)  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+    def attend(self, q, k, v, mask, cache):
+        """Attention to the last WINDOW tokens, each itself included, (B, H, T, D) each -> (B, H, T, D)."""
         if cache is None:
-            y = window_attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, T, H, D)
-        else:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
-            k, v = cache.append(k, v, WINDOW)
-            y = F.scaled_dot_product_attention(q, k, v, cache.mask).transpose(1, 2)  # (B, T, H, D)
-        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+            return window_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        k, v = cache.append(k, v, WINDOW)  # (B, H, L, D) each
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
 
 
 class MLP(model.MLP):
@@ -143,24 +149,27 @@ class MLP(model.MLP):
 
 
 def window_attention(q, k, v, mask, dropout):
-    """Attention of each token to the last W = WINDOW ones, itself included: q, k, v (B, T, H, D) -> (B, T, H, D).
+    """Attention of each token to the last W = WINDOW ones, itself included: q, k, v (B, H, T, D) -> (B, H, T, D).
 
-    The tokens are cut into N groups of W. Each group attends to itself and to the one before; the groups are the batch.
+    The tokens are cut into N groups of W, and each group attends to itself and to the one before. The groups of all
+    sequences are one batch. `mask`: see `window_mask`; `dropout`: the probability.
     """
-    B, T, H, D = q.shape
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -T % WINDOW)).unflatten(1, (-1, WINDOW)) for x in (q, k, v))  # (B, N, W, H, D)
-    k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], 2) for x in (k, v))  # (B, N, 2W, H, D)
-    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # (B * N, H, W or 2W, D)
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B * N, H, W, D)
-    return y.transpose(1, 2).reshape(B, -1, H, D)[:, :T]
+    B, H, T, D = q.shape
+    W = min(WINDOW, T)
+    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)).transpose(1, 2) for x in (q, k, v))  # (B, N, H, W, D)
+    k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], 3) for x in (k, v))  # (B, N, H, 2W, D)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * N, H, W or 2W, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B * N, H, W, D)
+    return y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def window_mask(x):
     """What is added to the scores in `window_attention`, 0 or -inf, for x (B, T, C): (B * N, 1, W, 2W)."""
-    B, N = len(x), math.ceil(x.size(1) / WINDOW)
-    i, j = torch.arange(WINDOW, 2 * WINDOW, device=x.device)[:, None], torch.arange(2 * WINDOW, device=x.device)
-    hidden = ((j > i) | (j <= i - WINDOW)).repeat(N, 1, 1)  # (N, W, 2W)
-    hidden[0, :, :WINDOW] = True  # there is no group before the first one
+    B, T, _ = x.shape
+    W = min(WINDOW, T)
+    i, j = torch.arange(W, 2 * W, device=x.device)[:, None], torch.arange(2 * W, device=x.device)
+    hidden = ((j > i) | (j <= i - W)).repeat(math.ceil(T / W), 1, 1)  # (N, W, 2W)
+    hidden[0, :, :W] = True  # there is no group before the first one
     return torch.zeros_like(hidden, dtype=x.dtype).masked_fill_(hidden, -math.inf).repeat(B, 1, 1)[:, None]
 
 

@@ -9,7 +9,7 @@ architecture = "modern"
 n_layer = 6
 n_head = 4
 n_embd = 256
-block_size = 1024  # attention reaches back WINDOW = 128 tokens (modern.py)
+block_size = 1024  # few stories are cut by its start; attention reaches back 128 tokens (modern.py)
 bias = False
 dropout = 0.0  # on two EPYC cores about two epochs of a fiftieth of TinyStories; others were not tried
 init_embeddings = "cooccurrence"

@@ -1,4 +1,4 @@
-"""TinyStories on two CPU cores in five minutes (docs/speedrun.md): the speedrun's model with a longer block.
+"""TinyStories on two CPU cores in five minutes (docs/speedrun.md): the speedrun's model trained longer.
 
 python prepare.py --tokenizer bpe:4096 && python train.py config/tinystories_cpu_5min.py
 """
@@ -9,7 +9,7 @@ architecture = "modern"
 n_layer = 4
 n_head = 2
 n_embd = 128
-block_size = 1024  # attention reaches back WINDOW = 128 tokens (modern.py)
+block_size = 1024  # few stories are cut by its start; attention reaches back 128 tokens (modern.py)
 bias = False
 dropout = 0.0  # a part of an epoch cannot overfit
 init_embeddings = "cooccurrence"

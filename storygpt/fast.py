@@ -66,12 +66,14 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options
     (B, H, T, D).
 
     On a CPU, torch's fused kernel is several times slower in the backward pass at short blocks, and with dropout at
-    any. Everything but attention with gradients, causal self-attention or with a mask that is added, is torch's.
+    any. Computed here: causal self-attention, and attention with a float mask that hides no query entirely; both with
+    gradients. Everything else is torch's.
     """
     causal = is_causal and attn_mask is None and q.shape == k.shape
     added = not is_causal and attn_mask is not None and attn_mask.dtype == q.dtype
     plain = (causal or added) and not options and q.dim() == 4 and q.shape[:2] == k.shape[:2] and k.shape == v.shape
-    if not plain or q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+    if (not plain or q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad)
+            or added and attn_mask.amax(-1).isneginf().any()):
         return torch_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
     (B, H, T, D), L = q.shape, k.size(2)
     q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
@@ -218,7 +220,9 @@ def _direct_class(kind):
 
 
 class SkipInit(TorchFunctionMode):
-    """A context that leaves out random initial values of parameters: for a model whose weights are loaded."""
+    """A context that leaves out random initial values of parameters, but orthogonal ones: for a model whose weights are
+    loaded.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Return the parameter as it is instead of filling it."""

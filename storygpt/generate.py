@@ -39,6 +39,7 @@ class KVCache:
         """Prepare for the next T tokens; returns their positions in the context window, (T)."""
         self.positions = self.length + self.slots[:T]
         self.length += T
+        self.end = len(self.slots) if self.fixed_shapes else int(self.length)  # of the slots that are read
         self.layer = self.call = 0  # the next ones of `append` and `previous`
         return self.positions
 
@@ -57,8 +58,8 @@ class KVCache:
     def append(self, k, v, window=None):
         """Store the keys and values (B, H, T, D) of new tokens; returns those for attention, (B, H, L, D) each.
 
-        With `window`, a token attends to as many tokens only, itself included. `mask` is then added to the scores,
-        (T, L); None: the new token attends to all that are returned.
+        With `window`, a token attends to the last `window` tokens only, itself included. Sets `mask`, (T, L), to add to
+        the scores; None: the new token attends to all that are returned.
         """
         T, layer = k.size(2), self.layer
         self.layer += 1
@@ -67,12 +68,11 @@ class KVCache:
                 B, H, _, D = new.shape
                 tensors.append(new.new_zeros(B, H, len(self.slots), D))
         keys, values = self.keys[layer], self.values[layer]
-        start, end = 0, len(self.slots)  # of the L slots
+        start, end = 0, self.end  # of the L slots
         if self.fixed_shapes:
             keys.index_copy_(2, self.positions, k)
             values.index_copy_(2, self.positions, v)
         else:
-            end = int(self.length)
             start = max(0, end - T + 1 - window) if window else 0
             keys[:, :, end - T:end] = k
             values[:, :, end - T:end] = v

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+import modern
 import sample
 import train
 from conftest import TINY
@@ -61,6 +62,19 @@ def test_a_token_attends_to_the_window_before_it():
     one, other = model(idx)
     changed = (one != other).any(1).nonzero().flatten().tolist()
     assert changed == list(range(token, token + WINDOW + 1))  # the last one by the key of the token after it
+
+
+def test_window_attention_is_attention_with_a_mask(monkeypatch):
+    monkeypatch.setattr(modern, "WINDOW", 4)
+    for T in (1, 3, 4, 10):
+        q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 3, T, 8))
+        visible = torch.ones(T, T, dtype=torch.bool).tril().triu(-3)
+        own = modern.window_attention(q, k, v, modern.window_mask(torch.zeros(2, T, 24)), 0.0)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible)
+        torch.testing.assert_close(own, expected)
+        weights = torch.randn(own.shape)
+        for gradients in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (own, expected))):
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_and_blocks_that_start_as_the_identity():

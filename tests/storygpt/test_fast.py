@@ -1,5 +1,7 @@
 """The faster replacements compute what torch's layers and functions do, and leave everything else as it is."""
 
+import math
+
 import pytest
 import torch
 import torch.nn as nn
@@ -149,6 +151,7 @@ MASK = torch.ones(9, 9, dtype=torch.bool).tril(2)
 @pytest.mark.parametrize("shapes, options", [
     ([(2, 4, 9, 8)] * 3, dict(attn_mask=MASK)), ([(2, 4, 9, 8)] * 3, dict(is_causal=False)),
     ([(2, 4, 9, 8)] * 3, dict(attn_mask=seeded(9, 9), scale=0.3)),
+    ([(2, 4, 9, 8)] * 3, dict(attn_mask=torch.zeros(9, 9).index_fill_(0, torch.tensor(3), -math.inf))),
     ([(2, 4, 9, 8)] * 3, dict(is_causal=True, scale=0.3)), ([(4, 9, 8)] * 3, dict(is_causal=True)),
     ([(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)], dict(is_causal=True, enable_gqa=True)),
     ([(2, 4, 5, 8), (2, 4, 9, 8), (2, 4, 9, 8)], dict(is_causal=True)),

@@ -15,9 +15,9 @@ onnx = pytest.importorskip("onnx", reason="pip install -r requirements-extra.txt
 pytest.importorskip("onnxruntime", reason="pip install -r requirements-extra.txt")
 pytest.importorskip("onnxscript", reason="pip install -r requirements-extra.txt")
 
+import modern
 from conftest import ROOT
 from model import GPT, GPTConfig
-import modern
 from modern import make_model
 from storygpt import checkpoint, generate
 from storygpt.corpus.tokenizer import Tokenizer
