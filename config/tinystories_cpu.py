@@ -3,8 +3,8 @@
 python prepare.py --tokenizer bpe:4096 && python train.py config/tinystories_cpu.py
 
 Another length (--max_minutes=20, --max_tokens=8_000_000): the learning-rate schedule follows it. The longer the run,
-the larger the best model: see tinystories_cpu_5min.py and tinystories_cpu_1h.py. A text of less than 400 KB needs shorter
-blocks: --block_size=256 --batch_size=8. With these, --architecture=gpt2 trains a model that can be exported to
+the larger the best model: see tinystories_cpu_5min.py and tinystories_cpu_1h.py. A text of less than 400 KB needs
+shorter blocks: --block_size=256 --batch_size=8. With these, --architecture=gpt2 trains a model that can be exported to
 transformers and llama.cpp.
 """
 

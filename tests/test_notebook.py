@@ -39,7 +39,8 @@ def test_it_has_no_outputs(notebook):
 @pytest.mark.parametrize("size", ["toy", pytest.param("as it is", marks=pytest.mark.slow)])
 def test_it_runs_from_top_to_bottom(notebook, project, monkeypatch, size):
     if size == "toy":
-        settings = read_command_line([*TINY, "--architecture=modern", "--block_size=64", "--max_iters=12", "--eval_interval=4"], {})[1]
+        flags = "--architecture=modern --block_size=64 --max_iters=12 --eval_interval=4"
+        settings = read_command_line([*TINY, *flags.split()], {})[1]
         Path(project, "config/quickstart.py").write_text("".join(f"{k} = {v!r}\n" for k, v in settings.items()))
         for old, new in {"prepare_command(cfg.dataset)": "prepare_command(cfg.dataset) + ' --max_stories=60'",
                          "%pip install": "#", "time.sleep(4)": "time.sleep(0.3)"}.items():
