@@ -1,6 +1,7 @@
 """Generate a story with a file of `python -m tools.export out/run stories.onnx`, without PyTorch:
 
-    pip install numpy onnxruntime tiktoken && python sample_onnx.py stories.onnx "Once upon a time" [SEED]
+    pip install numpy "onnxruntime>=1.24" tiktoken
+    python sample_onnx.py stories.onnx "Once upon a time" [SEED]
 """
 
 import base64

@@ -69,7 +69,7 @@ FILE_USAGE = {
     ".onnx": """With ONNX Runtime, from end-of-text and a prompt, as in training:
 
 ```
-pip install onnxruntime numpy tiktoken
+pip install "onnxruntime>=1.24" numpy tiktoken
 python sample_onnx.py {} "Once upon a time"
 ```
 
