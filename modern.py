@@ -7,6 +7,7 @@
 - attention to a window of the last tokens (Beltagy et al. 2020, Longformer, arXiv 2004.05150), so that long blocks
   cost little more than short ones
 - layer norm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
+- a gate for each head (Qiu et al. 2025, arXiv 2505.06708), so that a token can leave out what a head found
 - the square of ReLU (So et al. 2021, Primer, arXiv 2109.08668) instead of GELU
 - layer norms without parameters, except for the last one
 - blocks whose output matrices start at zero, and whose queries, keys and values start as the input
@@ -60,15 +61,15 @@ class Modern(GPT):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
     def init_weights(self):
-        """Embeddings: std 0.02. Matrices into the residual stream: zero. Queries, keys and values: the input itself, so
-        that a token attends at first to what followed tokens like it; with random ones, the loss depends more on the
-        seed (docs/speedrun.md). Other matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120).
+        """Embeddings: std 0.02. Gates and matrices into the residual stream: zero. Queries, keys and values: the input
+        itself, so that a token attends at first to what followed tokens like it; with random ones, the loss depends
+        more on the seed (docs/speedrun.md). Other matrices: orthogonal (Saxe et al. 2014, arXiv 1312.6120).
         """
         C, H = self.config.n_embd, self.config.n_head
         # The halves without positions get the first dimensions, whose variance is largest in computed embeddings.
         identity = torch.eye(C).view(2, H, -1, C).flip(0).transpose(0, 1).reshape(C, C)
         for name, p in self.named_parameters():
-            if name.endswith(("c_proj.weight", "bias")):
+            if name.endswith(("c_proj.weight", "gate.weight", "bias")):
                 nn.init.zeros_(p)
             elif name.endswith("c_attn.weight"):
                 p.data.copy_(identity.repeat(3, 1))
@@ -113,6 +114,10 @@ class Attention(CausalSelfAttention):
     a name is copied.
     """
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)
+
     def forward(self, x, rotation, value_embedding, mask, cache=None):
         """(B, T, C) -> (B, T, C). `value_embedding` (B, T, C) is added to the values; for `rotation` and `mask` see
         `rotate` and `window_mask`.
@@ -129,8 +134,9 @@ class Attention(CausalSelfAttention):
         q, k = torch.cat([rotated[:, :, :H], q], -1), torch.cat([rotated[:, :, H:], k], -1)  # (B, T, H, D) each
         v = torch.add(v, value_embedding, alpha=VALUE_SCALE).view(B, T, H, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
-        y = self.attend(q, k, v, mask, cache)  # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = self.attend(q, k, v, mask, cache).transpose(1, 2)  # (B, T, H, D)
+        y = y * (2 * torch.sigmoid(self.gate(x)))[..., None]  # the factors are 1 at first
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
     def attend(self, q, k, v, mask, cache):
         """Attention to the last WINDOW tokens, each itself included, (B, H, T, D) each -> (B, H, T, D)."""

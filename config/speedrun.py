@@ -23,7 +23,7 @@ max_tokens = 1_900_000
 
 optimizer = "muon"
 muon_lr = 0.02
-learning_rate = 6e-3  # AdamW's: that of the embeddings
+learning_rate = 9e-3  # AdamW's: that of the embeddings
 beta2 = 0.999
 lr_schedule = "linear"
 min_lr = 0.0

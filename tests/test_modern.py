@@ -81,7 +81,7 @@ def test_parameters_and_blocks_that_start_as_the_identity():
     model, idx = small(), torch.randint(50, (2, 8))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     blocks = [shape for name, shape in shapes.items() if name.startswith("transformer.h.")]
-    assert blocks == [(48, 16), (16, 16), (64, 16), (16, 64)] * 3
+    assert blocks == [(48, 16), (16, 16), (2, 16), (64, 16), (16, 64)] * 3
     assert len(shapes) == len(blocks) + 3 and shapes["transformer.wte.weight"] == (50, 16)  # the norm and ve
     assert shapes["transformer.ve.weight"] == (50, 3 * 16)
     torch.testing.assert_close(model(idx), normalize(model.transformer.wte(idx)) @ model.transformer.wte.weight.T)
@@ -115,6 +115,22 @@ def test_a_value_embedding_adds_to_the_values_of_its_token_in_each_block():
         torch.testing.assert_close(difference, attention.c_proj(VALUE_SCALE * embedding), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_gate_is_a_factor_on_what_its_head_found():
+    """Between 0 and 2, by the input of each token."""
+    model = small(n_layer=1)
+    attention, rotation, values = model.transformer.h[0].attn, (model.cos[:, None], model.sin[:, None]), torch.randn(16)
+    attention.c_proj.weight.copy_(torch.eye(16))
+    x = torch.ones(1, 8, 16)
+    x[:, 5:] = -1
+    without = attention(x, rotation, values.expand(1, 8, 16), window_mask(x))
+    attention.gate.weight[1] = 100  # of the second head
+    gated = attention(x, rotation, values.expand(1, 8, 16), window_mask(x))
+    assert without.all() and torch.equal(gated[..., :8], without[..., :8])
+    torch.testing.assert_close(gated[:, :5, 8:], 2 * without[:, :5, 8:])
+    assert not gated[:, 5:, 8:].any()
+
+
 def test_every_dropout_is_used():
     """Also that of the attention weights, which is no module: it alone is left in the end."""
     model, used, idx = small(dropout=0.5).train(), set(), torch.arange(8)[None]
@@ -130,9 +146,9 @@ def test_every_dropout_is_used():
 
 
 def test_a_run_is_sampled_evaluated_and_fine_tuned(with_data, capsys, fails):
-    short = [*TINY, "--max_iters=2"]
+    short = [*TINY, "--max_iters=8"]
     train.main([*short, "--architecture=modern", "--bias=False", "--optimizer=muon", "--out_dir=out/x"])
-    assert "20,560 parameters" in capsys.readouterr().out
+    assert "20,624 parameters" in capsys.readouterr().out
     stories = {}
     for name, flags in {"float32": ["--dtype=float32"], "batch": ["--dtype=float32", "--num_samples=2"],
                         "int8": ["--dtype=int8"]}.items():
@@ -142,7 +158,7 @@ def test_a_run_is_sampled_evaluated_and_fine_tuned(with_data, capsys, fails):
     assert len(stories["int8"]) > 20
     event = list(serve.story_events(torch.device("cpu"), **serve.check_request(
         {"run": "x", "prompt": "One day", "max_new_tokens": 5}, ["x"])))[0]
-    assert event["model"]["parameters"] == 20_560
+    assert event["model"]["parameters"] == 20_624
     train.main(["--eval_only", "--out_dir=out/x"])
     assert "bits_per_byte: " in capsys.readouterr().out
     train.main([*short, "--init_from=out/x", "--block_size=8", "--out_dir=out/y"])

@@ -279,7 +279,7 @@ def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay(optimizer, 
     assert sorted(names[p] for _, g, _ in groups for p in g["params"]) == sorted(names.values())
     hidden = {name for name in names.values() if name.startswith("transformer.h.") and ".weight" in name
               and ".ln_" not in name}
-    assert len(hidden) == 2 * 4
+    assert len(hidden) == 2 * (5 if architecture == "modern" else 4)
     in_muon = set().union(*(members for kind, _, members in groups if kind == "Muon"))
     assert in_muon == (hidden if optimizer == "muon" else set())
     assert {(kind, g["lr"]) for kind, g, _ in groups} <= {("Muon", 0.01), ("AdamW", 3e-3)}

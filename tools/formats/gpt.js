@@ -43,10 +43,12 @@ class GPT {
     this.attention = []  // for each layer and head: how much the token attends to each one so far
     for (let l = 0; l < this.n_layer; l++) {
       const part = name => this.part(`h.${l}.${name}`)
-      const qkv = linear(norm(x, ...part("ln_1")), ...part("attn.c_attn"))  // (3C)
+      const input = norm(x, ...part("ln_1"))  // (C)
+      const qkv = linear(input, ...part("attn.c_attn"))  // (3C)
       const values = weights.ve?.row(token)  // (C) of each block
       if (values) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * values[l * C + i]  // VALUE_SCALE of modern.py
-      add(x, linear(this.attend(qkv, l), ...part("attn.c_proj")))
+      const gate = weights[`h.${l}.attn.gate`], gates = gate && linear(input, gate)  // modern.py: (H)
+      add(x, linear(this.attend(qkv, gates, l), ...part("attn.c_proj")))
       const hidden = linear(norm(x, ...part("ln_2")), ...part("mlp.c_fc"))  // (4C)
       add(x, linear(hidden.map(this.activation), ...part("mlp.c_proj")))
     }
@@ -54,7 +56,7 @@ class GPT {
   }
 
   // Queries, keys and values of a token, (3C) -> what each head takes from the tokens so far, (C).
-  attend(qkv, l) {
+  attend(qkv, gates, l) {
     const {n_head: H, n_embd: C, length: t, weights: {cos, sin}} = this, D = C / H, y = new Float64Array(C)
     for (let h = 0; h < H; h++) {
       let [q, k, v] = [0, C, 2 * C].map(start => qkv.subarray(start + h * D, start + (h + 1) * D))  // (D) each
@@ -70,7 +72,8 @@ class GPT {
       if (cos) scores.fill(-Infinity, 0, Math.max(0, t + 1 - 128))  // WINDOW of modern.py
       const weights = softmax(scores.map(score => score / Math.sqrt(D)))
       this.attention.push(weights)
-      y.set(linear(weights, values), h * D)
+      const factor = gates ? 2 / (1 + exp(-gates[h])) : 1
+      y.set(linear(weights, values).map(value => factor * value), h * D)
     }
     return y
   }

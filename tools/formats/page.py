@@ -26,7 +26,7 @@ from tools.formats.model_card import trained_on
 FOLDER = Path(__file__).parent
 # The parameters and buffers that gpt.js knows, without "transformer." and ".weight".
 NAMES = re.compile(r"wte|wpe|ve|cos|sin|"
-                   r"(ln_f|h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))(\.bias)?")
+                   r"(ln_f|h\.\d+\.(ln_[12]|attn\.(c_attn|c_proj|gate)|mlp\.(c_fc|c_proj)))(\.bias)?")
 # A page is refused if a logit differs by more than this, relative to the largest: between gpt.js and the model, and
 # between the model with weights in int8 and in float32 (five times the difference of a trained model).
 LOGIT_TOLERANCE, INT8_TOLERANCE = 1e-5, 0.1
