@@ -2,7 +2,7 @@
 
 python prepare.py --tokenizer bpe:4096 && python train.py config/speedrun.py
 
-For better stories in 5, 10 or 60 minutes: config/tinystories_cpu_5min.py, tinystories_cpu.py, tinystories_cpu_1h.py.
+For better stories in ten minutes or an hour: config/tinystories_cpu.py, config/tinystories_cpu_1h.py.
 """
 
 dataset = "tinystories-bpe4096"
