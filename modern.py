@@ -111,7 +111,7 @@ class Attention(CausalSelfAttention):
 
     The first half of a head's dimensions has rotary positions. The second half has no positions; there, the keys are
     those of the token before. So one head can find what followed an earlier occurrence of the token within the window:
-    a name is copied.
+    a name is copied. What a head finds is multiplied by its gate, from 0 to 2, which depends on the token's input.
     """
 
     def __init__(self, config):
@@ -135,7 +135,7 @@ class Attention(CausalSelfAttention):
         v = torch.add(v, value_embedding, alpha=VALUE_SCALE).view(B, T, H, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
         y = self.attend(q, k, v, mask, cache).transpose(1, 2)  # (B, T, H, D)
-        y = y * (2 * torch.sigmoid(self.gate(x)))[..., None]  # the factors are 1 at first
+        y = y * (2 * torch.sigmoid(self.gate(x)))[..., None]  # by gates (B, T, H), 1 at first
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
 
     def attend(self, q, k, v, mask, cache):

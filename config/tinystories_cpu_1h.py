@@ -1,4 +1,4 @@
-"""TinyStories on two CPU cores in an hour, with the recipe of the speedrun (docs/speedrun.md).
+"""TinyStories on two CPU cores in an hour (docs/speedrun.md).
 
 python prepare.py --tokenizer bpe:4096 && python train.py config/tinystories_cpu_1h.py
 """

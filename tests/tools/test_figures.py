@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import ROOT, TINY
-from storygpt.settings import read_config_file
+from storygpt.settings import Config, apply_overrides, read_command_line
 from tools import figures
 
 
@@ -24,6 +24,6 @@ def test_what_is_missing_is_measured_once_a_commit(with_data, monkeypatch, capsy
     assert "bits_per_byte" in capsys.readouterr().out
 
 
-def test_the_configs_exist():
-    for arguments, _ in figures.RUNS.values():
-        assert read_config_file(ROOT / arguments[0])
+def test_the_commands_are_valid():
+    for (config, *flags), _ in figures.RUNS.values():
+        assert Config(**apply_overrides(*read_command_line([str(ROOT / config), *flags], {})[:2]))

@@ -139,7 +139,7 @@ def test_a_new_public_repository_stays_public(run, hub, capsys):
 
 
 def test_a_modern_model_is_pushed_without_what_cannot_hold_it(run, hub, capsys):
-    train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
+    train.main([*TINY, "--architecture=modern", "--max_iters=8", "--out_dir=out/modern"])
     hub_tool.main(["push", "out/modern", "alice/modern"])
     printed = capsys.readouterr().out
     for left_out in ("without .gguf: ", "without safetensors: "):

@@ -47,7 +47,7 @@ class GPT {
       const qkv = linear(input, ...part("attn.c_attn"))  // (3C)
       const values = weights.ve?.row(token)  // (C) of each block
       if (values) for (let i = 0; i < C; i++) qkv[2 * C + i] += 16 * values[l * C + i]  // VALUE_SCALE of modern.py
-      const gate = weights[`h.${l}.attn.gate`], gates = gate && linear(input, gate)  // modern.py: (H)
+      const gates = weights[`h.${l}.attn.gate`] && linear(input, ...part("attn.gate"))  // modern.py: (H)
       add(x, linear(this.attend(qkv, gates, l), ...part("attn.c_proj")))
       const hidden = linear(norm(x, ...part("ln_2")), ...part("mlp.c_fc"))  // (4C)
       add(x, linear(hidden.map(this.activation), ...part("mlp.c_proj")))
@@ -55,7 +55,7 @@ class GPT {
     return x
   }
 
-  // Queries, keys and values of a token, (3C) -> what each head takes from the tokens so far, (C).
+  // Queries, keys and values of a token, (3C), and inputs of its gates, (H) or none -> what its heads found, (C).
   attend(qkv, gates, l) {
     const {n_head: H, n_embd: C, length: t, weights: {cos, sin}} = this, D = C / H, y = new Float64Array(C)
     for (let h = 0; h < H; h++) {

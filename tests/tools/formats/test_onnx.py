@@ -94,10 +94,11 @@ def test_the_file_contains_what_an_application_needs(trained, exported):
     assert info["training_settings"]["learning_rate"] == 0.01 and info["losses"]["val_loss"] > 1
 
 
-@pytest.mark.parametrize("n_embd", [36, 48])
-def test_modern_with_odd_sizes_and_a_window(n_embd, monkeypatch):
+@pytest.mark.parametrize("n_embd, dtype", [(36, "float32"), (48, "float32"), (48, "int8")])
+def test_modern_with_odd_sizes_and_a_window(n_embd, dtype, monkeypatch):
     monkeypatch.setattr(modern, "WINDOW", 3)
-    proto = check(make_model(GPTConfig(architecture="modern", **ODD_SHAPE | {"n_embd": n_embd, "block_size": 9})))
+    shape = ODD_SHAPE | {"n_embd": n_embd, "block_size": 9}
+    proto = check(make_model(GPTConfig(architecture="modern", **shape)), dtype)
     assert ("GroupQueryAttention" in operators(proto)) == (n_embd == 48)  # its heads have a multiple of 8
 
 
