@@ -11,7 +11,7 @@ n_head = 4
 n_embd = 256
 block_size = 1024  # few stories are cut by its start; attention reaches back 128 tokens (modern.py)
 bias = False
-dropout = 0.0  # on two EPYC cores about two epochs of a fiftieth of TinyStories; others were not tried
+dropout = 0.0  # on two EPYC cores about two epochs of a fiftieth of TinyStories; dropout was not tried
 init_embeddings = "cooccurrence"
 
 batch_size = 4  # 4,096 tokens per step
@@ -25,7 +25,7 @@ beta2 = 0.999  # the large gradients of a rare token are many steps apart (docs/
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-weight_decay = 0.0
+weight_decay = 0.1  # three epochs of another model gained 0.006 bits per byte (docs/speedrun.md)
 grad_clip = 1.0
 
 eval_interval = 500
