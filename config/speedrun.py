@@ -19,7 +19,7 @@ init_embeddings = "cooccurrence"
 
 batch_size = 2  # 2,048 tokens per step
 gradient_accumulation_steps = 1
-max_tokens = 1_900_000
+max_tokens = 1_780_000
 
 optimizer = "muon"
 muon_lr = 0.02
