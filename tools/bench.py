@@ -116,13 +116,13 @@ def describe_machine(device):
 
 
 def print_tables(results, indent=0):
-    """Print nested dicts: one value per line, two as `lowest to highest`."""
+    """Print nested dicts: one value per line, a pair as `lowest to highest`."""
     for key, value in results.items():
         if isinstance(value, dict):
             print(f"{'':{indent}}{key}")
             print_tables(value, indent + 2)
         else:
-            values = value if isinstance(value, tuple) else (value,)
+            values = value if isinstance(value, (tuple, list)) else (value,)
             text = " to ".join(f"{each:,.5g}" if isinstance(each, float) else str(each) for each in values)
             print(f"{'':{indent}}{key:40}{text:>14}")
 

@@ -1,9 +1,10 @@
-"""Measure the figures of README.md on one commit: the seconds of its commands, and the `key: value` lines they print.
+"""Measure the figures of README.md on one commit: its runs, and the speed of training and generation.
 
     python -m tools.figures --fast      those of less than five minutes each
     python -m tools.figures             all of them, in hours; what this commit has already is not measured again
 
-The datasets of the configs must be prepared, and the machine idle. Runs go to out/figures/, results after each one to
+Of a run: its seconds, the `key: value` lines that it prints, and the share of its stories with one consistent hero. The
+datasets of the configs must be prepared, and the machine idle. Runs go to out/figures/, results after each one to
 out/figures.json.
 """
 
@@ -13,6 +14,7 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from storygpt.system import files
@@ -33,6 +35,7 @@ RUNS = {
     "tinystories_fast": (["config/tinystories_fast.py"], False),
     "tinystories_cpu_1h": (["config/tinystories_cpu_1h.py"], False),
 }
+SPEEDS = {"training_speed": ["train"], "generation_speed": ["generate"]}  # name → the arguments of tools.bench
 RESULTS = Path("out/figures.json")
 
 
@@ -45,16 +48,19 @@ def main(argv=None):
     machine = describe_machine(pick_device("auto"))
     has_changes = not machine["git"] or machine["git"].endswith("+")  # then it does not name the code
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, (arguments, is_fast) in RUNS.items():
-        is_measured = not has_changes and results.get(name, {}).get("git") == machine["git"]
-        if not is_measured and (is_fast or not args.fast):
-            results[name] = machine | measure(name, arguments)
+    measurements = {name: partial(measure_run, name, arguments)
+                    for name, (arguments, is_fast) in RUNS.items() if is_fast or not args.fast}
+    if not args.fast:
+        measurements |= {name: partial(measure_speed, arguments) for name, arguments in SPEEDS.items()}
+    for name, measure in measurements.items():
+        if has_changes or results.get(name, {}).get("git") != machine["git"]:
+            results[name] = machine | measure()
             print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
             files.atomic_write(RESULTS, lambda file: file.write(json.dumps(results, indent=1).encode()))
     print_tables(results)
 
 
-def measure(name, arguments):
+def measure_run(name, arguments):
     """Train a run, evaluate it on the whole validation split and judge its stories: key → number.
 
     The seconds are those of train.py; of the quickstart, those of all its commands.
@@ -72,6 +78,12 @@ def measure(name, arguments):
     one_hero = json.loads(Path(out_dir, "judge.json").read_text(encoding="utf-8"))["measures"]["one_hero"] or {}
     values = {key: float(value) for key, value in re.findall(r"^(\w+): ([\d.]+)$", text, re.M)}
     return {"seconds": seconds, **values, **{f"one_hero_{name}": value for name, value in one_hero.items()}}
+
+
+def measure_speed(arguments):
+    """What a subject of tools.bench measures, as a dict: key → value or dict."""
+    text = run_script([sys.executable, "-mtools.bench", *arguments, "--json"], cwd=ROOT)
+    return json.loads(text)[arguments[0]]
 
 
 if __name__ == "__main__":
