@@ -31,7 +31,6 @@ RUNS = {
     "speedrun": (["config/speedrun.py"], True),
     "tinystories_cpu_5min": (["config/tinystories_cpu.py", "--n_layer=4", "--max_minutes=4.75"], False),
     "tinystories_cpu": (["config/tinystories_cpu.py"], False),
-    "tinystories_fast_2m": (["config/tinystories_fast.py", "--max_tokens=2_048_000"], False),
     "tinystories_fast": (["config/tinystories_fast.py"], False),
     "tinystories_cpu_1h": (["config/tinystories_cpu_1h.py"], False),
 }
