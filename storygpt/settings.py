@@ -183,7 +183,9 @@ def parse_value(name, text):
     """
     value = text
     choices, kind = choices_and_type(SETTINGS[name]) if name in SETTINGS else ([], None)
-    if kind and text not in choices:
+    if text == "None" and None in choices:
+        value = None
+    elif kind and text not in choices:
         with suppress(ValueError, KeyError):  # wrong values are reported below
             value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     check_values({name: value})
@@ -197,14 +199,15 @@ def allowed_values(f):
     values = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(value_type, "")
     if low > -math.inf:
         values += f" from {low} to {high}" if high < math.inf else f" from {low}"
-    return " or ".join(choices + [values] if values else choices)
+    return " or ".join([*map(str, choices), values] if values else map(str, choices))
 
 
 def choices_and_type(f):
-    """The literal choices of a setting ("auto"), and the type of its other values (None if there are none)."""
-    parts = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Union else (f.type,)
-    choices = [choice for part in parts for choice in typing.get_args(part)]
-    return choices, next((part for part in parts if isinstance(part, type)), None)
+    """The single values of a setting ("auto", or None of `float | None`), and the type of its others, if any."""
+    is_union = typing.get_origin(f.type) in (typing.Union, types.UnionType)
+    parts = typing.get_args(f.type) if is_union else (f.type,)
+    choices = [choice for part in parts for choice in ([None] if part is types.NoneType else typing.get_args(part))]
+    return choices, next((part for part in parts if isinstance(part, type) and part is not types.NoneType), None)
 
 
 def is_allowed(f, value):

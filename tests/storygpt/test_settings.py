@@ -122,19 +122,24 @@ def test_the_length_of_a_run_has_one_unit_and_a_flag_replaces_that_of_the_config
 def test_a_plain_field_of_the_model_settings_is_a_setting(tmp_path, monkeypatch, capsys):
     """As a reader adds it to model.py: without a meaning, and without anything elsewhere."""
     source = (ROOT / "model.py").read_text(encoding="utf-8")
-    (tmp_path / "model.py").write_text(source.replace("    bias: bool = ", "    window: int = 7\n    bias: bool = ", 1))
+    (tmp_path / "model.py").write_text(source.replace("    bias: bool = ", "    window: int = 7\n"
+                                                    "    cap: float | None = None\n    bias: bool = ", 1))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(storygpt, "settings", storygpt.settings)  # what importing it again replaces
     for name in ("model", "storygpt.settings"):
         monkeypatch.delitem(sys.modules, name)
     edited = importlib.import_module("storygpt.settings")
     _, flags, _ = edited.read_command_line(["--window=9"], {})
-    assert edited.Config().model_config(300).window == 7
+    assert edited.Config().model_config(300).window == 7 and edited.Config().cap is None
+    assert edited.read_command_line(["--cap=0.5"], {})[1] == {"cap": 0.5}
+    assert edited.read_command_line(["--cap=None"], {})[1] == {"cap": None}
     cfg = edited.Config(**flags, n_layer=3, dropout=0.25)
     assert asdict(cfg.model_config(300)).items() <= asdict(cfg).items() | {("vocab_size", 300)} and cfg.window == 9
     with pytest.raises(SystemExit):
         edited.read_command_line(["--help-all"], {})
-    assert "--window VALUE ; a whole number; default: 7" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--window VALUE ; a whole number; default: 7" in text
+    assert "--cap VALUE ; None or a number; default: None" in text
 
 
 def test_help_all_lists_every_setting_with_its_default_and_bounds(capsys):
