@@ -186,13 +186,10 @@ def plot(groups, path):
     """Plot the validation loss against tokens and against time; for a single run also the training loss.
 
     A group of several runs is one curve, their mean, in a band from the lowest to the highest. Runs on different data
-    are plotted in bits per byte. Raises UserError if matplotlib is missing or the file cannot be written.
+    are plotted in bits per byte. Raises UserError if the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise UserError("the plot needs matplotlib:  pip install -r requirements-extra.txt") from error
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
     runs = [run for group in groups for run in group]
     key, unit = ("val_loss", "nats/token") if have_same_data(runs) else ("val_bpb", "bits per byte")
     figure = Figure(figsize=(11, 4.5 + 0.12 * len(groups)), layout="constrained")

@@ -11,7 +11,6 @@ import storygpt  # noqa: F401  (first: it prepares the process for importing tor
 
 import hashlib
 import json
-import shlex
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,21 +30,16 @@ from tools.formats.hf_folder import (
 # The setting `gelu` of each of transformers' activation functions.
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 IMPORT_TOLERANCE = 1e-4  # larger than that of exports, as the rounding errors of larger models are
-MOVED = {"export": "tools.export", "push": "tools.hub push"}  # commands of earlier versions
 
 
 @exit_with_one_line
 def main(argv=None):
     """Import a model. `argv`: the command line, by default sys.argv's."""
     parser = Parser(prog="python -m tools.hf", description="Import models of Hugging Face and nanoGPT as runs.")
-    parser.add_argument("command", choices=["import", *MOVED], metavar="import")
+    parser.add_argument("command", choices=["import"], metavar="import")
     parser.add_argument("source", metavar="FROM", help="a model folder, a hub model or nanoGPT's ckpt.pt")
     parser.add_argument("target", metavar="TO", type=Path, help="the run folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
-    args, _ = parser.parse_known_args(argv)
-    if args.command in MOVED:
-        words = [args.source, args.target.as_posix()]
-        parser.error(f"this command is now  python -m {MOVED[args.command]} {shlex.join(words)}")
     args = parser.parse_args(argv)
     import_model(args.source, args.target, args.overwrite)
 

@@ -12,7 +12,6 @@ validated in docs/judging.md.
 
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
-import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field
@@ -147,9 +146,10 @@ def parse_args(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(argv)
     args.start, args.device = read_prompt(args.start), pick_device(args.device)
-    for package in ("pydivsufsort", "sacrebleu", *["matplotlib"] * bool(args.picture)):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"the judge needs {package}:  pip install -r requirements-extra.txt")
+    import pydivsufsort  # noqa: F401  (now is the time to miss it, not after the stories)
+    import sacrebleu  # noqa: F401
+    if args.picture:
+        import matplotlib  # noqa: F401
     return args
 
 

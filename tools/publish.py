@@ -102,12 +102,9 @@ def read_stories(folder):
 def tensorboard_writer(folder):
     """Replace the event files in tensorboard/ in a run folder by new ones; yields a function that writes an event.
 
-    Raises UserError if tensorboard is not installed, or another process publishes to this folder.
+    Raises UserError if another process publishes to this folder.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--to tensorboard needs tensorboard:  pip install -r requirements-extra.txt") from error
+    from torch.utils.tensorboard import SummaryWriter
     (folder / "tensorboard").mkdir(exist_ok=True)
     files.acquire_lock(folder / "tensorboard/.lock", folder / "tensorboard")  # two would delete each other's files
     for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
@@ -129,12 +126,9 @@ def tensorboard_writer(folder):
 def wandb_writer(folder):
     """Create a run on Weights & Biases, which prints how to view or upload it; yields a function that logs an event.
 
-    Raises UserError if wandb is not installed or the run cannot be created.
+    Raises UserError if the run cannot be created.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--to wandb needs wandb:  pip install -r requirements-extra.txt") from error
+    import wandb
     try:
         run = wandb.init(project=os.environ.get("WANDB_PROJECT", "tinystories"), name=folder.resolve().name, dir=folder,
                          settings=wandb.Settings(console="off", x_disable_stats=True))  # stats: of this process

@@ -48,11 +48,8 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Co
 def main(argv=None):
     """Serve the page until Ctrl-C. `argv`: the command line, by default sys.argv's."""
     args = parse_args(argv)
-    try:
-        import uvicorn
-        app = make_app(pick_device(args.device), args.host, lambda: server.should_exit)
-    except ImportError as error:
-        raise UserError("the page needs starlette and uvicorn:  pip install -r requirements-extra.txt") from error
+    import uvicorn
+    app = make_app(pick_device(args.device), args.host, lambda: server.should_exit)
     server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=1))
     newest_run()  # raises UserError if there is no run
     try:

@@ -116,16 +116,13 @@ def make_parser():
 
 
 def parse_args(argv):
-    """The Sweep of a command line, and whether to plot. Raises UserError if a package is missing."""
+    """The Sweep of a command line, and whether to plot."""
     parser = make_parser()
     settings, flags, args = read_command_line(argv, {}, parser)
-    try:
-        import optuna
-        import scipy.stats  # noqa: F401  (for the verdicts: now is the time to miss it, not after the training)
-        if args.picture:
-            import matplotlib  # noqa: F401  (the same)
-    except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements-extra.txt") from error
+    import optuna
+    import scipy.stats  # noqa: F401  (for the verdicts: now is the time to miss it, not after the training)
+    if args.picture:
+        import matplotlib  # noqa: F401  (the same)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # this program prints one line per run itself
     try:
         varied = parse_varied(args.vary)

@@ -22,11 +22,11 @@ class UserError(Exception):
 def exit_with_one_line(main):
     """Decorate a script's `main(argv=None)`: errors that the user can fix print one line and set the exit code.
 
-    Exit codes: 1 for `UserError`, for errors of the operating system (a full disk, no permission) and when memory runs
-    out; 130 for Ctrl-C; 141 when the reader of stdout has gone (`| head`). argparse exits with 2 for wrong flags. Any
-    other exception is a bug and keeps its traceback. The environment variable TRACEBACK=1 prints the traceback of
-    every error, above its line. What is printed is UTF-8, because not every system's encoding has every character of a
-    story or a name, and prepare.py reads UTF-8.
+    Exit codes: 1 for `UserError`, for errors of the operating system (a full disk, no permission), a missing package
+    and when memory runs out; 130 for Ctrl-C; 141 when the reader of stdout has gone (`| head`). argparse exits with 2
+    for wrong flags. Any other exception is a bug and keeps its traceback. The environment variable TRACEBACK=1 prints
+    the traceback of every error, above its line. What is printed is UTF-8, because not every system's encoding has
+    every character of a story or a name, and prepare.py reads UTF-8.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -66,6 +66,8 @@ def one_line(error):
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         line = f"error: {where}{error.strerror or error}"
+    elif isinstance(error, ModuleNotFoundError):
+        line = f"error: {error}: pip install -r requirements.txt -r requirements-extra.txt"
     elif out_of_memory(error):
         line = f"error: out of memory: use smaller sizes ({str(error) or 'MemoryError'})"
     else:

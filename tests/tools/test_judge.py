@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,8 +210,8 @@ def test_errors_are_one_line(here, fails, monkeypatch):
     Path("empty.txt").touch()
     assert "empty.txt has only empty stories (1)" in fails(judge.main, ["empty.txt", "--dataset=nursery-bpe300"])
     assert not Path("out/tiny/judge.json").exists()
-    monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
-    assert "the judge needs pydivsufsort: pip install -r requirements-extra.txt" in fails(judge.main, ["out/tiny"])
+    monkeypatch.setitem(sys.modules, "pydivsufsort", None)
+    assert "pydivsufsort halted; None in sys.modules: pip install -r" in fails(judge.main, ["out/tiny"])
 
 
 def test_a_model_that_writes_nothing(here, fails):

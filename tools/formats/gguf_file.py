@@ -5,13 +5,11 @@
 
 import io
 from contextlib import redirect_stderr
-from importlib.util import find_spec
 
 import torch
 
 import sample
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN
-from storygpt.system.errors import UserError
 from tools.formats import NotExportable
 from tools.formats.hf_folder import LOGIT_TOLERANCE, check_logits, silence_transformers, to_hf_model, vocab_and_merges
 from tools.formats.model_card import gguf_texts
@@ -27,8 +25,7 @@ def write_gguf(path, saved, dtype):
     Raises NotExportable if it is not a GPT-2, or GGUF cannot hold the model in that dtype or its tokenizer.
     """
     silence_transformers()
-    if not (find_spec("gguf") and find_spec("accelerate")):  # the latter: transformers reads GGUF with it
-        raise UserError("GGUF needs the packages gguf and accelerate:  pip install -r requirements-extra.txt")
+    import accelerate  # noqa: F401  (transformers reads GGUF with it)
     model, tokenizer = saved.model, saved.tokenizer
     hf_model = to_hf_model(saved)
     check_gguf(model, dtype, tokenizer)

@@ -149,11 +149,8 @@ def merges_from_ranks(ranks):
 
 
 def silence_transformers():
-    """Turn off the warnings and progress bars of transformers. Raises UserError if it is not installed."""
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UserError("this tool needs transformers:  pip install -r requirements-extra.txt") from error
+    """Turn off the warnings and progress bars of transformers."""
+    from transformers.utils import logging
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # otherwise it asks the hub for a conversion
     logging.set_verbosity_error()
     logging.disable_progress_bar()

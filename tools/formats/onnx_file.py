@@ -18,7 +18,6 @@ import runpy
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -31,7 +30,6 @@ import torch.nn.functional as F
 from storygpt import generate
 from storygpt.fast import distinct_rows, torch_attention
 from storygpt.generate import KVCache, check_cache, last_logits, output_layer, uses_cache
-from storygpt.system.errors import UserError
 from tools.formats import NotExportable, check_tokens
 from tools.formats.model_card import training_settings
 
@@ -46,9 +44,7 @@ def write_onnx(path, saved, dtype):
     `dtype`: float32, or int8 for linear layers and embeddings in 8 bits. Raises NotExportable if its model cannot be
     traced, or computes something else in ONNX Runtime.
     """
-    if not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
-        raise UserError("ONNX needs the packages onnx, onnxscript and onnxruntime:  "
-                        "pip install -r requirements-extra.txt")
+    import onnxscript  # noqa: F401  (torch.onnx needs it, and reports it missing as a model that cannot be traced)
     tokenizer, state = saved.tokenizer, saved.state
     ranks = {base64.b64encode(token).decode(): rank for token, rank in tokenizer.ranks.items()}
     losses = {name: state["metrics"][name] for name in ("val_loss", "val_bpb") if name in state["metrics"]}

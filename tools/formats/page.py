@@ -19,7 +19,7 @@ import torch
 from storygpt.corpus.tokenizer import GPT2_PATTERN
 from storygpt.fast import distinct_rows
 from storygpt.generate import window_start
-from storygpt.system.errors import UserError, shell_word
+from storygpt.system.errors import shell_word
 from tools.formats import NotExportable, check_tokens
 from tools.formats.model_card import trained_on
 
@@ -96,10 +96,7 @@ def check_logits(saved, rounded, about, weights, refusal):
     Returns the latter difference, divided by the largest logit. The page reads `check_tokens`: half a block, one more,
     a whole block, and one more, when the context window moves.
     """
-    try:
-        from py_mini_racer import JSEvalException, MiniRacer
-    except ImportError as error:
-        raise UserError("a web page needs the package mini-racer:  pip install -r requirements-extra.txt") from error
+    from py_mini_racer import JSEvalException, MiniRacer
     T, V, context, differences = rounded.config.block_size, rounded.config.vocab_size, MiniRacer(), []
     for name in ("linear.js", "gpt.js"):
         context.eval((FOLDER / name).read_text(encoding="utf-8"))

@@ -30,11 +30,13 @@ def script_that_raises(error):
     (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "error: x.txt: No such file or directory"),
     (OSError("unknown"), 1, "error: unknown"),
     (KeyboardInterrupt(), 130, "stopped"),
+    (ModuleNotFoundError("No module named 'gguf'"), 1,
+     "error: No module named 'gguf': pip install -r requirements.txt -r requirements-extra.txt"),
     (MemoryError(), 1, "error: out of memory: use smaller sizes (MemoryError)"),
     (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory: use smaller sizes (CUDA)"),
     (RuntimeError("MPS backend out of memory"), 1,
      "error: out of memory: use smaller sizes (MPS backend out of memory)"),
-], ids=range(7))
+], ids=range(8))
 def test_errors_that_a_user_can_fix_print_one_line(capsys, monkeypatch, error, code, line):
     for rank, suffix in ((None, ""), ("0", ""), ("1", f" (rank 1 on {platform.node()})")):
         monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
