@@ -13,7 +13,7 @@ from model import GPTConfig
 from modern import make_model
 from storygpt.corpus.dataset import data_sha256, read_meta
 from storygpt.corpus.tokenizer import Tokenizer
-from storygpt.fast import SkipInit
+from storygpt.fast import skip_init
 from storygpt.system import files
 from storygpt.system.errors import UserError, out_of_memory
 
@@ -120,7 +120,7 @@ def load_model(path):
     checkpoint = load(path)
     with reading_checkpoint(path, TypeError):
         config = GPTConfig(**checkpoint["model_config"])
-    with SkipInit():
+    with skip_init():
         model = make_model(config)
     load_weights(path, model, checkpoint["model"])
     if data_sha256(read_meta(path.parent)) != checkpoint["data_sha256"]:

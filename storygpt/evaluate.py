@@ -99,7 +99,8 @@ def evaluate_checkpoint(settings, flags):
         loss, tokens = losses.mean().item(), losses.numel() * cfg.block_size
         remaining = len(split.tokens) - 1 - tokens  # after the last whole window
         if remaining:
-            last_loss = window_losses(model, Split(data_dir, "validation", remaining), [tokens], 1).item()
+            last_window = Split(data_dir, "validation", remaining, verify=False)
+            last_loss = window_losses(model, last_window, [tokens], 1).item()
             loss, tokens = (loss * tokens + last_loss * remaining) / (tokens + remaining), tokens + remaining
     print(f"checkpoint: {path}\ndataset: {data_dir}\ntokens: {tokens}\nloss: {loss:.4f}\n"
           f"perplexity: {math.exp(loss):.3f}\nbits_per_byte: {bits_per_byte(loss, split):.4f}")

@@ -11,11 +11,11 @@ import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 # Queries whose scores `attention` computes at once: with fewer, less of the future is computed and masked.
 QUERIES = 128
@@ -219,17 +219,10 @@ def _direct_class(kind):
 # ---- loading ----
 
 
-class SkipInit(TorchFunctionMode):
-    """A context that leaves out random initial values of parameters, but orthogonal ones: for a model whose weights are
-    loaded.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Return the parameter as it is instead of filling it."""
-        kwargs = kwargs or {}
-        if function in RANDOM_INITS and isinstance(kwargs["tensor"], nn.Parameter):
-            return kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
-RANDOM_INITS = {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}  # they pass their tensor by name
+def skip_init():
+    """A context that leaves out random initial values of parameters: for a model whose weights are loaded."""
+    def skipping(init):
+        return lambda tensor, *args, **kwargs: (
+            tensor if isinstance(tensor, nn.Parameter) else init(tensor, *args, **kwargs))
+    names = ("uniform_", "normal_", "kaiming_uniform_", "orthogonal_")
+    return patch.multiple(nn.init, **{name: skipping(getattr(nn.init, name)) for name in names})

@@ -254,8 +254,8 @@ def test_a_child_that_is_replaced_after_the_conversion_is_used():
 def test_skipped_initial_values_are_the_random_ones_of_parameters_only():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    with fast.SkipInit():
-        nn.Linear(24, 10), nn.Embedding(5, 3)
+    with fast.skip_init():
+        nn.Linear(24, 10), nn.Embedding(5, 3), nn.init.orthogonal_(nn.Parameter(torch.zeros(4, 4)))
         assert torch.equal(torch.get_rng_state(), state)
         assert nn.LayerNorm(6).weight.eq(1).all()
         assert nn.init.normal_(torch.zeros(50)).std() > 0.5
