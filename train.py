@@ -126,9 +126,12 @@ def main(argv=None):
         while True:
             # Evaluate first: a run that was stopped just before an evaluation then performs it on resume.
             if evaluation_is_due(state):
+                is_first = not state.metrics["iter"]
                 evaluate_and_log(state, tokenizer)
                 state.sync_ranks(signals.received)  # evaluation takes time, and a signal may have arrived
                 save_last(state)
+                if rank == 0 and (is_first or state.step == total_steps(state)):
+                    check_saved_model(state, x[:1])  # again: a difference may need training to show
             if state.stop or state.step == total_steps(state):
                 break
             lr = set_learning_rate(state)
@@ -281,6 +284,7 @@ def set_learning_rate(state):
 
 def get_batch(state):
     """This rank's sequences of the next step, on the device: inputs and targets, (B, T) each."""
+    seed_random(state.cfg.seed, state.step, state.rank, 1)  # for an edit that draws random numbers here
     count = state.cfg.sequences_per_step // state.world_size
     first = state.step * state.cfg.sequences_per_step + state.rank * count
     return [to_device(tokens, state.device) for tokens in state.data.order.sequences(first, count)]

@@ -19,12 +19,11 @@ def set_embeddings(model, embeddings):
     gain is a tenth, so that the logits are no larger. Raises UserError for a model without these two.
     """
     try:
-        wte, gain = model.transformer.wte.weight, model.transformer.ln_f.weight
-    except AttributeError as error:
+        model.transformer.wte.weight.copy_(0.2 * embeddings)
+        model.transformer.ln_f.weight.fill_(0.1)
+    except (AttributeError, RuntimeError) as error:  # the latter: another shape
         raise UserError(f"init_embeddings = 'cooccurrence' sets transformer.wte and the gain of transformer.ln_f, but "
                         f"the model lacks one ({error}): use --init_embeddings=random") from error
-    wte.copy_(0.2 * embeddings)
-    gain.fill_(0.1)
 
 
 def cooccurrence_embeddings(sequences, vocab_size, width):

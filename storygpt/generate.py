@@ -125,7 +125,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             logits = decode(idx[:, -1:])
         if step % 32 == 0:  # not at every step, because reading a number waits for a GPU
             check_finite(logits)
-        if logits.size(-1) == model.config.vocab_size:
+        if head is None or head.distinct_rows is None:
+            logits = logits[:, :model.config.vocab_size]  # a model may have more, for speed, but no such tokens
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
         else:  # the tokens of the repeated rows did not occur in training, and are not generated
             token = head.distinct_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
@@ -210,16 +211,21 @@ def output_layer(model):
 def check_cache(model):
     """Compare the logits of a float32 model with and without a KVCache: if they differ, it generates without one.
 
-    An edit of the model may have reached only one of the two, such as another attention mask.
+    An edit of the model may have reached only one of the two, such as another attention mask. It may also concern only
+    some tokens, such as full stops, so the model reads random tokens and, from these, tokens that it finds likely.
     """
     device, T = next(model.parameters()).device, model.config.block_size
     model.cache_is_exact = True
     if not uses_cache(model):
         return
-    idx = torch.randint(model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    idx = torch.randint(model.config.vocab_size, (1, T), generator=generator, device=device)
+    for _ in range(2):
+        likely = sample_token(model(idx[-1:])[0, :, :model.config.vocab_size], 1.0, 0, 1.0, generator)  # (T)
+        idx = torch.cat([idx, likely[None]])
     cache, ends = KVCache(T, device), sorted({T // 2, T // 2 + 1, T})
-    cached = [model(idx[:, start:end], cache=cache)[:, -1] for start, end in zip([0, *ends], ends)]  # (1, V) each
-    plain = model(idx)[:, [end - 1 for end in ends]]  # (1, 2 or 3, V)
+    cached = [model(idx[:, start:end], cache=cache)[:, -1] for start, end in zip([0, *ends], ends)]  # (3, V) each
+    plain = model(idx)[:, [end - 1 for end in ends]]  # (3, 2 or 3, V)
     tolerance = 1e-3 if device.type == "cpu" else 1e-2  # TF32
     model.cache_is_exact = bool((torch.stack(cached, 1) - plain).abs().max() <= tolerance * plain.abs().max())
     if not model.cache_is_exact:

@@ -39,9 +39,12 @@ def fuse_loss(model, used=None, equalize=False):
 
     `equalize` sets the rows of the others to zero: unequal, they would add up to a large gradient of the hidden states.
     """
+    V = model.config.vocab_size
+    if used is not None:
+        used = F.pad(used, (0, V - len(used)))  # a model may pad its vocabulary
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
-        if is_plain(module, nn.Linear) and module.bias is None and module.out_features == model.config.vocab_size:
+        if is_plain(module, nn.Linear) and module.bias is None and module.out_features == V:
             module.__class__, module.used_tokens = Head, None
             if used is not None and not used.all():
                 module.used_tokens = UsedTokens(used.to(module.weight.device))
@@ -158,8 +161,8 @@ class _MakeLogits(torch.autograd.Function):
 class UsedTokens:
     """Which tokens of a vocabulary occur in the training text, and a cheaper head for it: exact, with fewer logits.
 
-    Tokens that never occur have equal gradients if their rows of the head are equal, and so stay equal in training. One
-    of them then stands for all of them in the softmax, with its probability multiplied by their number. Of GPT-2's
+    Tokens that are never a target have equal gradients if their rows of the head are equal, and so stay equal in
+    training. One of them then stands for all of them in the softmax, with its probability multiplied by their number. Of GPT-2's
     50,257 tokens, 12,988 occur in 8 million tokens of TinyStories.
     """
 
@@ -168,24 +171,25 @@ class UsedTokens:
         self.used, self.unused = used.nonzero().flatten(), (~used).nonzero().flatten()
         rows = torch.where(used, used.cumsum(0) - 1, len(self.used))
         self.row_of_target = F.pad(rows, (1, 0), value=IGNORED_TARGET)  # from target -1 on, (V + 1)
-        self.comparisons = 0
+        self.calls, self.is_exact = 0, True
+        self.are_targets = torch.tensor(False, device=used.device)  # whether unused tokens were targets in training
 
     def head(self, weight, targets):
         """The rows of the weight (V, C) for the U used tokens and one unused, (U + 1, C), and targets (N) as indices of
-        these rows, (N).
-        """
-        return _HeadRows.apply(weight, self.used, self.unused), self.row_of_target.index_select(0, targets + 1)
+        these rows, (N); or None if that would not be exact.
 
-    def unused_rows_are_equal(self, weight):
-        """Whether the unused rows of a weight (V, C) are equal, judged by their first columns: one cache line a row.
-
-        On CUDA the first calls and every hundredth compare them, because that waits for the GPU.
+        On CUDA the first calls and every hundredth find out, because that waits for the GPU. Whole rows are compared
+        in these calls; on a CPU, their first columns in every call: one cache line a row.
         """
-        if not weight.is_cuda or self.comparisons < 64 or self.comparisons % 100 == 0:
-            rows = weight.detach()[:, :16].index_select(0, self.unused)
-            self.are_equal = bool((rows == rows[0]).all())
-        self.comparisons += 1
-        return self.are_equal
+        targets = self.row_of_target.index_select(0, targets + 1)
+        if torch.is_grad_enabled():
+            self.are_targets |= (targets == len(self.used)).any()
+        compare_whole = self.calls < 64 or self.calls % 100 == 0
+        if compare_whole or not weight.is_cuda:
+            rows = weight.detach()[:, :None if compare_whole else 16].index_select(0, self.unused)
+            self.is_exact = not self.are_targets and bool((rows == rows[0]).all())
+        self.calls += 1
+        return (_HeadRows.apply(weight, self.used, self.unused), targets) if self.is_exact else None
 
 
 class _HeadRows(torch.autograd.Function):
@@ -216,10 +220,10 @@ def fused_cross_entropy(logits, targets, weight=None, size_average=None, ignore_
             and weight is size_average is reduce is None and label_smoothing == 0 and ignore_index == IGNORED_TARGET)
     if not fits or reduction not in ("mean", "none") or (reduction == "none" and torch.is_grad_enabled()):
         return None
-    weight, last_row_tokens = logits.weight, 1
-    if logits.used_tokens is not None and logits.used_tokens.unused_rows_are_equal(weight):
-        weight, targets = logits.used_tokens.head(weight, targets)
-        last_row_tokens = len(logits.used_tokens.unused)
+    weight, used_tokens, last_row_tokens = logits.weight, logits.used_tokens, 1
+    if used_tokens is not None and (reduced := used_tokens.head(weight, targets)):
+        weight, targets = reduced
+        last_row_tokens = len(used_tokens.unused)
     mean, losses = fused_linear_cross_entropy(logits.x, weight, targets, last_row_tokens, logits.dtype)
     return mean if reduction == "mean" else losses
 

@@ -73,6 +73,9 @@ class TrainState:
     saved_step: int = 0  # `step` at the latest save of last.pt
     saved_seconds: float = 0.0  # `seconds` at the latest save of last.pt
 
+    def __post_init__(self):
+        self.optimized = describe_optimizers(self.model, self.optimizers)
+
     @property
     def out_dir(self):
         """The run folder."""
@@ -117,7 +120,7 @@ class TrainState:
     def resume_dict(self):
         """The content of last.pt."""
         return self.model_dict() | {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "optimized": self.optimized,
             "scaler": self.scaler.state_dict(), "skipped": self.skipped, "best_val_loss": self.best_val_loss,
             "seconds": self.elapsed(), "world_size": self.world_size, "sizes": flush_logs(self.out_dir)}
 
@@ -125,6 +128,7 @@ class TrainState:
         """Load the content of a last.pt. Raises UserError if it does not fit the model or the optimizers."""
         path = self.out_dir / "last.pt"
         load_weights(path, self.model, checkpoint["model"])
+        check_optimizers(path, checkpoint.get("optimized", []), self.optimized)
         with reading_checkpoint(path, ValueError, KeyError):
             for optimizer, stored in zip(self.optimizers, checkpoint["optimizers"], strict=True):
                 for group in stored["param_groups"]:
@@ -135,6 +139,28 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.skipped, self.seconds = checkpoint["step"], checkpoint["skipped"], checkpoint["seconds"]
         self.metrics, self.best_val_loss = checkpoint["metrics"], checkpoint["best_val_loss"]
+
+
+def describe_optimizers(model, optimizers):
+    """How each parameter is optimized: a list of dicts with its name, its optimizer and the hyperparameters, as text.
+
+    In the order of the optimizers' state dicts, which have no names.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    depend_on_device = {"params", "fused", "foreach", "capturable"}
+    return [{"parameter": names[p], "optimizer": type(optimizer).__name__}
+            | {key: str(value) for key, value in group.items() if key not in depend_on_device}
+            for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_optimizers(path, stored, current):
+    """Raise UserError if the optimizers of a last.pt are not those of the program, of `describe_optimizers` each."""
+    for before, now in zip(stored, current):
+        for key in now:
+            if before.get(key, now[key]) != now[key]:  # another version of PyTorch may have other hyperparameters
+                raise UserError(f"{path} has {key} = {before[key]} where the program now has {now[key]} (of "
+                                f"{now['parameter']}): undo that edit of the model or of train.py: make_optimizers, or "
+                                f"start a new run from its weights with --init_from={shell_word(path.parent)}")
 
 
 # ---- opening a run ----

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -183,6 +184,17 @@ class HeadWithBias(GPT):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
 
+class PaddedVocabulary(GPT):
+    def __init__(self, config):
+        super().__init__(replace(config, vocab_size=320))
+
+
+class PaddedLayers(GPT):
+    def __init__(self, config):
+        super().__init__(replace(config, vocab_size=320))
+        self.config = config
+
+
 class FrozenAndUnused(GPT):
     def __init__(self, config):
         super().__init__(config)
@@ -239,12 +251,17 @@ def random_numbers_in_the_loss(self, idx, targets=None, cache=None):
 # ---- edits of the loop ----
 
 
-plain_evaluate_and_log = train.evaluate_and_log
+plain_evaluate_and_log, plain_get_batch = train.evaluate_and_log, train.get_batch
 
 
 def metrics_of_numpy(state, tokenizer):
     plain_evaluate_and_log(state, tokenizer)
     state.metrics |= {"scalar": np.float32(0.5), "array": np.arange(3), "tensor": torch.ones(2)}
+
+
+def random_tokens_in_the_inputs(state):
+    x, y = plain_get_batch(state)
+    return torch.where(torch.rand(x.shape) < 0.1, torch.randint_like(x, 256), x), y
 
 
 def another_optimizer(model, cfg):
@@ -267,17 +284,20 @@ EDITS = {
     (model_module, "Block"): [ForwardHooks, BackwardHook, BufferThatIsNotSaved, ParallelBlock],
     (model_module, "CausalSelfAttention"): [MultiQueryAttention],
     (CausalSelfAttention, "attend"): [sliding_window_in_training_only, attention_written_out],
-    (modern, "GPT"): [ParameterList, OneBlockForAllLayers, UntiedHead, HeadWithBias, FrozenAndUnused],
+    (modern, "GPT"): [ParameterList, OneBlockForAllLayers, UntiedHead, HeadWithBias, PaddedVocabulary,
+                        PaddedLayers, FrozenAndUnused],
     (GPT, "forward"): [forward_without_a_cache, soft_cap_of_the_logits, loss_with_a_second_term,
                        function_with_its_own_gradient, random_numbers_in_the_loss],
     (train, "evaluate_and_log"): [metrics_of_numpy],
     (train, "bits_per_byte"): [bits_per_byte_of_numpy],
+    (train, "get_batch"): [random_tokens_in_the_inputs],
     (train, "make_optimizers"): [another_optimizer],
     (train, "learning_rate_multiplier"): [another_schedule],
 }
 CHANGES = {value.__name__: (*place, value) for place, values in EDITS.items() for value in values}
-STILL_GPT2 = {UntiedHead, BackwardHook, loss_with_a_second_term, random_numbers_in_the_loss, metrics_of_numpy,
-              bits_per_byte_of_numpy, another_optimizer, another_schedule}
+STILL_GPT2 = {UntiedHead, PaddedVocabulary, BackwardHook, loss_with_a_second_term, random_numbers_in_the_loss,
+              metrics_of_numpy, bits_per_byte_of_numpy, random_tokens_in_the_inputs, another_optimizer,
+              another_schedule}
 
 
 # ---- what must hold ----
@@ -308,7 +328,7 @@ def check_everywhere(out_dir, flags, capsys):
     prepare_for_generation(fast, torch.device("cpu"), torch.float32)
     idx = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(PROMPT)]])
     for token, logits in generate.generate(fast, idx, 20, temperature=0, with_logits=True):  # more than a block of 16
-        expected = model(idx[:, window_start(idx.size(1), 16):])[:, -1]
+        expected = model(idx[:, window_start(idx.size(1), 16):])[:, -1, :fast.config.vocab_size]
         assert torch.allclose(logits, expected, atol=1e-4 * expected.abs().max().item())
         idx = torch.cat([idx, token[:, None]], 1)
     assert ("note: with a cache," in capsys.readouterr().err) == (model_module.CausalSelfAttention.attend
@@ -358,6 +378,42 @@ def test_a_model_that_cannot_be_loaded_as_it_was_trained_is_refused(with_data, m
             return super().hidden_states(idx, positions, cache) + self.noise
     monkeypatch.setattr(modern, "GPT", Edited)
     assert "keep what it depends on in a parameter" in fails(train.main, [*TINY, *STEPS, "--out_dir=out/edited"])
+
+
+def test_a_state_that_is_not_saved_is_noticed_at_the_first_evaluation(with_data, monkeypatch, fails):
+    def forward_that_counts(self, idx, targets=None, cache=None):
+        self.calls = getattr(self, "calls", 0) + self.training
+        output = plain_forward(self, idx, targets, cache)
+        return output if self.calls < 2 else 2 * output
+    monkeypatch.setattr(GPT, "forward", forward_that_counts)
+    assert "keep what it depends on in a parameter" in fails(train.main, [*TINY, *STEPS, "--out_dir=out/edited"])
+    assert load("out/edited/last.pt")["step"] == 2
+
+
+class NormsInAnotherOrder(Block):
+    def __init__(self, config):
+        super().__init__(config)
+        self.ln_1 = self._modules.pop("ln_1")
+
+
+def other_hyperparameters(model, cfg):
+    optimizer, = plain_make_optimizers(model, cfg)
+    optimizer.param_groups[1]["betas"] = 0.5, 0.6
+    return [optimizer]
+
+
+plain_make_optimizers = train.make_optimizers
+
+
+@pytest.mark.parametrize("place, edit, complaint", [
+    ((model_module, "Block"), NormsInAnotherOrder, "has parameter = transformer.h.0.ln_1.weight where the program"),
+    ((train, "make_optimizers"), other_hyperparameters, "has betas = (0.9, 0.95) where the program now has (0.5, 0.6)"),
+    ((train, "make_optimizers"), another_optimizer, "has optimizer = AdamW where the program now has SGD")])
+def test_a_resumed_run_whose_optimizers_were_edited_is_refused(with_data, monkeypatch, fails, place, edit, complaint):
+    train.main([*TINY, *STEPS, "--out_dir=out/edited"])
+    os.replace("out/edited/last.prev.pt", "out/edited/last.pt")
+    monkeypatch.setattr(*place, edit)
+    assert complaint in fails(train.main, [*TINY, *STEPS, "--out_dir=out/edited", "--resume"])
 
 
 def test_frozen_and_unused_parameters_on_two_processes(with_data, monkeypatch, large_eps):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from storygpt.embeddings import cooccurrence_embeddings
+from model import GPT, GPTConfig
+from storygpt.embeddings import cooccurrence_embeddings, set_embeddings
+from storygpt.system.errors import UserError
 
 
 def text(width):
@@ -31,3 +33,13 @@ def test_tokens_with_the_same_neighbours_have_similar_embeddings_without_global_
     similarity = torch.nn.functional.cosine_similarity(embeddings[:, None], embeddings, dim=2)
     assert similarity[10, 11] > 0.9 and similarity[20:30, 20:30].min() > 0.9
     assert similarity[10, 20:30].max() < 0.5 and similarity[1, 2].abs() < 0.5
+
+
+@pytest.mark.parametrize("name, layer", [
+    ("ln_f", torch.nn.LayerNorm(16, elementwise_affine=False)), ("wte", torch.nn.Embedding(40, 8)),
+    ("wte", torch.nn.Sequential(torch.nn.Embedding(40, 8), torch.nn.Linear(8, 16)))], ids=["norm", "narrow", "factors"])
+def test_a_model_without_such_an_embedding_or_gain_is_refused(name, layer):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=40))
+    model.transformer[name] = layer
+    with pytest.raises(UserError, match="use --init_embeddings=random"):
+        set_embeddings(model, torch.zeros(40, 16))

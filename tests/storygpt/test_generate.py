@@ -51,6 +51,19 @@ def test_cached_logits_equal_uncached_logits_also_past_the_block(block_size, pro
     assert_generates_as_the_plain_forward(model, torch.randint(50, (2, prompt)), 2 * block_size + 2)
 
 
+def test_a_difference_at_some_tokens_only_is_found_if_they_are_likely(capsys):
+    class SentenceNumbers(GPT):
+        def hidden_states(self, idx, positions, cache):
+            return super().hidden_states(idx, positions, cache) + (
+                (idx == 7).cumsum(1)[..., None] * torch.linspace(-1, 1, 16))  # not those of cached tokens
+
+        def forward(self, idx, targets=None, cache=None):
+            return super().forward(idx, targets, cache) + 4 * F.one_hot(torch.tensor(7), 50)
+    model = SentenceNumbers(small().config).eval()
+    check_cache(model)
+    assert not uses_cache(model) and "note: with a cache" in capsys.readouterr().err
+
+
 def test_window_start_advances_by_half_a_block():
     assert [window_start(n, 8) for n in (1, 8, 9, 12, 13, 16, 17)] == [0, 0, 4, 4, 8, 8, 12]
     assert all(1 <= n - window_start(n, T) <= T for T in (2, 3, 8, 9) for n in range(1, 50))

@@ -78,6 +78,17 @@ def test_a_head_of_the_used_tokens_gives_the_losses_and_gradients_of_the_whole_h
         torch.testing.assert_close(losses, cross_entropy(x, weight, y, reduction="none"), rtol=1e-4, atol=1e-6)
 
 
+def test_the_whole_head_is_used_once_an_unused_token_is_a_target_in_training_or_unused_rows_differ():
+    used, weight = torch.arange(50) < 40, leaves((50, 32))[0]
+    with torch.no_grad():
+        weight[40:] = weight[40]
+    head, y = UsedTokens(used), torch.arange(14)
+    assert head.head(weight, y) and head.head(weight, y + 30) is head.head(weight, y) is None
+    with torch.no_grad():
+        weight[45, 31] += 1  # not among the first columns
+    assert UsedTokens(used).head(weight, y) is None
+
+
 @pytest.mark.parametrize("target_logit", [0.0, 8.0])
 def test_loss_in_bfloat16_is_as_exact_as_autocast_for_likely_tokens(monkeypatch, target_logit):
     """A probability near 1 has few digits in bfloat16; the loss and the gradient need those of 1 - p."""

@@ -67,6 +67,8 @@ def pack(model, dtype, refusal):
     tables = dict(model.named_buffers())  # of modern.py: cos and sin, (T, R)
     if unknown := [name for name in [*parameters, *tables] if not NAMES.fullmatch(name)]:
         raise NotExportable(f"{refusal}tools/formats/gpt.js knows no parameter or buffer {unknown[0]}")
+    if len(parameters["wte"]) != model.config.vocab_size:
+        raise NotExportable(f"{refusal}its embeddings are not those of {model.config.vocab_size} tokens")
     tokens, rows = distinct_rows(parameters["wte"])
     tensors, parts = [], []
     for name, p in parameters.items():
