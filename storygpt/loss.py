@@ -162,8 +162,8 @@ class UsedTokens:
     """Which tokens of a vocabulary occur in the training text, and a cheaper head for it: exact, with fewer logits.
 
     Tokens that are never a target have equal gradients if their rows of the head are equal, and so stay equal in
-    training. One of them then stands for all of them in the softmax, with its probability multiplied by their number. Of GPT-2's
-    50,257 tokens, 12,988 occur in 8 million tokens of TinyStories.
+    training. One of them then stands for all of them in the softmax, with its probability multiplied by their number.
+    Of GPT-2's 50,257 tokens, 12,988 occur in 8 million tokens of TinyStories.
     """
 
     def __init__(self, used):
