@@ -70,14 +70,18 @@ def parse_args(argv):
 def export(saved, target, write, dtype):
     """Write a SavedModel as the file or folder `target`, atomically, with a function of FORMATS.
 
-    Returns that function's note on the export, for the terminal. Raises UserError if the model cannot be exported.
+    Returns that function's note on the export, for the terminal. Raises UserError if the model cannot be exported or
+    the target cannot be written.
     """
     existing = next(folder for folder in target.absolute().parents if folder.exists())
-    with tempfile.TemporaryDirectory(dir=existing) as temporary:
-        partial = Path(temporary, target.name)
-        note = write(partial, saved, dtype)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files.rename(partial, target)
+    try:
+        with tempfile.TemporaryDirectory(dir=existing) as temporary:
+            partial = Path(temporary, target.name)
+            note = write(partial, saved, dtype)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.rename(partial, target)
+    except OSError as error:  # which names the temporary folder
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     return note
 
 

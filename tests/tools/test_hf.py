@@ -421,14 +421,16 @@ def test_wrong_endings_and_flags(fails, words, complaint):
     assert complaint in fails(export.main, ["out/tiny", *words], code=2)
 
 
-def test_a_missing_run_and_a_missing_package(run, fails, monkeypatch):
+def test_a_missing_run_a_target_in_a_file_and_a_missing_package(run, fails, monkeypatch):
     assert ". already exists" in fails(export.main, ["out/tiny", "."])
     for target in ("model", "model.gguf"):
         assert "no checkpoint in out/none" in fails(export.main, ["out/none", target])
+    Path("file").touch()
+    assert "cannot write file/model: Not a directory" in fails(export.main, ["out/tiny", "file/model"])
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.utils", None)
     assert "pip install -r requirements.txt -r requirements-extra.txt" in fails(export.main, ["out/tiny", "model"])
-    assert sorted(os.listdir()) == ["data", "out"]
+    assert sorted(os.listdir()) == ["data", "file", "out"]
 
 
 # ---- GGUF ----
