@@ -35,8 +35,8 @@ from storygpt.evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint,
 from storygpt.fast import faster_functions
 from storygpt.loss import IGNORED_TARGET, fuse_loss
 from storygpt.muon import Muon
-from storygpt.run import (TrainState, best_checkpoint, claim_run_folder, open_run, reopen_run_folder, save_last,
-                          start_run_folder)
+from storygpt.run import (TrainState, best_checkpoint, claim_run_folder, describe_optimizers, open_run,
+                          reopen_run_folder, save_last, start_run_folder)
 from storygpt.settings import BUDGETS, read_command_line
 from storygpt.system import files
 from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
@@ -93,6 +93,7 @@ def main(argv=None):
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients underflow
     state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
+    state.optimized = describe_optimizers(model, optimizers)
     resumed = resume_checkpoint is not None
     if resumed:
         state.restore(resume_checkpoint)

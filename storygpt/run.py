@@ -59,6 +59,7 @@ class TrainState:
     rank: int = 0
     world_size: int = 1
 
+    optimized: list = field(default_factory=list)  # of `describe_optimizers`, as they were made
     step: int = 0  # optimizer steps done
     skipped: int = 0  # steps skipped because float16 gradients overflowed
     best_val_loss: float = math.inf
@@ -72,9 +73,6 @@ class TrainState:
     excluded_seconds: float = 0.0  # spent on evaluations and saves since: the logged speed is that of training alone
     saved_step: int = 0  # `step` at the latest save of last.pt
     saved_seconds: float = 0.0  # `seconds` at the latest save of last.pt
-
-    def __post_init__(self):
-        self.optimized = describe_optimizers(self.model, self.optimizers)
 
     @property
     def out_dir(self):
