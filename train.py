@@ -27,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from modern import make_model
-from storygpt.checkpoint import load_model, save
+from storygpt.checkpoint import load_model, load_weights, save
 from storygpt.corpus.dataset import Dataset
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.embeddings import cooccurrence_embeddings, set_embeddings
-from storygpt.evaluate import SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, sample_story
+from storygpt.evaluate import (SAMPLE_PROMPT, bits_per_byte, evaluate_checkpoint, evaluate_splits, evaluating,
+                               sample_story)
 from storygpt.fast import faster_functions
 from storygpt.loss import IGNORED_TARGET, fuse_loss
 from storygpt.muon import Muon
@@ -90,18 +91,18 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU for what stays in float32
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model_config(data.vocab_size)).to(device)
-    optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients underflow
-    state = TrainState(cfg, data, model, optimizers, scaler, device, dtype, micro_batch_size, rank, world_size)
-    state.optimized = describe_optimizers(model, optimizers)
+    state = TrainState(cfg, data, model, scaler, device, dtype, micro_batch_size, rank, world_size)
     resumed = resume_checkpoint is not None
+    if not resumed:
+        set_initial_weights(state, init_checkpoint)
+    fuse_loss(model, torch.from_numpy(data.train.used_tokens()), equalize=not (resumed or init_checkpoint))
+    state.optimizers = make_optimizers(model, cfg)  # now: an optimizer may copy the initial weights
+    state.optimized = describe_optimizers(model, state.optimizers)
     if resumed:
         state.restore(resume_checkpoint)
         rank_0_result(reopen_run_folder, state, resume_checkpoint["sizes"])
         state.best_val_loss = broadcast_object(state.best_val_loss)  # infinity if ckpt.pt cannot be used
-    else:
-        set_initial_weights(state, init_checkpoint)
-    fuse_loss(model, torch.from_numpy(data.train.used_tokens()), equalize=not (resumed or init_checkpoint))
 
     # ---- what will be done ----
     print_plan(state, f"{'compiled in the first step' if use_compile else 'not compiled'} ({reason})")
@@ -138,6 +139,7 @@ def main(argv=None):
             lr = set_learning_rate(state)
             seed_random(cfg.seed, state.step, rank)
             loss = forward_backward(state, train_model, x, y)
+            seed_random(cfg.seed, state.step, 0, 2)  # the same on all ranks, for an edit that draws random numbers here
             grad_norm = optimizer_step(state)
             state.step += 1
             x, y = get_batch(state)  # of the next step, while a GPU computes this one
@@ -184,7 +186,7 @@ def set_initial_weights(state, init_checkpoint):
     if init_checkpoint:
         weights = {name: w[:cfg.block_size] if name == "transformer.wpe.weight" else w
                    for name, w in init_checkpoint["model"].items()}
-        state.model.load_state_dict(weights)
+        load_weights(best_checkpoint(cfg.init_from), state.model, weights)
     elif cfg.init_embeddings == "cooccurrence" and state.rank == 0:
         count = min(order.windows_per_epoch, math.ceil(2**23 / cfg.block_size))
         if not cfg.max_minutes:  # the length is known
@@ -233,9 +235,6 @@ def make_optimizers(model, cfg):
         # Queries, keys and values are three matrices.
         parts = [3 if name.endswith("c_attn.weight") and len(p) == 3 * p.size(1) else 1 for name, p in muon.items()]
         optimizers.append(Muon(list(muon.values()), cfg.muon_lr, cfg.weight_decay, parts))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]  # the one at the end of warmup; torch's schedulers use this key
     return optimizers
 
 
@@ -276,7 +275,7 @@ def set_learning_rate(state):
     multiplier = learning_rate_multiplier(state.cfg, state.iteration, schedule_progress(state))
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier  # a key of torch's schedulers, too
     return state.cfg.learning_rate * multiplier
 
 
@@ -404,8 +403,11 @@ def check_saved_model(state, idx):
     with torch.compiler.set_stance("force_eager"):
         for model, device in ((state.model, state.device), (saved, "cpu")):
             seed_random(0)
-            logits.append(model.eval()(idx.to(device)).float().cpu())
-    state.model.train()
+            with evaluating(model):
+                output = model(idx.to(device))
+            if not isinstance(output, torch.Tensor) or output.shape[:2] != idx.shape:
+                raise UserError("without targets, model.forward must return the logits of all positions, (B, T, V)")
+            logits.append(output.float().cpu())
     state.excluded_seconds += time.perf_counter() - started
     tolerance = 1e-3 if state.device.type == "cpu" else 2e-2  # TF32
     if (logits[0] - logits[1]).abs().max() > tolerance * logits[1].abs().max():

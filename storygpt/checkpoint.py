@@ -107,6 +107,8 @@ def load_weights(path, model, weights):
     with reading_checkpoint(path, RuntimeError):
         model.load_state_dict(weights)
         for name, p in model.state_dict().items():
+            if not isinstance(p, torch.Tensor):  # a module's extra state
+                continue
             if not torch.equal(p.cpu().nan_to_num(), weights[name].to(p.dtype).nan_to_num()):
                 raise RuntimeError(f"the model shares {name} with another parameter")
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from storygpt.checkpoint import load_model, reading_checkpoint
 from storygpt.corpus.dataset import Split, evaluation_windows
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.generate import check_cache, generate
-from storygpt.loss import IGNORED_TARGET, fuse_loss
+from storygpt.loss import IGNORED_TARGET, fuse_loss, lazy_without_gradients
 from storygpt.run import best_checkpoint, newest_run
 from storygpt.settings import Config
 from storygpt.system.distributed import all_reduce_sum
@@ -21,6 +22,20 @@ from storygpt.system.hardware import autocast, pick_device, pick_dtype, to_devic
 SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250  # of the story at each evaluation
 
 
+@contextmanager
+def evaluating(model):
+    """A context in which a model is in eval mode, without dropout; then its modules are again in their own modes."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    reset = lazy_without_gradients.set(True)
+    try:
+        yield
+    finally:
+        lazy_without_gradients.reset(reset)
+        for module, training in was_training.items():
+            module.training = training
+
+
 @torch.no_grad()
 def window_losses(model, split, starts, batch_size):
     """The mean loss of each window of a `Split`, in nats/token: (N), on the CPU. `starts` (N): their first tokens.
@@ -28,14 +43,12 @@ def window_losses(model, split, starts, batch_size):
     It is the cross-entropy of the model's logits, whatever loss the model is trained with.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()  # no dropout
     losses = []
-    for i in range(0, len(starts), batch_size):
-        x, y = (to_device(array, device) for array in split.windows(starts[i:i + batch_size]))  # (B, T) each
-        tokens = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
-        losses.append(tokens.view(y.shape).float().mean(1))  # (B)
-    model.train(was_training)
+    with evaluating(model):
+        for i in range(0, len(starts), batch_size):
+            x, y = (to_device(array, device) for array in split.windows(starts[i:i + batch_size]))  # (B, T) each
+            tokens = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
+            losses.append(tokens.view(y.shape).float().mean(1))  # (B)
     return torch.cat(losses or [torch.empty(0)]).cpu()  # empty if there are more ranks than windows
 
 
@@ -61,12 +74,11 @@ def sample_story(model, tokenizer):
     """Generate a story from a fixed prompt and seed, to follow the training progress by reading."""
     device = next(model.parameters()).device
     prompt = tokenizer.encode(SAMPLE_PROMPT)
-    was_training = model.training
-    check_cache(model.eval())
-    tokens = [int(token) for token in generate(
-        model, torch.tensor([[tokenizer.end_of_text, *prompt]], device=device), SAMPLE_TOKENS, temperature=0.8,
-        top_k=200, generator=torch.Generator(device).manual_seed(SAMPLE_SEED), end_of_text=tokenizer.end_of_text)]
-    model.train(was_training)
+    with evaluating(model):
+        check_cache(model)
+        tokens = [int(token) for token in generate(
+            model, torch.tensor([[tokenizer.end_of_text, *prompt]], device=device), SAMPLE_TOKENS, temperature=0.8,
+            top_k=200, generator=torch.Generator(device).manual_seed(SAMPLE_SEED), end_of_text=tokenizer.end_of_text)]
     return tokenizer.decode([*prompt, *(token for token in tokens if token != tokenizer.end_of_text)])
 
 

@@ -106,6 +106,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     Call eval() first: dropout is active in training mode.
     """
     head = next((m for m in model.modules() if isinstance(m, FastLinear) and m.is_output), None)
+    distinct = None if head is None else head.distinct_rows  # the tokens that have a logit of their own, (U)
+    candidates = torch.arange(model.config.vocab_size, device=idx.device) if distinct is None else distinct
     cache = KVCache(model.config.block_size, idx.device) if uses_cache(model) else None
     forward = partial(last_logits, model, cache)
     cached_start = decode = None  # the start of the window in the cache; how a single token is computed with it
@@ -125,12 +127,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             logits = decode(idx[:, -1:])
         if step % 32 == 0:  # not at every step, because reading a number waits for a GPU
             check_finite(logits)
-        if head is None or head.distinct_rows is None:
-            logits = logits[:, :model.config.vocab_size]  # a model may have more, for speed, but no such tokens
-            token = sample_token(logits, temperature, top_k, top_p, generator)  # (b)
-        else:  # the tokens of the repeated rows did not occur in training, and are not generated
-            token = head.distinct_rows[sample_token(logits[:, :-1], temperature, top_k, top_p, generator)]
-            logits = head.expand(logits) if with_logits else logits
+        # A model may have more logits than tokens, for speed; tokens that did not occur in training are not generated.
+        token = sample_token(logits[:, :len(candidates)], candidates, temperature, top_k, top_p, generator)  # (b)
+        if with_logits:
+            logits = logits[:, :model.config.vocab_size] if distinct is None else head.expand(logits)
         if ended is not None:
             token = token.masked_fill(ended, end_of_text)
         idx = torch.cat([idx, token[:, None]], 1)
@@ -182,11 +182,19 @@ def prepare_for_generation(model, device, dtype):
     """
     head = output_layer(model.eval())
     check_cache(model)
-    model.to(device, None if dtype == torch.int8 else dtype)
+    model.to(device)
+    if dtype != torch.int8:
+        model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)  # not complex ones
     use_fast_linear(model, int8=dtype == torch.int8)
     if head is not None:
         head.is_output = True
     call_directly(model)
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    except RuntimeError as error:  # such as an operation between two dtypes
+        raise UserError(f"the model does not run in {str(dtype).removeprefix('torch.')}: use --dtype float32 "
+                        f"({error})") from error
     return model
 
 
@@ -221,8 +229,9 @@ def check_cache(model):
     generator = torch.Generator(device).manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (1, T), generator=generator, device=device)
     for _ in range(2):
-        likely = sample_token(model(idx[-1:])[0, :, :model.config.vocab_size], 1.0, 0, 1.0, generator)  # (T)
-        idx = torch.cat([idx, likely[None]])
+        logits = model(idx[-1:])[0, :, :model.config.vocab_size]  # (T, V)
+        tokens = torch.arange(logits.size(1), device=device)
+        idx = torch.cat([idx, sample_token(logits, tokens, 1.0, 0, 1.0, generator)[None]])
     cache, ends = KVCache(T, device), sorted({T // 2, T // 2 + 1, T})
     cached = [model(idx[:, start:end], cache=cache)[:, -1] for start, end in zip([0, *ends], ends)]  # (3, V) each
     plain = model(idx)[:, [end - 1 for end in ends]]  # (3, 2 or 3, V)
@@ -266,15 +275,18 @@ def window_start(n, block_size):
     return 0 if n <= block_size else half * math.ceil((n - block_size) / half)
 
 
-def sample_token(logits, temperature, top_k, top_p, generator):
-    """Sample a token from each row of logits: (B, V) -> (B). The settings are those of `generate`."""
+def sample_token(logits, tokens, temperature, top_k, top_p, generator):
+    """Sample a token id from each row of logits, (B, K) -> (B). The settings are those of `generate`.
+
+    `tokens` (K): the ids of the tokens of the columns, which need not be all. So `logits[:, tokens == 13] = -math.inf`
+    excludes token 13.
+    """
     if temperature < 1e-6:  # 0, or so small that dividing by it overflows
-        return logits.argmax(-1)
+        return tokens[logits.argmax(-1)]
     k = min(top_k, logits.size(-1)) if top_k else logits.size(-1)
     if k < logits.size(-1) or top_p < 1:
-        logits, tokens = fast_topk(logits, k)  # (B, k) each
-    else:
-        tokens = None
+        logits, columns = fast_topk(logits, k)  # (B, k) each
+        tokens = tokens[columns]  # (B, k)
     probs = F.softmax(logits.float() / temperature, dim=-1)  # (B, k)
     if top_p < 1:
         # Keep each token whose predecessors sum to less than p, so always the first.
@@ -284,7 +296,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     threshold = cumulative[:, -1:] * torch.rand(len(probs), 1, generator=generator, device=probs.device)  # (B, 1)
     choice = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
     choice = choice % probs.size(-1)  # if a logit is NaN, which `generate` reports, it is that size: no token
-    return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
+    return tokens.expand_as(probs).gather(-1, choice).squeeze(-1)
 
 
 def fast_topk(logits, k):

@@ -10,11 +10,11 @@ B: batch size, T: sequence length, C: width, V: vocabulary size, N: B * T.
 """
 
 import math
+from contextvars import ContextVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from storygpt.fast import is_plain
@@ -52,11 +52,17 @@ def fuse_loss(model, used=None, equalize=False):
                     module.weight[module.used_tokens.unused] = 0
 
 
+# Whether logits are computed when they are needed also in torch.no_grad(): in evaluation, in that thread.
+lazy_without_gradients = ContextVar("lazy_without_gradients", default=False)
+
+
 class Head(nn.Linear):
     """nn.Linear that returns `Logits`."""
 
     def forward(self, x):
         """(…, C) -> (…, V)"""
+        if not torch.is_grad_enabled() and not lazy_without_gradients.get():
+            return F.linear(x, self.weight)  # now: the weight may change, as that of a teacher
         return _MakeLogits.apply(x, self.weight, self.used_tokens, product_dtype(x), [])
 
 
@@ -216,7 +222,7 @@ def fused_cross_entropy(logits, targets, weight=None, size_average=None, ignore_
                         reduction="mean", label_smoothing=0.0):
     """F.cross_entropy of `Logits` (N, V), or None if the arguments are such that it has to be computed plainly."""
     fits = (isinstance(logits, Logits) and logits.dim() == 2 and not logits.computed
-            and not targets.is_floating_point()
+            and not targets.is_floating_point() and logits.dtype != torch.float64
             and weight is size_average is reduce is None and label_smoothing == 0 and ignore_index == IGNORED_TARGET)
     if not fits or reduction not in ("mean", "none") or (reduction == "none" and torch.is_grad_enabled()):
         return None
@@ -251,7 +257,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, last_row_tokens, dtype, with_gradient):
         N, V = x.size(0), weight.size(0)
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, inputs = x.dtype, (x, weight, targets)
         ignored = targets == IGNORED_TARGET  # (N)
         x = x.to(dtype).masked_fill(ignored[:, None], 0)  # a row of zeros adds nothing to the gradient of the weight
         targets = targets.masked_fill(ignored, 0)  # any token
@@ -289,11 +295,18 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         if with_gradient:
             ctx.gradients = grad_x.masked_fill_(ignored[:, None], 0), grad_weight[:V], count
         ctx.mark_non_differentiable(losses)
+        ctx.save_for_backward(*inputs)
+        ctx.last_row_tokens = last_row_tokens
         return losses.sum() / count, losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _):  # () -> (N, C), (V, C)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients below are constants
+            x, weight, targets = ctx.saved_tensors
+            logits = x @ weight.to(x.dtype).T  # (N, V)
+            logits = torch.cat([logits[:, :-1], logits[:, -1:] + math.log(ctx.last_row_tokens)], 1)
+            mean = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET)
+            return *torch.autograd.grad(mean, (x, weight), grad, create_graph=True), None, None, None, None
         grad_x, grad_weight, count = ctx.gradients
         factor = grad / count
         return grad_x.to(ctx.x_dtype) * factor, grad_weight * factor, None, None, None, None

@@ -32,7 +32,7 @@ from storygpt.settings import SETTINGS, Config, apply_overrides
 from storygpt.system import files
 from storygpt.system.distributed import sync_stop_and_time
 from storygpt.system.errors import QUICKSTART, UserError, shell_word
-from storygpt.system.hardware import largest_divisor, pick_fused
+from storygpt.system.hardware import largest_divisor
 
 # What a run writes, in the order in which a new run removes it: what resuming needs goes first.
 RUN_FILES = ("last.prev.pt", "last.pt", "last.damaged.pt", "ckpt.pt", "log.jsonl", "samples.md")
@@ -51,7 +51,6 @@ class TrainState:
     cfg: Config
     data: Dataset
     model: nn.Module
-    optimizers: list
     scaler: torch.amp.GradScaler  # for float16; otherwise disabled
     device: torch.device
     dtype: torch.dtype  # of matrix products
@@ -59,13 +58,14 @@ class TrainState:
     rank: int = 0
     world_size: int = 1
 
+    optimizers: list = field(default_factory=list)
     optimized: list = field(default_factory=list)  # of `describe_optimizers`, as they were made
     step: int = 0  # optimizer steps done
     skipped: int = 0  # steps skipped because float16 gradients overflowed
     best_val_loss: float = math.inf
     metrics: dict = field(default_factory=lambda: {"iter": 0})  # of the latest evaluation
     seconds: float = 0.0  # spent on the run, by rank 0's clock at the latest `sync_ranks`
-    stop: bool = False  # whether any rank was asked to stop, at the latest `sync_ranks`
+    stop: bool = False  # whether any rank was asked to stop, at the latest `sync_ranks`; an edit may set it
 
     started: float = 0.0  # `time.perf_counter()` at which `elapsed()` is 0
     logged_step: int = 0  # `step` at the latest log line
@@ -101,7 +101,7 @@ class TrainState:
 
     def sync_ranks(self, stop):
         """Give all ranks the same `seconds` and `stop`, so that they take the same decisions."""
-        self.stop, self.seconds = sync_stop_and_time(stop, self.elapsed())
+        self.stop, self.seconds = sync_stop_and_time(stop or self.stop, self.elapsed())
 
     def log(self, record):
         """Append a record to log.jsonl, on rank 0."""
@@ -129,9 +129,9 @@ class TrainState:
         check_optimizers(path, checkpoint.get("optimized", []), self.optimized)
         with reading_checkpoint(path, ValueError, KeyError):
             for optimizer, stored in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-                for group in stored["param_groups"]:
-                    if "fused" in group:  # stored for the device that the run was on before
-                        group["fused"] = pick_fused(self.device)
+                for group, stored_group in zip(optimizer.param_groups, stored["param_groups"]):
+                    if "fused" in group:  # the device may be another than before
+                        stored_group["fused"] = group["fused"]
                 optimizer.load_state_dict(stored)
         if checkpoint["scaler"]:  # empty if the run was not in float16 before
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -142,9 +142,13 @@ class TrainState:
 def describe_optimizers(model, optimizers):
     """How each parameter is optimized: a list of dicts with its name, its optimizer and the hyperparameters, as text.
 
-    In the order of the optimizers' state dicts, which have no names.
+    In the order of the optimizers' state dicts, which have no names. Raises UserError for a parameter that is not one
+    of the model.
     """
     names = {p: name for name, p in model.named_parameters()}
+    if not all(p in names for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
+        raise UserError("an optimizer of train.py: make_optimizers has a parameter that is not one of the model, so it "
+                        "would not be saved: make it an attribute of the model")
     depend_on_device = {"params", "fused", "foreach", "capturable"}
     return [{"parameter": names[p], "optimizer": type(optimizer).__name__}
             | {key: str(value) for key, value in group.items() if key not in depend_on_device}

@@ -22,6 +22,7 @@ import sample
 import train
 from conftest import TINY
 from faults.processes import run_ranks
+from faults.soak import equal
 from model import GPT, MLP, Block, CausalSelfAttention
 from storygpt import generate
 from storygpt.checkpoint import load, load_model
@@ -81,6 +82,31 @@ class WeightNorm(MLP):
     def __init__(self, config):
         super().__init__(config)
         nn.utils.parametrizations.weight_norm(self.c_fc)
+
+
+class LowRankUpdate(MLP):
+    """LoRA by a functional call."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.a, self.b = nn.Parameter(torch.randn(4, config.n_embd)), nn.Parameter(torch.randn(4 * config.n_embd, 4))
+
+    def forward(self, x):
+        weight = self.c_fc.weight + 0.1 * self.b @ self.a
+        return self.c_proj(F.relu(torch.func.functional_call(self.c_fc, {"weight": weight}, (x,))))
+
+
+class ComplexBuffer(MLP):
+    """As Llama's rotations."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        angles = torch.arange(config.n_embd // 2) + 1.0
+        self.register_buffer("rotations", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, x):
+        rotated = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * self.rotations
+        return super().forward(torch.view_as_real(rotated).flatten(-2))
 
 
 class ForwardHooks(Block):
@@ -265,9 +291,7 @@ def random_tokens_in_the_inputs(state):
 
 
 def another_optimizer(model, cfg):
-    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.learning_rate, momentum=0.9)
-    optimizer.param_groups[0]["initial_lr"] = cfg.learning_rate
-    return [optimizer]
+    return [torch.optim.SGD(model.parameters(), lr=cfg.learning_rate, momentum=0.9)]
 
 
 def another_schedule(cfg, iteration, progress):
@@ -280,7 +304,8 @@ def bits_per_byte_of_numpy(loss, split):
 
 # The object that is edited and the name of its attribute → the new values, each in a test of its own.
 EDITS = {
-    (model_module, "MLP"): [MLPOfSequential, MixtureOfExperts, ChosenExpert, ExpertsInOneParameter, WeightNorm],
+    (model_module, "MLP"): [MLPOfSequential, MixtureOfExperts, ChosenExpert, ExpertsInOneParameter, WeightNorm,
+                           LowRankUpdate, ComplexBuffer],
     (model_module, "Block"): [ForwardHooks, BackwardHook, BufferThatIsNotSaved, ParallelBlock],
     (model_module, "CausalSelfAttention"): [MultiQueryAttention],
     (CausalSelfAttention, "attend"): [sliding_window_in_training_only, attention_written_out],
@@ -295,9 +320,9 @@ EDITS = {
     (train, "learning_rate_multiplier"): [another_schedule],
 }
 CHANGES = {value.__name__: (*place, value) for place, values in EDITS.items() for value in values}
-STILL_GPT2 = {UntiedHead, PaddedVocabulary, BackwardHook, loss_with_a_second_term, random_numbers_in_the_loss,
-              metrics_of_numpy, bits_per_byte_of_numpy, random_tokens_in_the_inputs, another_optimizer,
-              another_schedule}
+STILL_GPT2 = {UntiedHead, PaddedVocabulary, BackwardHook, loss_with_a_second_term,
+              random_numbers_in_the_loss, metrics_of_numpy, bits_per_byte_of_numpy, random_tokens_in_the_inputs,
+              another_optimizer, another_schedule}
 
 
 # ---- what must hold ----
@@ -320,7 +345,7 @@ def check_everywhere(out_dir, flags, capsys):
     assert "resuming after step 2 of 3" in capsys.readouterr().out
     whole, resumed = (load(f"{folder}/last.pt") for folder in (out_dir, "out/resumed"))
     assert whole["step"] == resumed["step"] == 3
-    assert all(torch.equal(weight, resumed["model"][name]) for name, weight in whole["model"].items())
+    assert equal(whole["model"], resumed["model"])
 
     model = plain_model(out_dir)
     tokenizer = Tokenizer.load(out_dir)
@@ -416,8 +441,75 @@ def test_a_resumed_run_whose_optimizers_were_edited_is_refused(with_data, monkey
     assert complaint in fails(train.main, [*TINY, *STEPS, "--out_dir=out/edited", "--resume"])
 
 
-def test_frozen_and_unused_parameters_on_two_processes(with_data, monkeypatch, large_eps):
-    monkeypatch.setattr(modern, "GPT", FrozenAndUnused)
+def test_the_extra_state_of_a_module_is_saved(with_data, monkeypatch, capsys):
+    class ExtraState(GPT):
+        calls = 0
+
+        def get_extra_state(self):
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+        def forward(self, idx, targets=None, cache=None):
+            self.calls += self.training
+            return super().forward(idx, targets, cache)
+    monkeypatch.setattr(modern, "GPT", ExtraState)
+    train.main([*TINY, *STEPS, "--out_dir=out/edited"])
+    assert load_model("out/edited/ckpt.pt")[0].calls == load("out/edited/ckpt.pt")["model"]["_extra_state"]["calls"] > 1
+
+
+def test_an_edit_can_stop_a_run_early(with_data, monkeypatch, capsys):
+    def stop_after_the_evaluation(state, tokenizer):
+        plain_evaluate_and_log(state, tokenizer)
+        state.stop = True
+    monkeypatch.setattr(train, "evaluate_and_log", stop_after_the_evaluation)
+    train.main([*TINY, *STEPS, "--out_dir=out/edited"])
+    assert "stopped after step 2 of 3" in capsys.readouterr().out
+
+
+def test_an_optimizer_is_made_when_the_model_has_its_initial_weights(with_data, monkeypatch):
+    seen = []
+
+    def weights_when_it_is_made(model, cfg):
+        seen.append(model.transformer.wte.weight.detach().clone())
+        return plain_make_optimizers(model, cfg)
+    train.main([*TINY, *STEPS, "--out_dir=out/edited"])
+    monkeypatch.setattr(train, "make_optimizers", weights_when_it_is_made)
+    train.main([*TINY, *STEPS, "--init_from=out/edited", "--out_dir=out/tuned"])
+    assert torch.equal(seen[0], load("out/edited/ckpt.pt")["model"]["transformer.wte.weight"])
+
+
+def last_logits_only(self, idx, targets=None, cache=None):
+    output = plain_forward(self, idx, targets, cache)
+    return output if targets is not None else output[:, -1:]
+
+
+def optimizer_of_another_parameter(model, cfg):
+    return [*plain_make_optimizers(model, cfg), torch.optim.SGD([nn.Parameter(torch.zeros(1))])]
+
+
+@pytest.mark.parametrize("place, edit, complaint", [
+    ((GPT, "forward"), last_logits_only, "without targets, model.forward must return the logits of all positions"),
+    ((train, "make_optimizers"), optimizer_of_another_parameter, "has a parameter that is not one of the model")])
+def test_an_edit_that_cannot_hold_is_refused_in_one_line(with_data, monkeypatch, fails, place, edit, complaint):
+    monkeypatch.setattr(*place, edit)
+    assert complaint in fails(train.main, [*TINY, *STEPS, "--out_dir=out/edited"])
+
+
+plain_optimizer_step = train.optimizer_step
+
+
+def noise_in_the_gradient(state):
+    for p in state.model.parameters():
+        p.grad += 0.1 * torch.randn_like(p)
+    return plain_optimizer_step(state)
+
+
+@pytest.mark.parametrize("place, edit", [
+    ((modern, "GPT"), FrozenAndUnused), ((train, "optimizer_step"), noise_in_the_gradient)])
+def test_an_edit_on_two_processes(with_data, monkeypatch, large_eps, place, edit):
+    monkeypatch.setattr(*place, edit)
     train.main([*TINY, *STEPS, "--out_dir=out/one"])
     for code, _, error in run_ranks(2, train.main, [*TINY, *STEPS, "--out_dir=out/two"]):
         assert code == 0, error

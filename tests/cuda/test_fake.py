@@ -67,4 +67,4 @@ def test_cached_decoding_stays_on_the_device(model):
     logits = model(x[:, 5:6], cache=cache)
     assert logits.device == CUDA and logits.shape == (4, 1, 300)
     for settings in ((0, 0, 1.0), (0.8, 0, 1.0), (0.8, 5, 0.9)):
-        assert sample_token(logits[:, -1], *settings, None).device == CUDA
+        assert sample_token(logits[:, -1], torch.arange(logits.size(-1), device=CUDA), *settings, None).device == CUDA

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from storygpt import checkpoint
 from storygpt.corpus.dataset import Split, evaluation_windows, with_checksum
 from storygpt.corpus.tokenizer import Tokenizer
-from storygpt.evaluate import sample_story, window_losses
+from storygpt.evaluate import evaluating, sample_story, window_losses
 
 
 def test_evaluation_has_no_dropout_and_does_not_depend_on_the_batch_size(nursery_data):
@@ -30,6 +30,14 @@ def test_evaluation_has_no_dropout_and_does_not_depend_on_the_batch_size(nursery
     x, y = map(torch.from_numpy, split.windows(starts[3:4]))
     assert losses[3].item() == pytest.approx(model.eval()(x, y).item(), rel=1e-5)
     assert window_losses(model, split, [], batch_size=5).shape == (0,) and not model.training
+
+
+def test_after_an_evaluation_every_module_is_in_its_own_mode():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout())).train()
+    model[1].eval()  # as a frozen teacher
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, False, False]
 
 
 @pytest.fixture

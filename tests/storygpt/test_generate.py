@@ -225,10 +225,35 @@ def test_ended_sequences_are_dropped_and_generation_stops_when_all_have_ended(pr
 # ---- the next token ----
 
 
+@pytest.mark.parametrize("unused", [0, 200])  # without rows of their own in the head
+def test_an_edit_of_sample_token_can_exclude_a_token_by_its_id(unused, monkeypatch):
+    def without_the_frequent_one(logits, tokens, *settings):
+        return sample_token(logits.masked_fill(tokens == frequent, -math.inf), tokens, *settings)
+    torch.manual_seed(0)
+    model, prompts = small(vocab_size=300, n_embd=64), torch.randint(300, (50, 3))
+    with torch.no_grad():
+        model.transformer.wte.weight[:unused] = 0
+    prepare_for_generation(model, "cpu", torch.float32)
+    frequent = torch.stack(list(generate(model, prompts, 40))).mode().values.mode().values
+    monkeypatch.setattr("storygpt.generate.sample_token", without_the_frequent_one)
+    assert not (torch.stack(list(generate(model, prompts, 40))) == frequent).any()
+
+
+def test_a_model_that_does_not_run_in_a_dtype_says_so():
+    class NormInFloat32(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.float()) if self.weight.dtype == torch.float32 else x.float()
+    model = small()
+    model.transformer.ln_f = NormInFloat32(model.config.n_embd)
+    with pytest.raises(UserError, match="the model does not run in bfloat16: use --dtype float32"):
+        prepare_for_generation(model.eval(), torch.device("cpu"), torch.bfloat16)
+
+
 def frequencies(logits, n=10_000, **settings):
     """The relative frequency of each token (V) in n samples from the same logits (V)."""
     options = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
-    tokens = sample_token(logits.expand(n, -1), **options, generator=torch.Generator().manual_seed(0))
+    tokens = sample_token(logits.expand(n, -1), torch.arange(len(logits)), **options,
+                          generator=torch.Generator().manual_seed(0))
     return torch.bincount(tokens, minlength=logits.numel()) / n
 
 
@@ -266,6 +291,7 @@ def test_fast_topk_equals_topk():
 @pytest.mark.parametrize("settings", [(0.0,), (0.8,), (0.8, 5), (0.8, 0, 0.9)], ids=str)
 @pytest.mark.parametrize("count", [20, 40])
 def test_a_logit_that_is_nan_is_an_error_however_a_token_is_chosen(settings, count):
+    torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
     steps = generate(model, torch.zeros(2, 3, dtype=torch.long), count, *settings, end_of_text=49)
     next(steps)

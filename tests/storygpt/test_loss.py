@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from model import GPT, GPTConfig
 from modern import make_model
 from storygpt import loss as module
+from storygpt.evaluate import evaluating
 from storygpt.loss import Head, Logits, UsedTokens, fuse_loss, fused_linear_cross_entropy
 from storygpt.system.hardware import autocast
 
@@ -135,13 +136,23 @@ def test_a_target_that_is_no_token_is_an_error(model):
             fused(model, used=used)(x, y, mean_loss)
 
 
-def test_the_backward_pass_can_be_repeated_but_has_no_second_derivative():
-    x, weight = leaves((14, 16), (50, 16))
-    mean, _ = fused_linear_cross_entropy(x, weight, torch.arange(14))
-    first, second = (torch.autograd.grad(mean, (x, weight), create_graph=True) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        first[0].square().sum().backward()
+def test_the_backward_pass_can_be_repeated_and_differentiated():
+    """As for a gradient penalty, also with a head of the used tokens."""
+    leaf, weight = leaves((14, 16), (50, 16))
+    with torch.no_grad():
+        weight[40:] = weight[40]
+    y, used, results = torch.arange(14), UsedTokens(torch.arange(50) < 40), []
+    y[3] = -1
+    for loss_of in (lambda x: cross_entropy(x, weight, y), lambda x: fused_linear_cross_entropy(x, weight, y)[0],
+                    lambda x: fused_linear_cross_entropy(x, *used.head(weight, y), len(used.unused))[0]):
+        x = 1.5 * leaf
+        loss = loss_of(x)
+        first, second = (torch.autograd.grad(3 * loss, x, create_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        results.append([first, *torch.autograd.grad(first.square().sum(), (leaf, weight))])
+    for plain, fused, reduced in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(reduced, plain, rtol=1e-4, atol=1e-6)
     assert fused_linear_cross_entropy(x * math.nan, weight, torch.arange(14))[0].isnan()
 
 
@@ -348,9 +359,24 @@ def test_hooks_on_the_replaced_head_and_printing_see_the_logits(model):
     assert type(model.lm_head) is Head and type(model(x, y, lambda logits, y: logits)) in (Logits, torch.Tensor)
     torch.testing.assert_close(seen[0] + 0, expected)
     torch.testing.assert_close(seen[1], torch.autograd.grad(mean_loss(expected, y), expected)[0])
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(plain):
         logits = fused(plain)(x, y, lambda logits, y: logits)
         assert type(logits) is Logits and repr(logits) == repr(logits + 0)
+
+
+def test_logits_in_no_grad_are_those_of_the_weight_at_that_time(model):
+    """As of a teacher, whose weights are put into the model for one call."""
+    (x, y), model = batch(), fused(model)
+    with torch.no_grad():
+        logits = model(x, y, lambda logits, y: logits)
+        expected = logits + 0
+        model.lm_head.weight.mul_(2)
+        assert torch.equal(logits + 0, expected)
+
+
+def test_the_loss_of_a_float64_model_is_float64(model):
+    (x, y), plain = batch(), model.double()
+    torch.testing.assert_close(fused(plain)(x, y, mean_loss), plain(x, y, mean_loss), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -124,8 +124,8 @@ def test_the_optimizer_is_fused_as_this_machine_does_it(in_trained):
             group["fused"] = False
     cfg, device = Config(**last["config"]), torch.device("cpu")
     model = GPT(GPTConfig(**last["model_config"]))
-    state = run.TrainState(cfg, None, model, train.make_optimizers(model, cfg), torch.amp.GradScaler("cpu"), device,
-                           torch.float32, 4)
+    state = run.TrainState(cfg, None, model, torch.amp.GradScaler("cpu"), device, torch.float32, 4,
+                           optimizers=train.make_optimizers(model, cfg))
     state.restore(last)
     assert {group["fused"] for optimizer in state.optimizers for group in optimizer.param_groups} == {True}
 
