@@ -36,14 +36,18 @@ class Muon(torch.optim.Optimizer):
         `beta2` is that of the rows' mean squares.
         """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.parts, self.beta2 = parts, beta2
+        self.parts, self.beta2 = dict(zip(params, parts, strict=True)), beta2
 
     @torch.no_grad()
     def step(self):
         """Update the parameters from their gradients."""
-        group, = self.param_groups
+        for group in self.param_groups:
+            self.update(group)
+
+    def update(self, group):
+        """Update the parameters of a group."""
         by_shape = {}  # shape → weight, momentum, both (rows, columns), and mean squares (rows, 1) of each matrix
-        for p, parts in zip(group["params"], self.parts):
+        for p in group["params"]:
             if p.grad is None:  # frozen, or not used in this step
                 continue
             state = self.state[p]
@@ -54,6 +58,7 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum_buffer"]
             momentum.lerp_(p.grad, 1 - group["momentum"])
             nesterov = p.grad.lerp(momentum, group["momentum"])
+            parts = self.parts[p]
             for matrix in zip(p.chunk(parts), nesterov.chunk(parts), state["mean_squares"].chunk(parts)):
                 by_shape.setdefault(matrix[0].shape, []).append(matrix)
         for (rows, columns), matrices in by_shape.items():

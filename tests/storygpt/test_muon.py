@@ -95,6 +95,18 @@ def test_a_matrix_without_a_gradient_stays_and_the_others_are_as_without_it():
         assert torch.equal(p, start) == (i in (1, 3)) and (p in optimizer.state) == (i not in (1, 3))
 
 
+def test_groups_have_their_own_learning_rates():
+    params, others = parameters(), parameters()
+    optimizer, plain = (Muon(ps, lr=0.1, weight_decay=0.2, parts=[1, 3, 1, 2, 3]) for ps in (params, others))
+    group, = optimizer.param_groups
+    optimizer.param_groups = [group | {"params": params[:1], "lr": 0.0}, group | {"params": params[1:]}]
+    for ps, o in ((params, optimizer), (others, plain)):
+        set_gradients(ps, 1)
+        o.step()
+    assert torch.equal(params[0], parameters()[0])
+    torch.testing.assert_close(params[1:], others[1:])
+
+
 def test_a_checkpoint_without_mean_squares_can_be_resumed():
     """Runs of earlier versions of this program have one, the oldest of torch.optim.Muon."""
     ours, torchs = parameters(), parameters()
