@@ -204,8 +204,11 @@ def output_layer(model):
 
     Raises UserError if the logits are not finite.
     """
-    outputs = {}  # of each layer, a list
-    hooks = [module.register_forward_hook(lambda module, _, output: outputs.setdefault(module, []).append(output))
+    outputs = {}  # of each layer, a list: None if it was called with another weight, by torch.func.functional_call
+
+    def add(module, args, output, weight):
+        outputs.setdefault(module, []).append(output if module.weight is weight else None)
+    hooks = [module.register_forward_hook(partial(add, weight=module.weight))
              for module in model.modules() if is_plain(module, nn.Linear)]
     logits = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     for hook in hooks:

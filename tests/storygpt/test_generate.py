@@ -239,6 +239,23 @@ def test_an_edit_of_sample_token_can_exclude_a_token_by_its_id(unused, monkeypat
     assert not (torch.stack(list(generate(model, prompts, 40))) == frequent).any()
 
 
+@torch.no_grad()
+def test_a_head_that_is_called_with_another_weight():
+    """Its rows that are equal are not left out."""
+    class OtherWeight(GPT):
+        def forward(self, idx):
+            x = self.transformer.ln_f(self.hidden_states(idx, torch.arange(idx.size(1)), None))
+            return torch.func.functional_call(self.lm_head, {"weight": self.lm_head.weight.flip(0)}, (x,))
+    torch.manual_seed(0)
+    model = OtherWeight(GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0)).eval()
+    model.transformer.wte.weight[:30] = 0
+    plain = copy.deepcopy(model)
+    prepare_for_generation(model, torch.device("cpu"), torch.float32)
+    idx = torch.randint(50, (2, 5))
+    _, logits = next(generate(model, idx, 1, with_logits=True))
+    torch.testing.assert_close(logits, plain(idx)[:, -1])
+
+
 def test_a_model_that_does_not_run_in_a_dtype_says_so():
     class NormInFloat32(nn.LayerNorm):
         def forward(self, x):
