@@ -288,7 +288,7 @@ def test_every_parameter_is_in_one_optimizer_and_only_matrices_decay(optimizer, 
     for decay, expected in ((0.1, decayed), (0.0, set(names.values()) - decayed)):
         assert set().union(*(members for _, g, members in groups if g["weight_decay"] == decay)) == expected
     if optimizer == "muon":
-        parts = {names[p]: count for p, count in zip(optimizers[1].param_groups[0]["params"], optimizers[1].parts)}
+        parts = {names[p]: count for p, count in optimizers[1].parts.items()}
         assert {name for name, count in parts.items() if count == 3} == {
             f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)} and set(parts.values()) == {1, 3}
 
