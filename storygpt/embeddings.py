@@ -22,8 +22,9 @@ def set_embeddings(model, embeddings):
         model.transformer.wte.weight.copy_(0.2 * embeddings)
         model.transformer.ln_f.weight.fill_(0.1)
     except (AttributeError, RuntimeError) as error:  # the latter: another shape
-        raise UserError(f"init_embeddings = 'cooccurrence' sets transformer.wte and the gain of transformer.ln_f, but "
-                        f"the model lacks one ({error}): use --init_embeddings=random") from error
+        raise UserError("init_embeddings = 'cooccurrence' sets transformer.wte and the gain of transformer.ln_f, but "
+                        f"the model lacks one or it has another shape ({error}): use --init_embeddings=random"
+                        ) from error
 
 
 def cooccurrence_embeddings(sequences, vocab_size, width):

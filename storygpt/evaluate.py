@@ -32,6 +32,7 @@ def evaluating(model):
         yield
     finally:
         lazy_without_gradients.reset(reset)
+        model.train(was_training[model])  # a module may do more in it
         for module, training in was_training.items():
             module.training = training
 

@@ -133,7 +133,7 @@ class FastLinear(nn.Linear):
 
     def prepare(self, int8):
         """Convert the weight as it is now: later changes of it have no effect."""
-        vars(self)["prepared_weight"] = self.weight  # not as another parameter
+        self.prepared = self.weight, self.bias
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         self.distinct_rows, computed = distinct_rows(weight, bias)
         if computed is not None:
@@ -143,8 +143,9 @@ class FastLinear(nn.Linear):
 
     def forward(self, x):
         """(…, in) -> (…, out), or (…, U + 1) in `distinct_logits`"""
-        if self.weight is not self.prepared_weight:  # in torch.func.functional_call
-            return F.linear(x, self.weight, self.bias)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]  # faster than the attributes
+        if weight is not self.prepared[0] or bias is not self.prepared[1]:  # in torch.func.functional_call
+            return F.linear(x, weight, bias)
         weight, bias = self.row_weight, self.row_bias
         if self.packed is not None:
             if x.dim() == 1:  # which the kernel refuses

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from storygpt.fast import FastLinear, call_directly, distinct_logits, is_plain, use_fast_linear
-from storygpt.system.errors import UserError
+from storygpt.system.errors import UserError, out_of_memory
 
 
 class KVCache:
@@ -107,7 +107,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     """
     head = next((m for m in model.modules() if isinstance(m, FastLinear) and m.is_output), None)
     distinct = None if head is None else head.distinct_rows  # the tokens that have a logit of their own, (U)
-    candidates = torch.arange(model.config.vocab_size, device=idx.device) if distinct is None else distinct
+    V = model.config.vocab_size  # a model may have more logits than tokens, for speed
+    candidates = torch.arange(V, device=idx.device) if distinct is None else distinct[distinct < V]
     cache = KVCache(model.config.block_size, idx.device) if uses_cache(model) else None
     forward = partial(last_logits, model, cache)
     cached_start = decode = None  # the start of the window in the cache; how a single token is computed with it
@@ -127,10 +128,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             logits = decode(idx[:, -1:])
         if step % 32 == 0:  # not at every step, because reading a number waits for a GPU
             check_finite(logits)
-        # A model may have more logits than tokens, for speed; tokens that did not occur in training are not generated.
+        # Tokens that did not occur in training are not generated.
         token = sample_token(logits[:, :len(candidates)], candidates, temperature, top_k, top_p, generator)  # (b)
         if with_logits:
-            logits = logits[:, :model.config.vocab_size] if distinct is None else head.expand(logits)
+            logits = (logits if distinct is None else head.expand(logits))[:, :V]
         if ended is not None:
             token = token.masked_fill(ended, end_of_text)
         idx = torch.cat([idx, token[:, None]], 1)
@@ -193,6 +194,8 @@ def prepare_for_generation(model, device, dtype):
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long, device=device))
     except RuntimeError as error:  # such as an operation between two dtypes
+        if dtype == torch.float32 or out_of_memory(error):
+            raise
         raise UserError(f"the model does not run in {str(dtype).removeprefix('torch.')}: use --dtype float32 "
                         f"({error})") from error
     return model
@@ -204,11 +207,11 @@ def output_layer(model):
 
     Raises UserError if the logits are not finite.
     """
-    outputs = {}  # of each layer, a list: None if it was called with another weight, by torch.func.functional_call
+    outputs = {}  # of each layer, a list: None if it was called with others, by torch.func.functional_call
 
-    def add(module, args, output, weight):
-        outputs.setdefault(module, []).append(output if module.weight is weight else None)
-    hooks = [module.register_forward_hook(partial(add, weight=module.weight))
+    def add(module, args, output, weight, bias):
+        outputs.setdefault(module, []).append(output if module.weight is weight and module.bias is bias else None)
+    hooks = [module.register_forward_hook(partial(add, weight=module.weight, bias=module.bias))
              for module in model.modules() if is_plain(module, nn.Linear)]
     logits = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     for hook in hooks:
@@ -223,21 +226,19 @@ def check_cache(model):
     """Compare the logits of a float32 model with and without a KVCache: if they differ, it generates without one.
 
     An edit of the model may have reached only one of the two, such as another attention mask. It may also concern only
-    some tokens, such as full stops, so the model reads random tokens and, from these, tokens that it finds likely.
+    some tokens, such as full stops, so the model reads random tokens and, after each, one that it finds likely.
     """
-    device, T = next(model.parameters()).device, model.config.block_size
+    device, T, V = next(model.parameters()).device, model.config.block_size, model.config.vocab_size
     model.cache_is_exact = True
     if not uses_cache(model):
         return
     generator = torch.Generator(device).manual_seed(0)
-    idx = torch.randint(model.config.vocab_size, (1, T), generator=generator, device=device)
-    for _ in range(2):
-        logits = model(idx[-1:])[0, :, :model.config.vocab_size]  # (T, V)
-        tokens = torch.arange(logits.size(1), device=device)
-        idx = torch.cat([idx, sample_token(logits, tokens, 1.0, 0, 1.0, generator)[None]])
+    idx, tokens = torch.randint(V, (1, T), generator=generator, device=device), torch.arange(V, device=device)
+    logits = model(idx[:, :min(T, 128)])[0, :-1:2, :V]  # of every other token, (about T / 2, V)
+    idx[0, 1:2 * len(logits):2] = sample_token(logits, tokens, 1.0, 0, 1.0, generator)
     cache, ends = KVCache(T, device), sorted({T // 2, T // 2 + 1, T})
-    cached = [model(idx[:, start:end], cache=cache)[:, -1] for start, end in zip([0, *ends], ends)]  # (3, V) each
-    plain = model(idx)[:, [end - 1 for end in ends]]  # (3, 2 or 3, V)
+    cached = [model(idx[:, start:end], cache=cache)[:, -1] for start, end in zip([0, *ends], ends)]  # (1, V) each
+    plain = model(idx)[:, [end - 1 for end in ends]]  # (1, 2 or 3, V)
     tolerance = 1e-3 if device.type == "cpu" else 1e-2  # TF32
     model.cache_is_exact = bool((torch.stack(cached, 1) - plain).abs().max() <= tolerance * plain.abs().max())
     if not model.cache_is_exact:

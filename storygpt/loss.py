@@ -62,7 +62,9 @@ class Head(nn.Linear):
     def forward(self, x):
         """(…, C) -> (…, V)"""
         if not torch.is_grad_enabled() and not lazy_without_gradients.get():
-            return F.linear(x, self.weight)  # now: the weight may change, as that of a teacher
+            # Computed at once, because the weight may change before the logits are used: a teacher's weights can be put
+            # into the model for one call.
+            return F.linear(x, self.weight)
         return _MakeLogits.apply(x, self.weight, self.used_tokens, product_dtype(x), [])
 
 
@@ -93,8 +95,6 @@ class Logits(torch.Tensor):
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        if torch.is_grad_enabled():
-            args, kwargs = tree_map_only(Logits, Logits.connected, (args, kwargs))
         if function is F.cross_entropy and (result := fused_cross_entropy(*args, **kwargs)) is not None:
             return result
         logits = args[0] if args and isinstance(args[0], Logits) else None
@@ -112,17 +112,6 @@ class Logits(torch.Tensor):
         """Operations below autograd, as in the forward pass of another autograd.Function: compute the logits."""
         args, kwargs = tree_map_only(Logits, Logits.product, (args, kwargs or {}))
         return function(*args, **kwargs)
-
-    def connected(self):
-        """These logits or, if the graph does not lead from them directly to x and the weight, a plain copy of them.
-
-        That is so after a reentrant checkpoint, and for a view that was made without gradients.
-        """
-        has_gradient = self.grad_fn is not None and self.grad_fn.name() == "_MakeLogitsBackward"
-        if has_gradient or not (self.x.requires_grad or self.weight.requires_grad):
-            return self
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.clone()
 
     def compute(self):
         """These logits as a plain tensor: one for all operations, as some of them change it or have hooks on it."""
@@ -306,7 +295,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             logits = x @ weight.to(x.dtype).T  # (N, V)
             logits = torch.cat([logits[:, :-1], logits[:, -1:] + math.log(ctx.last_row_tokens)], 1)
             mean = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET)
-            return *torch.autograd.grad(mean, (x, weight), grad, create_graph=True), None, None, None, None
+            needed = ctx.needs_input_grad[:2]
+            inputs = [tensor for tensor, is_needed in zip((x, weight), needed) if is_needed]
+            gradients = iter(torch.autograd.grad(mean, inputs, grad, create_graph=True))
+            return *(next(gradients) if is_needed else None for is_needed in needed), None, None, None, None
         grad_x, grad_weight, count = ctx.gradients
         factor = grad / count
         return grad_x.to(ctx.x_dtype) * factor, grad_weight * factor, None, None, None, None

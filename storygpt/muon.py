@@ -31,11 +31,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, weight_decay, parts, momentum=0.9, beta2=0.95):
-        """`params`: a list of matrices. `parts`: the number of matrices that each of them consists of, a list.
+        """`params`: matrices or groups of them. `parts`: the number of matrices that each of them consists of, a list.
 
         `beta2` is that of the rows' mean squares.
         """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        params = [p for group in self.param_groups for p in group["params"]]
         self.parts, self.beta2 = dict(zip(params, parts, strict=True)), beta2
 
     @torch.no_grad()
@@ -58,7 +59,7 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum_buffer"]
             momentum.lerp_(p.grad, 1 - group["momentum"])
             nesterov = p.grad.lerp(momentum, group["momentum"])
-            parts = self.parts[p]
+            parts = self.parts.get(p, 1)
             for matrix in zip(p.chunk(parts), nesterov.chunk(parts), state["mean_squares"].chunk(parts)):
                 by_shape.setdefault(matrix[0].shape, []).append(matrix)
         for (rows, columns), matrices in by_shape.items():

@@ -80,8 +80,8 @@ def export(saved, target, write, dtype):
             note = write(partial, saved, dtype)
             target.parent.mkdir(parents=True, exist_ok=True)
             files.rename(partial, target)
-    except OSError as error:  # which names the temporary folder
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    except OSError as error:  # which names a file in the temporary folder
+        raise UserError(f"cannot write {target} ({error})") from error
     return note
 
 

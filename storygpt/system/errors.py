@@ -66,7 +66,7 @@ def one_line(error):
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         line = f"error: {where}{error.strerror or error}"
-    elif isinstance(error, ModuleNotFoundError):
+    elif isinstance(error, ImportError):
         line = f"error: {error}: pip install -r requirements.txt -r requirements-extra.txt"
     elif out_of_memory(error):
         line = f"error: out of memory: use smaller sizes ({str(error) or 'MemoryError'})"

@@ -33,11 +33,17 @@ def test_evaluation_has_no_dropout_and_does_not_depend_on_the_batch_size(nursery
 
 
 def test_after_an_evaluation_every_module_is_in_its_own_mode():
-    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout())).train()
+    class Merged(torch.nn.Dropout):
+        """As a low-rank update that is added to its weight in eval mode."""
+
+        def train(self, mode=True):
+            self.is_merged = not mode
+            return super().train(mode)
+    model = torch.nn.Sequential(Merged(), torch.nn.Sequential(torch.nn.Dropout())).train()
     model[1].eval()  # as a frozen teacher
     with evaluating(model):
-        assert not any(module.training for module in model.modules())
-    assert [module.training for module in model.modules()] == [True, True, False, False]
+        assert not any(module.training for module in model.modules()) and model[0].is_merged
+    assert [module.training for module in model.modules()] == [True, True, False, False] and not model[0].is_merged
 
 
 @pytest.fixture

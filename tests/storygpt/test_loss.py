@@ -153,6 +153,10 @@ def test_the_backward_pass_can_be_repeated_and_differentiated():
     for plain, fused, reduced in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(reduced, plain, rtol=1e-4, atol=1e-6)
+    for x, w in ((leaf, weight.detach()), (leaf.detach(), weight)):  # one is frozen
+        gradients = [torch.autograd.grad(loss_of(x, w, y), x if x.requires_grad else w, create_graph=True)[0]
+                     for loss_of in (cross_entropy, lambda *args: fused_linear_cross_entropy(*args)[0])]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert fused_linear_cross_entropy(x * math.nan, weight, torch.arange(14))[0].isnan()
 
 

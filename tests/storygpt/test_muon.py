@@ -97,9 +97,8 @@ def test_a_matrix_without_a_gradient_stays_and_the_others_are_as_without_it():
 
 def test_groups_have_their_own_learning_rates():
     params, others = parameters(), parameters()
-    optimizer, plain = (Muon(ps, lr=0.1, weight_decay=0.2, parts=[1, 3, 1, 2, 3]) for ps in (params, others))
-    group, = optimizer.param_groups
-    optimizer.param_groups = [group | {"params": params[:1], "lr": 0.0}, group | {"params": params[1:]}]
+    groups = [{"params": params[:1], "lr": 0.0}, {"params": params[1:]}]
+    optimizer, plain = (Muon(ps, lr=0.1, weight_decay=0.2, parts=[1, 3, 1, 2, 3]) for ps in (groups, others))
     for ps, o in ((params, optimizer), (others, plain)):
         set_gradients(ps, 1)
         o.step()

@@ -426,7 +426,7 @@ def test_a_missing_run_a_target_in_a_file_and_a_missing_package(run, fails, monk
     for target in ("model", "model.gguf"):
         assert "no checkpoint in out/none" in fails(export.main, ["out/none", target])
     Path("file").touch()
-    assert "cannot write file/model: Not a directory" in fails(export.main, ["out/tiny", "file/model"])
+    assert "cannot write file/model ([Errno 20] Not a directory" in fails(export.main, ["out/tiny", "file/model"])
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.utils", None)
     assert "pip install -r requirements.txt -r requirements-extra.txt" in fails(export.main, ["out/tiny", "model"])
