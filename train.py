@@ -186,7 +186,7 @@ def set_initial_weights(state, init_checkpoint):
     if init_checkpoint:
         weights = {name: w[:cfg.block_size] if name == "transformer.wpe.weight" else w
                    for name, w in init_checkpoint["model"].items()}
-        load_weights(best_checkpoint(cfg.init_from), state.model, weights)
+        load_weights(cfg.init_from, state.model, weights)
     elif cfg.init_embeddings == "cooccurrence":
         count = min(order.windows_per_epoch, math.ceil(2**23 / cfg.block_size))
         if not cfg.max_minutes:  # the length is known

@@ -161,6 +161,12 @@ def test_an_error_of_all_ranks_is_printed_once(with_data, world_size, flag, comp
         assert "Traceback" not in err
 
 
+def test_rank_1_needs_no_folder_of_the_run_to_start_from(machine2):
+    train.main([*FLAGS, "--out_dir=out/one"])
+    for code, _, err in train_on_ranks(2, [*FLAGS, "--init_from=out/one", "--out_dir=out/two"], other_folder=machine2):
+        assert code == 0, err
+
+
 def test_all_ranks_need_the_same_data(machine2):
     path = machine2 / "data/nursery-bpe300/meta.json"
     meta = json.loads(path.read_text())
