@@ -50,12 +50,11 @@ def main(argv=None):
     files.acquire_lock(folder.with_name(f".{folder.name}.lock"), folder)
     clean_up(partial, folder)  # after a run that died
     if folder.exists():  # with --force too: what is not a dataset is never replaced
-        before = {"drop_duplicates": False, "config": None, "clean": False}  # which older datasets lack
-        before |= read_meta(folder).get("made_with", {})
+        before = read_meta(folder).get("made_with", {})
         changed = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in made_with.items()
                    if value != before.get(key)]
         if sources.is_pipe(args.source):
-            changed.append("a text that may be another one")
+            changed.append("the text of a pipe, which may have been another")
         if changed and not args.force:
             raise UserError(f"{folder} already exists, created with {', '.join(changed)}: replace it with --force, or "
                             "choose another --name")

@@ -45,7 +45,7 @@ from storygpt.system.distributed import (all_reduce_sum, broadcast_object, clean
 from storygpt.system.errors import UserError, exit_with_one_line, shell_word
 from storygpt.system.hardware import (StopSignals, autocast, check_memory, compile_errors, describe_device,
                                       describe_threads, git_commit, out_of_memory_errors, pick_compile, pick_device,
-                                      pick_dtype, pick_fused, pick_micro_batch_size, to_device)
+                                      pick_dtype, pick_micro_batch_size, to_device)
 
 ACTIONS = {
     "resume": "resume the run in out_dir from its last.pt",
@@ -78,7 +78,8 @@ def main(argv=None):
         dtype = pick_dtype(cfg.dtype, device)
         use_compile, reason = pick_compile(cfg.compile, device)
         sequences_per_rank = cfg.sequences_per_step // world_size
-        parameters = 12 * cfg.n_layer * cfg.n_embd**2 + data.vocab_size * cfg.n_embd  # about: those of matrices
+        # At least: without biases, norms and value embeddings.
+        parameters = 12 * cfg.n_layer * cfg.n_embd**2 + data.vocab_size * cfg.n_embd
         check_memory(parameters, sequences_per_rank * cfg.block_size)
     if broadcast_object(data.sha256) != data.sha256:
         raise UserError(f"{data.folder} differs from rank 0's copy: copy that folder to this machine")
@@ -122,17 +123,17 @@ def main(argv=None):
     # ---- the loop ----
     train_model = prepare_for_training(model, use_compile)
     state.start_clock()
-    with (StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size, sequences_per_rank),
+    with (StopSignals(rank) as signals, out_of_memory_errors(device, micro_batch_size),
           compile_errors(), distributed_errors(), faster_functions(device), progress_bar(state) as bar):
         x, y = get_batch(state)  # (B, T) each
         while True:
             # Evaluate first: a run that was stopped just before an evaluation then performs it on resume.
             if evaluation_is_due(state):
-                is_first = not state.metrics["iter"]
+                is_first_evaluation = not state.metrics["iter"]
                 evaluate_and_log(state, tokenizer)
                 state.sync_ranks(signals.received)  # evaluation takes time, and a signal may have arrived
                 save_last(state)
-                if rank == 0 and (is_first or state.step == total_steps(state)):
+                if rank == 0 and (is_first_evaluation or state.step == total_steps(state)):
                     check_saved_model(state, x[:1])  # again: a difference may need training to show
             if state.stop or state.step == total_steps(state):
                 break
@@ -230,7 +231,7 @@ def make_optimizers(model, cfg):
             decayed.append(p)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                    fused=pick_fused(next(model.parameters()).device))]
+                                    fused=next(model.parameters()).device.type != "mps")]  # not tried there
     if muon:
         # Queries, keys and values are three matrices.
         parts = [3 if name.endswith("c_attn.weight") and len(p) == 3 * p.size(1) else 1 for name, p in muon.items()]
@@ -265,7 +266,7 @@ def learning_rate_multiplier(cfg, iteration, progress):
     final = cfg.min_lr / cfg.learning_rate
     if progress == 1:  # first, because 1 - warmup_progress can be 0
         return final
-    warmup_progress = progress * cfg.warmup_iters / max(1, iteration)  # at the end of warmup, if the speed was constant
+    warmup_progress = progress * cfg.warmup_iters / max(1, iteration)  # at its end, if the speed was constant
     t = max(0.0, (progress - warmup_progress) / (1 - warmup_progress))  # rounding could make it negative
     return final + (1 - final) * SCHEDULES[cfg.lr_schedule](t, cfg)
 
@@ -291,8 +292,8 @@ def get_batch(state):
 
 
 def seed_random(*integers):
-    """Seed all random numbers that a model may use. A step's are of the run's seed, the step and the rank alone, so no
-    state of a generator has to be saved.
+    """Seed all random numbers that a model may use. In training, `integers` are the run's seed, the step and the rank,
+    so no state of a generator has to be saved.
     """
     seed = int(np.random.SeedSequence(integers).generate_state(1, np.uint64)[0])
     torch.manual_seed(seed)
@@ -351,8 +352,10 @@ def check_finite(state, name, value):
     if cfg.optimizer == "muon":
         rates = f"--muon_lr (now {cfg.muon_lr:g}) and {rates}"
     dtype_hint = "" if state.dtype == torch.float32 else "resume with --dtype=float32, or "
-    raise UserError(f"the {name} is {value} at iteration {state.iteration}: {dtype_hint}start a new run with a lower "
-                    f"{rates} or more --warmup_iters; {cfg.out_dir} has earlier checkpoints")
+    advice = f"start a new run with a lower {rates} or more --warmup_iters"
+    if state.saved_step:
+        advice = f"{dtype_hint}{advice}; {cfg.out_dir} has earlier checkpoints"
+    raise UserError(f"the {name} is {value} at iteration {state.iteration}: {advice}")
 
 
 # ---- when things are due ----

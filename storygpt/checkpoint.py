@@ -19,19 +19,13 @@ from storygpt.system.errors import UserError, out_of_memory
 
 REQUIRED_KEYS = {"model": dict, "model_config": dict, "config": dict, "data_sha256": dict, "tokens": int,
                  "metrics": dict}
-LAST_REQUIRED_KEYS = REQUIRED_KEYS | {"iter": int, "step": int, "optimizers": list, "scaler": dict, "skipped": int,
-                                      "best_val_loss": float, "seconds": float, "world_size": int, "sizes": dict}
-# The names of older checkpoints and logs.
-RENAMED = {"update": "step", "figures": "metrics", "ranks": "world_size", "sequences_at_a_time": "micro_batch_size"}
+LAST_REQUIRED_KEYS = REQUIRED_KEYS | {"iter": int, "step": int, "optimizers": list, "optimized": list, "scaler": dict,
+                                      "skipped": int, "best_val_loss": float, "seconds": float, "world_size": int,
+                                      "sizes": dict}
 
 
 class DamagedCheckpoint(UserError):
     """A file that was read, but is not a complete checkpoint."""
-
-
-def with_current_names(record):
-    """A checkpoint or a record of log.jsonl, as a dict with today's names."""
-    return {RENAMED.get(name, name): value for name, value in record.items()}
 
 
 def save(path, checkpoint):
@@ -81,14 +75,10 @@ def load(path, required=REQUIRED_KEYS):
         if out_of_memory(error):
             raise
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint: {hint}") from error
-    is_old = isinstance(checkpoint, dict) and "update" in checkpoint
-    checkpoint = with_current_names(checkpoint) if isinstance(checkpoint, dict) else {}
-    if not all(isinstance(checkpoint.get(key), kind) for key, kind in required.items()):
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    if not all(isinstance(entries.get(key), kind) for key, kind in required.items()):
         raise DamagedCheckpoint(f"{path} is not a checkpoint, or was saved by an incompatible version of the program: "
                                 f"{hint}")
-    if is_old:  # without the tied head
-        checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
-    checkpoint.get("config", {}).pop("patience", None)  # a setting that is gone
     return checkpoint
 
 
@@ -103,7 +93,7 @@ def reading_checkpoint(path, *errors):
 
 
 def load_weights(path, model, weights):
-    """Load a state dict into a model. Raises UserError if it does not fit, also where the model ties other weights."""
+    """Load a state dict into a model. Raises UserError if it does not fit, or if the model ties weights that differ."""
     with reading_checkpoint(path, RuntimeError):
         model.load_state_dict(weights)
         for name, p in model.state_dict().items():

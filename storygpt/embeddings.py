@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from storygpt.system.errors import UserError
 
 DISTANCES = (1, 2, 3, 4)  # of neighbours, in tokens
-CONTEXTS = 2000  # the most frequent tokens, which serve as neighbours
-MAX_DENSE = 2**27  # elements of the matrix of counts that is decomposed as a dense one, which is faster
+CONTEXTS = 2000  # only so many tokens, the most frequent ones, count as neighbours
+MAX_DENSE = 2**27  # a matrix with fewer elements is made dense before it is decomposed, which is faster
 CONTEXT_POWER = 0.75  # of the frequency of neighbours; below 1 it lowers the weight of rare ones
 
 

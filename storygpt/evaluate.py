@@ -24,7 +24,7 @@ SAMPLE_PROMPT, SAMPLE_SEED, SAMPLE_TOKENS = "Once upon a time", 1337, 250  # of 
 
 @contextmanager
 def evaluating(model):
-    """A context in which a model is in eval mode, without dropout; then its modules are again in their own modes."""
+    """A context in which a model is in eval mode, without dropout; afterwards, each module is in its former mode."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     reset = lazy_without_gradients.set(True)

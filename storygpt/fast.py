@@ -111,8 +111,8 @@ distinct_logits = ContextVar("distinct_logits", default=False)
 
 
 def distinct_rows(weight, bias=None):
-    """If most rows of a weight (out, in) and bias (out) are equal, the indices of the other rows, (U), and of these and
-    one of the equal rows, (U + 1); else None and None.
+    """If more than half of the rows of a weight (out, in), with their bias (out), are equal: the indices of the other
+    rows, (U), and the same with one of the equal rows at the end, (U + 1). Otherwise None and None.
     """
     rows = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
     repeated = (rows == rows[rows[:, 0].mode().indices]).all(1)  # (out), whether a row is the most common one
@@ -142,7 +142,7 @@ class FastLinear(nn.Linear):
         self.packed = pack_int8(weight, bias) if int8 else None
 
     def forward(self, x):
-        """(…, in) -> (…, out), or (…, U + 1) in `distinct_logits`"""
+        """(…, in) -> (…, out); of the output layer, while `distinct_logits` is set, (…, U + 1)"""
         weight, bias = self._parameters["weight"], self._parameters["bias"]  # faster than the attributes
         if weight is not self.prepared[0] or bias is not self.prepared[1]:  # in torch.func.functional_call
             return F.linear(x, weight, bias)

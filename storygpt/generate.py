@@ -143,7 +143,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
         running = token != end_of_text  # (b)
         count = int(running.sum())
         if not count:
-            return
+            break
         # Ended sequences cost as much as others. Dropping them copies the cache, so only when they are many.
         if count < 0.8 * len(token) and not with_logits and idx.device.type != "cuda":
             if cache is not None:
@@ -229,7 +229,7 @@ def check_cache(model):
     some tokens, such as full stops, so the model reads random tokens and, after each, one that it finds likely.
     """
     device, T, V = next(model.parameters()).device, model.config.block_size, model.config.vocab_size
-    model.cache_is_exact = True
+    noted, model.cache_is_exact = not getattr(model, "cache_is_exact", True), True
     if not uses_cache(model):
         return
     generator = torch.Generator(device).manual_seed(0)
@@ -240,8 +240,10 @@ def check_cache(model):
     cached = [model(idx[:, start:end], cache=cache)[:, -1] for start, end in zip([0, *ends], ends)]  # (1, V) each
     plain = model(idx)[:, [end - 1 for end in ends]]  # (1, 2 or 3, V)
     tolerance = 1e-3 if device.type == "cpu" else 1e-2  # TF32
-    model.cache_is_exact = bool((torch.stack(cached, 1) - plain).abs().max() <= tolerance * plain.abs().max())
-    if not model.cache_is_exact:
+    largest = plain.nan_to_num(0, 0, 0).abs().max().item()
+    # -infinity, which excludes a token, is equal to itself.
+    model.cache_is_exact = torch.allclose(torch.stack(cached, 1), plain, rtol=0, atol=tolerance * largest)
+    if not model.cache_is_exact and not noted:
         print("note: with a cache, the model's forward gives other logits: generating without one, which is slower "
               "(storygpt/generate.py: check_cache)", file=sys.stderr)
 
@@ -319,4 +321,4 @@ def fast_topk(logits, k):
     members = torch.arange(0, padded.size(1), n_groups, device=logits.device)[:, None]  # (group_size, 1)
     candidates = (groups[:, None] + members).flatten(1)  # (B, group_size * k)
     values, indices = padded.gather(1, candidates).topk(k)  # (B, k) each
-    return values, candidates.gather(1, indices)
+    return values, candidates.gather(1, indices).clamp_max(V - 1)  # padding, if fewer than k are finite

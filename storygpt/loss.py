@@ -52,7 +52,7 @@ def fuse_loss(model, used=None, equalize=False):
                     module.weight[module.used_tokens.unused] = 0
 
 
-# Whether logits are computed when they are needed also in torch.no_grad(): in evaluation, in that thread.
+# Whether a Head returns `Logits` in torch.no_grad(), too: during evaluation, in that thread.
 lazy_without_gradients = ContextVar("lazy_without_gradients", default=False)
 
 
@@ -99,7 +99,8 @@ class Logits(torch.Tensor):
             return result
         logits = args[0] if args and isinstance(args[0], Logits) else None
         # Not in torch.no_grad(): logits and their views share what is computed, with its graph.
-        if function in VIEWS and logits is not None and not kwargs and logits.requires_grad <= torch.is_grad_enabled():
+        if function in VIEWS and logits is not None and not kwargs and (
+                torch.is_grad_enabled() or not logits.requires_grad):
             shape = function(torch.empty(logits.shape, device="meta"), *args[1:]).shape
             if shape[-1:] == logits.shape[-1:]:
                 return _MakeLogits.apply(logits.x.reshape(*shape[:-1], -1), logits.weight, logits.used_tokens,
@@ -114,7 +115,7 @@ class Logits(torch.Tensor):
         return function(*args, **kwargs)
 
     def compute(self):
-        """These logits as a plain tensor: one for all operations, as some of them change it or have hooks on it."""
+        """These logits as a plain tensor: the same one for all operations, as one may change it or hook it."""
         if not self.computed:
             with torch.set_grad_enabled(self.requires_grad):
                 self.computed.append(self.product())

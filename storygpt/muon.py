@@ -52,10 +52,8 @@ class Muon(torch.optim.Optimizer):
             if p.grad is None:  # frozen, or not used in this step
                 continue
             state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            if "mean_squares" not in state:  # as in older checkpoints
-                state["mean_squares"] = p.new_zeros(len(p), 1)
+            if not state:
+                state.update(momentum_buffer=torch.zeros_like(p), mean_squares=p.new_zeros(len(p), 1))
             momentum = state["momentum_buffer"]
             momentum.lerp_(p.grad, 1 - group["momentum"])
             nesterov = p.grad.lerp(momentum, group["momentum"])

@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from model import ModelSettings
 from storygpt.checkpoint import (LAST_REQUIRED_KEYS, DamagedCheckpoint, load, load_model, load_weights,
-                                 reading_checkpoint, save, with_current_names)
+                                 reading_checkpoint, save)
 from storygpt.corpus.dataset import Dataset, data_sha256, read_meta
 from storygpt.corpus.tokenizer import Tokenizer
 from storygpt.settings import SETTINGS, Config, apply_overrides
@@ -59,7 +59,7 @@ class TrainState:
     world_size: int = 1
 
     optimizers: list = field(default_factory=list)
-    optimized: list = field(default_factory=list)  # of `describe_optimizers`, as they were made
+    optimized: list = field(default_factory=list)  # `describe_optimizers` before the first step
     step: int = 0  # optimizer steps done
     skipped: int = 0  # steps skipped because float16 gradients overflowed
     best_val_loss: float = math.inf
@@ -126,7 +126,7 @@ class TrainState:
         """Load the content of a last.pt. Raises UserError if it does not fit the model or the optimizers."""
         path = self.out_dir / "last.pt"
         load_weights(path, self.model, checkpoint["model"])
-        check_optimizers(path, checkpoint.get("optimized", []), self.optimized)
+        check_optimizers(path, checkpoint["optimized"], self.optimized)
         with reading_checkpoint(path, ValueError, KeyError):
             for optimizer, stored in zip(self.optimizers, checkpoint["optimizers"], strict=True):
                 for group, stored_group in zip(optimizer.param_groups, stored["param_groups"]):
@@ -156,7 +156,7 @@ def describe_optimizers(model, optimizers):
 
 
 def check_optimizers(path, stored, current):
-    """Raise UserError if the optimizers of a last.pt are not those of the program, of `describe_optimizers` each."""
+    """Raise UserError if the optimizers of a last.pt differ from the current ones (`describe_optimizers` of each)."""
     for before, now in zip(stored, current):
         for key in now:
             if before.get(key, now[key]) != now[key]:  # another version of PyTorch may have other hyperparameters
@@ -189,10 +189,6 @@ def open_run(settings, flags, args, world_size):
     if cfg.sequences_per_step % world_size:
         raise UserError(f"{world_size} processes cannot divide a step's {cfg.sequences_per_step} sequences evenly: use "
                         f"{largest_divisor(cfg.sequences_per_step, world_size)}, or another batch_size")
-    sequences = cfg.sequences_per_step // world_size
-    if cfg.device_batch_size != "auto" and sequences % min(cfg.device_batch_size, sequences):
-        raise UserError(f"device_batch_size = {cfg.device_batch_size} does not divide the {sequences} sequences of a "
-                        f"step in each process: use {largest_divisor(sequences, cfg.device_batch_size)}")
     return cfg, resume_checkpoint, init_checkpoint
 
 
@@ -330,7 +326,7 @@ def load_resume_checkpoint(out_dir):
 
 
 def checkpoints(out_dir, names=("ckpt.pt", "last.pt", "last.prev.pt")):
-    """The paths of a run's checkpoints that exist, the best one first; none of a run that ended before its first."""
+    """The paths of a run's checkpoints that exist, the best one first; none before its first step."""
     return [Path(out_dir, name) for name in names if Path(out_dir, name).exists()]
 
 
@@ -339,19 +335,19 @@ def is_resumable(out_dir):
     return bool(checkpoints(out_dir, ("last.pt", "last.prev.pt")))
 
 
-def list_runs(root="out"):
-    """The run folders under `root` and in the folders of sweeps there that have a checkpoint, the newest first."""
+def list_runs():
+    """The run folders under out/ and in the folders of sweeps there that have a checkpoint, the newest first."""
     written = {}
-    for path in itertools.chain.from_iterable(map(checkpoints, [*Path(root).glob("*"), *Path(root).glob("*/*")])):
+    for path in itertools.chain.from_iterable(map(checkpoints, [*Path("out").glob("*"), *Path("out").glob("*/*")])):
         with suppress(FileNotFoundError):  # renamed by a run that is saving
             written[path.parent] = max(written.get(path.parent, 0), path.stat().st_mtime)
     return sorted(written, key=written.get, reverse=True)
 
 
-def newest_run(root="out"):
-    """The run folder under `root` with the most recently written checkpoint. Raises UserError if there is none."""
-    if not (found := list_runs(root)):
-        raise UserError(f"no trained model under {root}/: train one first, for example  {QUICKSTART}")
+def newest_run():
+    """The run folder under out/ with the most recently written checkpoint. Raises UserError if there is none."""
+    if not (found := list_runs()):
+        raise UserError(f"no trained model under out/: train one first, for example  {QUICKSTART}")
     return found[0]
 
 
@@ -385,9 +381,9 @@ def read_log(path, size=None):
     lines = Path(path).read_bytes()[:size].split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # after the last line feed: nothing, or an incomplete line
         try:
-            records.append(with_current_names(json.loads(line)))
+            records.append(json.loads(line))
             records[-1]["kind"]
-        except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is damaged: repair it, or move the file away") from error
     return records
 

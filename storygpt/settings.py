@@ -31,8 +31,8 @@ class Config(ModelSettings):
     """All settings of a training run. The defaults are the published 30M TinyStories recipe.
 
     An iteration is one batch of `batch_size` sequences; an optimizer step is `gradient_accumulation_steps` iterations.
-    `resume=True` marks what may change when a run is resumed: settings that change what an optimizer step computes by
-    no more than rounding and the dropout masks, and the length of the run.
+    `resume=True` marks what may change when a run is resumed: settings that affect an optimizer step only by
+    rounding or by other dropout masks, and the length of the run.
     """
 
     dataset: str = setting("tinystories", "dataset to train on: a folder under data/")
@@ -76,7 +76,7 @@ class Config(ModelSettings):
     compile: Literal["auto"] | bool = setting(
         "auto", "use torch.compile; auto: on CUDA, if it works there", resume=True)
     device_batch_size: Literal["auto"] | int = setting(
-        "auto", "micro-batch size; must divide a process's sequences per step; auto: 4,096 tokens, on CUDA 32,768",
+        "auto", "micro-batch size; the last one of a step may be smaller; auto: 4,096 tokens, on CUDA 32,768",
         low=1, resume=True)
 
     def __post_init__(self):
@@ -90,11 +90,10 @@ class Config(ModelSettings):
                             "positions of architecture = 'modern' need pairs in half of a head: choose another n_embd "
                             "or n_head")
         if self.max_tokens:
-            step_tokens = self.sequences_per_step * self.block_size
-            if self.max_tokens < step_tokens:
-                raise UserError(f"max_tokens = {self.max_tokens} is less than one step of {step_tokens} tokens "
-                                "(batch_size * gradient_accumulation_steps * block_size)")
-            steps = self.max_tokens // step_tokens
+            if self.max_tokens < self.tokens_per_step:
+                raise UserError(f"max_tokens = {self.max_tokens} is less than one step of {self.tokens_per_step} "
+                                "tokens (batch_size * gradient_accumulation_steps * block_size)")
+            steps = self.max_tokens // self.tokens_per_step
             object.__setattr__(self, "max_iters", steps * self.gradient_accumulation_steps)
         if not self.lr_decay_iters and not self.max_minutes:  # stored, so that extending the run keeps the schedule
             object.__setattr__(self, "lr_decay_iters", self.max_iters)
@@ -233,4 +232,5 @@ def check_values(values, where=""):
             raise UserError(f"{where}{name} = {value!r} is not allowed: it takes {allowed_values(SETTINGS[name])}")
     budgets = [name for name in BUDGETS if values.get(name)]
     if len(budgets) > 1:
-        raise UserError(f"{where}{' and '.join(budgets)} are both set: set the length of the run in one unit only")
+        raise UserError(f"{where}{' and '.join(budgets)} are both set: set the length of the run in one unit only"
+                        + f" (del {budgets[0]} removes what an imported config has set)" * bool(where))

@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 MIN_CHARACTERS = 100  # a shorter story is a fragment
-MAX_CHARACTERS = 10_000  # a longer one is none, however it ends: a chapter, a book
+MAX_CHARACTERS = 10_000  # a longer one is never a fragment, however it ends: a chapter, a book
 TO_BE_CLEANED = re.compile(r"[^\n -~]|  | \n|\n |\n{3}")
 # UTF-8 that was decoded as Windows' cp1252 (“ became â€œ, é became Ã©); the last byte of ” has no character there.
 MOJIBAKE = re.compile("â€[\x80-\xbf\u0152-\u02dc\u2013-\u2122]?|[ÂÃ][\x80-\xbf\u0152-\u02dc\u2013-\u2122]")
@@ -46,5 +46,6 @@ def decode_again(match):
 
 def is_fragment(story):
     """Whether a cleaned story is short or stops in mid-sentence."""
-    unfinished = len(story) <= MAX_CHARACTERS and UNFINISHED.search(story[-20:])
-    return len(story) < MIN_CHARACTERS or bool(unfinished)
+    if len(story) > MAX_CHARACTERS:
+        return False
+    return len(story) < MIN_CHARACTERS or bool(UNFINISHED.search(story[-20:]))

@@ -1,1 +1,1 @@
-"""Machine, process and file utilities; they import nothing else of the project."""
+"""Machine, process and file utilities. They know of no model and no data."""

@@ -24,7 +24,7 @@ GLOO_POSITION = re.compile(r"\[[^]]*[\\/]gloo[\\/][^]]*\] ?")  # gloo's errors c
 def init_distributed():
     """Create the process group if torchrun started this process; returns (rank, world size).
 
-    The world size can be 1 then, too, so that NCCL can be tested on one GPU. Raises UserError if another process cannot
+    torchrun may also start a single process, as to test NCCL on one GPU. Raises UserError if another process cannot
     be reached.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
@@ -39,7 +39,7 @@ def init_distributed():
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-        dist.all_reduce(torch.zeros(1))  # a barrier: without torchrun the others find each other through rank 0
+        dist.all_reduce(torch.zeros(1))  # a barrier: without torchrun, rank 0 hosts the store and must not exit yet
     return rank, world_size
 
 

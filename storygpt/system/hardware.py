@@ -1,4 +1,4 @@
-"""What depends on the machine: device, dtype, compiling, micro-batch size, fused optimizer, stop signals."""
+"""What depends on the machine: device, dtype, compiling, micro-batch size, stop signals."""
 
 import math
 import os
@@ -123,11 +123,6 @@ def compile_errors():
         raise UserError(f"{compile_failure(error)}: use --compile=False") from error
 
 
-def pick_fused(device):
-    """Whether AdamW updates all parameters in one kernel. Not tried on MPS, so not used there."""
-    return device.type in ("cpu", "cuda")
-
-
 def pick_micro_batch_size(setting, sequences, block_size, device, equal_sizes):
     """How many of a rank's `sequences` go through the model at once; auto: at most TOKENS_PER_MICRO_BATCH tokens.
 
@@ -160,8 +155,8 @@ def check_memory(parameters, tokens):
 
 
 @contextmanager
-def out_of_memory_errors(device, micro_batch_size, sequences):
-    """Turn an out-of-memory error into a UserError that names a smaller divisor of the rank's `sequences`."""
+def out_of_memory_errors(device, micro_batch_size):
+    """Turn an out-of-memory error into a UserError that advises a smaller micro-batch."""
     try:
         yield
     except RuntimeError as error:
@@ -169,8 +164,7 @@ def out_of_memory_errors(device, micro_batch_size, sequences):
             raise
         advice = "the micro-batch size is 1 already, so start a new run with a lower block_size, n_embd or n_layer"
         if micro_batch_size > 1:
-            size = largest_divisor(sequences, micro_batch_size // 2)
-            advice = f"try --device_batch_size={size} (now {micro_batch_size})"
+            advice = f"try --device_batch_size={micro_batch_size // 2} (now {micro_batch_size})"
         raise UserError(f"out of memory on {device}: {advice}") from error
 
 
@@ -201,8 +195,8 @@ def git_commit():
 
 
 class StopSignals:
-    """A context in which Ctrl-C and SIGTERM set `received` instead of ending the process; repeating the signal aborts,
-    one of the other kind does not: torchrun sends SIGTERM after the terminal's Ctrl-C. Only rank 0 prints.
+    """A context in which Ctrl-C and SIGTERM set `received` instead of ending the process. The same signal again aborts;
+    a different one does not, because torchrun sends SIGTERM after the terminal's Ctrl-C. Only rank 0 prints.
     """
 
     def __init__(self, rank):

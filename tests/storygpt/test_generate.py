@@ -64,6 +64,19 @@ def test_a_difference_at_some_tokens_only_is_found_if_they_are_likely(capsys):
     assert not uses_cache(model) and "note: with a cache" in capsys.readouterr().err
 
 
+def test_a_model_that_excludes_a_token_keeps_the_cache_and_a_note_is_printed_once(capsys):
+    class WithoutFullStops(GPT):
+        def forward(self, idx, targets=None, cache=None):
+            return super().forward(idx, targets, cache).index_fill(-1, torch.tensor([13]), -math.inf)
+    model = WithoutFullStops(small().config).eval()
+    check_cache(model)
+    assert uses_cache(model) and not capsys.readouterr().err
+    model.transformer.h[0].attn.attend = lambda q, k, v, cache: v if cache is None else -v
+    for count in (1, 0):
+        check_cache(model)
+        assert capsys.readouterr().err.count("note: with a cache") == count
+
+
 def test_window_start_advances_by_half_a_block():
     assert [window_start(n, 8) for n in (1, 8, 9, 12, 13, 16, 17)] == [0, 0, 4, 4, 8, 8, 12]
     assert all(1 <= n - window_start(n, T) <= T for T in (2, 3, 8, 9) for n in range(1, 50))
@@ -296,6 +309,13 @@ def test_top_k_and_top_p_exclude_all_other_tokens():
     torch.testing.assert_close(frequencies(logits, top_k=2)[1], torch.tensor(0.5 / 0.8), atol=0.02, rtol=0)
 
 
+def test_few_tokens_that_are_not_excluded_are_sampled_with_a_larger_top_k():
+    logits = torch.full((8, 4096), -math.inf)  # so large that fast_topk pads it
+    logits[:, [7, 4095]] = 0.0
+    tokens = sample_token(logits, torch.arange(4096), 1.0, 200, 1.0, torch.Generator().manual_seed(0))
+    assert set(tokens.tolist()) == {7, 4095}
+
+
 def test_fast_topk_equals_topk():
     logits = torch.randn(10, 5000, generator=torch.Generator().manual_seed(0))
     for k in (1, 7, 60, 200, 407, 409, 5000):  # from 409 on it calls topk: groups would have fewer than 4 tokens
@@ -306,11 +326,11 @@ def test_fast_topk_equals_topk():
 
 
 @pytest.mark.parametrize("settings", [(0.0,), (0.8,), (0.8, 5), (0.8, 0, 0.9)], ids=str)
-@pytest.mark.parametrize("count", [20, 40])
-def test_a_logit_that_is_nan_is_an_error_however_a_token_is_chosen(settings, count):
+@pytest.mark.parametrize("count, end_of_text", [(20, 49), (40, 49), (20, 7)])  # 7: its logit is NaN, and it is chosen
+def test_a_logit_that_is_nan_is_an_error_however_a_token_is_chosen(settings, count, end_of_text):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
-    steps = generate(model, torch.zeros(2, 3, dtype=torch.long), count, *settings, end_of_text=49)
+    steps = generate(model, torch.zeros(2, 3, dtype=torch.long), count, *settings, end_of_text=end_of_text)
     next(steps)
     model.lm_head.weight.data[7, 0] = math.nan  # of one token, after the first step
     with pytest.raises(UserError, match="the model's logits are NaN or infinite: its weights are damaged"):

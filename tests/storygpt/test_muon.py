@@ -1,4 +1,4 @@
-"""muon.py: singular values, the rows of updates, several matrices in one parameter, older checkpoints."""
+"""muon.py: singular values, the rows of updates, several matrices in one parameter."""
 
 import copy
 
@@ -104,20 +104,3 @@ def test_groups_have_their_own_learning_rates():
         o.step()
     assert torch.equal(params[0], parameters()[0])
     torch.testing.assert_close(params[1:], others[1:])
-
-
-def test_a_checkpoint_without_mean_squares_can_be_resumed():
-    """Runs of earlier versions of this program have one, the oldest of torch.optim.Muon."""
-    ours, torchs = parameters(), parameters()
-    theirs = torch.optim.Muon(torchs, lr=0.1, weight_decay=0.2)
-    set_gradients(torchs, seed=1)
-    theirs.step()
-    optimizer = Muon(ours, lr=0.3, weight_decay=0.0, parts=[1] * len(SHAPES))
-    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    set_gradients(ours, seed=2)
-    optimizer.step()
-    group, = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.2, 0.95)  # the run keeps its own
-    for p, q in zip(ours, torchs):
-        momentum = 0.95 * theirs.state[q]["momentum_buffer"] + 0.05 * p.grad
-        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], momentum)

@@ -1,4 +1,4 @@
-"""run.py: finding, opening, resuming and replacing runs, their logs, older runs, init_from."""
+"""run.py: finding, opening, resuming and replacing runs, their logs, init_from."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import torch
 
 import train
 from conftest import TINY, load_last
-from faults.soak import equal
 from model import GPT, GPTConfig
 from storygpt import checkpoint, run
 from storygpt.corpus.dataset import with_checksum
@@ -180,56 +179,7 @@ def test_resuming_refuses_a_checkpoint_that_does_not_fit_the_run(with_data, fail
         assert "out/x/last.pt does not fit this version of the program: use the version that saved it" in line
 
 
-OLD_NAMES = {"step": "update", "metrics": "figures", "world_size": "ranks", "micro_batch_size": "sequences_at_a_time"}
-
-
-def make_old(out_dir):
-    """Give the files of a run the names of earlier versions, whose checkpoints had no tied head and a setting more."""
-    def old_names(record):
-        return {OLD_NAMES.get(name, name): value for name, value in record.items()}
-
-    log = [json.dumps(old_names(record)) for record in run.read_log(Path(out_dir, "log.jsonl"))]
-    Path(out_dir, "log.jsonl").write_text("".join(f"{line}\n" for line in log[:-1]))  # without the "end" record
-    for name, required in (("ckpt.pt", checkpoint.REQUIRED_KEYS), ("last.pt", checkpoint.LAST_REQUIRED_KEYS)):
-        state = checkpoint.load(Path(out_dir, name), required)
-        del state["model"]["lm_head.weight"]
-        state["config"]["patience"] = 0
-        if "sizes" in state:
-            state["sizes"]["log.jsonl"] = Path(out_dir, "log.jsonl").stat().st_size
-        torch.save(old_names(state), Path(out_dir, name))
-
-
-def test_a_run_of_an_earlier_version_is_evaluated_and_resumed_as_a_new_one(with_data, trained, capsys):
-    train.main([*TINY, "--out_dir=out/x", "--max_iters=8", "--lr_decay_iters=24"])
-
-    def eval_only():
-        capsys.readouterr()
-        train.main(["--eval_only", "--out_dir=out/x"])
-        return capsys.readouterr().out
-
-    expected, log = eval_only(), run.read_log("out/x/log.jsonl")
-    make_old("out/x")
-    assert b'"update"' in Path("out/x/log.jsonl").read_bytes() and run.read_log("out/x/log.jsonl") == log[:-1]
-    assert eval_only() == expected
-    train.main(["--out_dir=out/x", "--resume", "--max_iters=24"])
-    whole, resumed = load_last(trained / "out/tiny"), load_last("out/x")
-    assert equal(whole["model"], resumed["model"]) and whole["metrics"] == resumed["metrics"]
-
-
 # ---- starting a run ----
-
-
-@pytest.mark.parametrize("world_size, size, advice", [(2, 32, 24), (1, 95, 48)])
-def test_a_micro_batch_size_that_does_not_divide_a_process_part_is_refused(here, world_size, size, advice):
-    def open_run(size):
-        settings = {"batch_size": 96, "gradient_accumulation_steps": 1, "device_batch_size": size}
-        return run.open_run(settings, {}, NEW_RUN, world_size)[0]
-
-    with pytest.raises(UserError, match=f"^device_batch_size = {size} does not divide the {96 // world_size} sequences "
-                                        f"of a step in each process: use {advice}$"):
-        open_run(size)
-    assert open_run(advice).device_batch_size == advice
-    assert open_run(96).device_batch_size == 96  # all of its sequences
 
 
 def test_init_from_starts_a_new_run_from_the_weights_of_another(with_data, fails, capsys):
