@@ -165,7 +165,8 @@ def read_config_file(path):
     except Exception as error:  # the file is the user's code and may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")  # the latter of a SyntaxError
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        message = getattr(error, "msg", error)  # a SyntaxError's text also has the line
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {message}") from error
     values = {name: value.item() if hasattr(value, "item") else value for name, value in names.items()  # of numpy
               if not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
     check_values(values, f"{path}: ")

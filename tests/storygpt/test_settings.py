@@ -80,7 +80,7 @@ def test_errors_in_a_config_file_name_the_file(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError) as error:
         read_config_file(path)
-    assert message in str(error.value) and str(path) in str(error.value)
+    assert message in str(error.value) and str(error.value).count("mine.py") == 1
 
 
 def test_a_missing_config_file_suggests_one(monkeypatch):
