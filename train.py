@@ -351,10 +351,11 @@ def check_finite(state, name, value):
     rates = f"--learning_rate (now {cfg.learning_rate:g})"
     if cfg.optimizer == "muon":
         rates = f"--muon_lr (now {cfg.muon_lr:g}) and {rates}"
-    dtype_hint = "" if state.dtype == torch.float32 else "resume with --dtype=float32, or "
     advice = f"start a new run with a lower {rates} or more --warmup_iters"
+    if state.dtype != torch.float32:
+        advice = f"{'resume' if state.saved_step else 'start again'} with --dtype=float32, or {advice}"
     if state.saved_step:
-        advice = f"{dtype_hint}{advice}; {cfg.out_dir} has earlier checkpoints"
+        advice += f"; {cfg.out_dir} has earlier checkpoints"
     raise UserError(f"the {name} is {value} at iteration {state.iteration}: {advice}")
 
 

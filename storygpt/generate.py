@@ -128,7 +128,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             logits = decode(idx[:, -1:])
         if step % 32 == 0:  # not at every step, because reading a number waits for a GPU
             check_finite(logits)
-        # Tokens that did not occur in training are not generated.
+        # With `distinct`, tokens that did not occur in training are not generated.
         token = sample_token(logits[:, :len(candidates)], candidates, temperature, top_k, top_p, generator)  # (b)
         if with_logits:
             logits = (logits if distinct is None else head.expand(logits))[:, :V]

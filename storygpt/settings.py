@@ -165,7 +165,8 @@ def read_config_file(path):
     except Exception as error:  # the file is the user's code and may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")  # the latter of a SyntaxError
-        message = getattr(error, "msg", error)  # a SyntaxError's text also has the line
+        in_this_file = isinstance(error, SyntaxError) and error.filename == str(path)
+        message = error.msg if in_this_file else error  # str(error) would repeat the line
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {message}") from error
     values = {name: value.item() if hasattr(value, "item") else value for name, value in names.items()  # of numpy
               if not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
@@ -234,4 +235,4 @@ def check_values(values, where=""):
     budgets = [name for name in BUDGETS if values.get(name)]
     if len(budgets) > 1:
         raise UserError(f"{where}{' and '.join(budgets)} are both set: set the length of the run in one unit only"
-                        + f" (del {budgets[0]} removes what an imported config has set)" * bool(where))
+                        + " (del NAME removes one that an imported config has set)" * bool(where))

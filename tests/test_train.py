@@ -304,12 +304,12 @@ def batch_with_ignored_targets(state, get_batch=train.get_batch):
 @pytest.mark.parametrize("get_batch", [train.get_batch, batch_with_ignored_targets])
 def test_a_step_does_not_depend_on_the_micro_batch_size_or_the_number_of_ranks(with_data, large_eps, monkeypatch,
                                                                                get_batch):
-    """Steps of 8 sequences; micro-batches of 3 leave a smaller last one, which device_batch_size = auto can choose."""
+    """Steps of 8 sequences; micro-batches of 3 leave a smaller last one."""
     monkeypatch.setattr(train, "get_batch", get_batch)
     flags = [*TINY, "--max_iters=4", "--dropout=0"]
     for size in (8, 1, 3):
-        monkeypatch.setattr(train, "pick_micro_batch_size", lambda *_, equal_sizes: size)
-        train.main([*flags, f"--out_dir=out/{size}"])
+        train.main([*flags, f"--device_batch_size={size}", f"--out_dir=out/{size}"])
+    flags.append("--device_batch_size=3")
     assert [code for code, *_ in run_ranks(2, train.main, [*flags, "--out_dir=out/ranks"])] == [0, 0]
     for name in ("1", "3", "ranks"):
         for key, w in weights("out/8").items():
@@ -361,7 +361,7 @@ def test_a_step_is_adamw_with_clipping_on_the_next_sequences(with_data, large_ep
 
 
 def test_a_run_whose_unused_embeddings_differ_computes_the_whole_vocabulary(with_data):
-    """Runs of earlier versions, and fine-tuning on other text."""
+    """As after fine-tuning on other text."""
     flags = [*TINY, "--dropout=0", "--lr_decay_iters=24", "--out_dir=out/x"]
     train.main([*flags, "--max_iters=2"])
     last = load_last("out/x")
@@ -577,7 +577,7 @@ def test_an_evaluation_that_is_not_finite_is_neither_logged_nor_saved(with_data,
 
 def test_what_is_not_finite_is_named_with_the_settings_to_change():
     state = state_at(Config(optimizer="muon"), 3, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match="is inf at iteration 96: start .* a lower --muon_lr .* --warmup_iters$"):
+    with pytest.raises(UserError, match="inf at iteration 96: start again with .* a lower --muon_lr .* --warmup_iters$"):
         train.check_finite(state, "gradient norm", torch.tensor(math.inf))
     state.saved_step = 2
     with pytest.raises(UserError, match="96: resume with --dtype=float32, or start .* has earlier checkpoints$"):

@@ -75,8 +75,8 @@ def publish(folder, write):
 def read_events(folder, records):
     """Yield the events in the records of a run's log: (iteration, time in seconds since the epoch, {name: value}).
 
-    A value is a metric, a story (str) or the settings (dict). Metrics that a record lacks are left out: grad_norm
-    after an overflow in float16, and what older versions did not log.
+    A value is a metric, a story (str) or the settings (dict). Metrics that a record lacks are left out, such as
+    grad_norm after an overflow in float16.
     """
     stories = read_stories(folder) if (folder / "samples.md").exists() else {}  # after the log: stories are complete
     start = (folder / "log.jsonl").stat().st_mtime - max(record.get("seconds", 0) for record in records)

@@ -126,7 +126,7 @@ def compile_errors():
 def pick_micro_batch_size(setting, sequences, block_size, device, equal_sizes):
     """How many of a rank's `sequences` go through the model at once; auto: at most TOKENS_PER_MICRO_BATCH tokens.
 
-    `equal_sizes`: all micro-batches have the same size, because torch.compile compiles again for another.
+    `equal_sizes`: those of auto all have the same size, because torch.compile compiles again for another.
     """
     if setting != "auto":
         return min(setting, sequences)

@@ -1,4 +1,4 @@
-"""checkpoint.py: atomic saves of what can be loaded, damage that is found when reading, older files."""
+"""checkpoint.py: atomic saves of what can be loaded, damage that is found when reading, files of other programs."""
 
 import os
 from pathlib import Path

@@ -83,6 +83,14 @@ def test_errors_in_a_config_file_name_the_file(tmp_path, text, message):
     assert message in str(error.value) and str(error.value).count("mine.py") == 1
 
 
+def test_a_syntax_error_in_an_imported_config_names_both_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_base.py").write_text("n_layer = (")
+    (tmp_path / "mine.py").write_text("\nfrom broken_base import *")
+    with pytest.raises(UserError, match=r"mine.py, line 2: SyntaxError: .*\(broken_base.py, line 1\)"):
+        read_config_file(tmp_path / "mine.py")
+
+
 def test_a_missing_config_file_suggests_one(monkeypatch):
     monkeypatch.chdir(ROOT)
     for name, hint in [("quickstart", "did you mean config/quickstart.py?"),
@@ -115,7 +123,7 @@ def test_the_length_of_a_run_has_one_unit_and_a_flag_replaces_that_of_the_config
     longer = Config(**apply_overrides(asdict(cfg), {"max_iters": 6400}))
     assert longer.max_iters == 6400 and longer.lr_decay_iters == cfg.max_iters  # extending a run keeps its schedule
     path.write_text("max_tokens = 10_000_000\nmax_minutes = 5")
-    with pytest.raises(UserError, match=r"x.py: max_tokens and max_minutes are both set.*\(del max_tokens removes"):
+    with pytest.raises(UserError, match=r"x.py: max_tokens and max_minutes are both set.*\(del NAME removes"):
         read_config_file(path)
 
 
