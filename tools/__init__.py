@@ -1,1 +1,1 @@
-"""Optional tools, one file each, run as `python -m tools.NAME`."""
+"""Optional tools, run as `python -m tools.NAME`; formats/, judging/ and peers.py are parts of them."""

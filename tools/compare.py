@@ -12,6 +12,7 @@ curve, in a band from the lowest to the highest. It reads only each run's log.js
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
 
 import functools
+import re
 import statistics
 import time
 from contextlib import suppress
@@ -41,19 +42,20 @@ def main(argv=None):
 
     if args.watch:
         return watch(args.runs, args.picture)
-    report([group for folder in args.runs for group in read_groups(folder)], args.picture)
+    groups, missing = read_all(args.runs)
+    if not groups:
+        raise next(iter(missing.values()))
+    for error in missing.values():
+        print(f"note: {error}")
+    report(groups, args.picture)
 
 
 def watch(folders, picture):
     """Report on the runs when one begins and after each evaluation, until Ctrl-C. Runs without a log are waited for."""
     before = None
     while True:
-        groups, waiting = [], []
-        for folder in folders:
-            try:
-                groups += read_groups(folder)
-            except NoLogYet:
-                waiting.append(f"waiting for a run in {folder}")
+        groups, missing = read_all(folders)
+        waiting = [f"waiting for a run in {folder}" for folder in missing]
         now = waiting, [(run["name"], run["config"], run["evals"]) for group in groups for run in group]
         if now != before:
             if groups:
@@ -74,6 +76,17 @@ def report(groups, picture):
         print(f"plot: {picture}")
 
 
+def read_all(folders):
+    """The `read_groups` of all folders as one list, and for folders without a run a dict, folder → NoLogYet."""
+    groups, missing = [], {}
+    for folder in folders:
+        try:
+            groups += read_groups(folder)
+        except NoLogYet as error:
+            missing[folder] = error
+    return groups, missing
+
+
 def read_groups(folder):
     """The run in a folder or, in that of a sweep, its runs that have begun, as lists that differ only in the seed.
 
@@ -85,7 +98,7 @@ def read_groups(folder):
         with suppress(NoLogYet):
             runs.append(read_run(log.parent))
     for run in runs or [read_run(folder)]:
-        settings = run["config"] | {"seed": None, "out_dir": None}
+        settings = run["config"] | {"seed": None, "out_dir": None, "device": None}  # tools/sweep.py may use all GPUs
         groups.setdefault((str(settings), run["data"]), []).append(run)
     return list(groups.values())
 
@@ -93,7 +106,7 @@ def read_groups(folder):
 def group_name(group):
     """The name of a run, or of several that differ in the seed, with which tools/sweep.py ends a folder's name."""
     name = group[0]["name"]
-    return name.rpartition(",seed=")[0] or name if len(group) > 1 else name
+    return re.sub(r"[,/\\]seed=\d+$", "", name) if len(group) > 1 else name
 
 
 def read_run(folder):
@@ -115,7 +128,7 @@ def read_changed_run(folder, size, modified):
     starts, evals = ([record for record in records if record["kind"] == kind] for kind in ("run", "eval"))
     if not starts:
         raise NoLogYet(f"no record of a run in {folder}/log.jsonl yet")
-    config = {f.name: f.default for f in fields(Config)} | starts[-1]["config"]  # older logs lack newer settings
+    config = {f.name: f.default for f in fields(Config)} | starts[-1]["config"]  # it lacks newer settings
     if config["max_minutes"]:
         config |= {"max_iters": "–", "lr_decay_iters": "–"}  # not used
     last = next((record for record in reversed(records) if "seconds" in record), {"tokens": 0, "seconds": 0.0})
@@ -149,6 +162,7 @@ def format_table(groups):
         columns.pop("lr_decay_iters", None)  # the default
     if any(len(group) > 1 for group in groups):
         columns.pop("seed", None)
+        columns.pop("device", None)
         columns["seeds"] = [str(len(group)) for group in groups]
     best = [[min(run["evals"], key=lambda record: record["val_loss"]) for run in group if run["evals"]]
             for group in groups]
@@ -226,14 +240,14 @@ def curve(group, key):
     return tokens, minutes, list(map(min, losses)), list(map(statistics.mean, losses)), list(map(max, losses))
 
 
-def save_figure(figure, path, **options):
+def save_figure(figure, path):
     """Save a matplotlib figure atomically, in the format of the file's name. Raises UserError if that fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix[1:] or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"cannot write the plot {path}: give the name of a .png, .svg or .pdf file with --picture")
-    files.atomic_write(path, lambda file: figure.savefig(file, format=kind, dpi=110, **options))
+    files.atomic_write(path, lambda file: figure.savefig(file, format=kind, dpi=110))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m tools.figures --fast      those of less than five minutes each
     python -m tools.figures             all of them, in hours; what this commit has already is not measured again
 
-Of a run: its seconds, the `key: value` lines that it prints, and the share of its stories with one consistent hero. The
-datasets of the configs must be prepared, and the machine idle. Runs go to out/figures/, results after each one to
+Of a run: its seconds, the `key: value` lines of its evaluation, and the share of its stories with one consistent hero.
+The datasets of the configs must be prepared, and the machine idle. Runs go to out/figures/, results after each one to
 out/figures.json.
 """
 

@@ -5,9 +5,9 @@
     python -m tools.judge stories.txt --dataset tinystories  stories of another program, as sample.py prints them
     python -m tools.judge out/run --controls                 next to stories that are known to be bad, too
 
-A story is better if its measures are closer to those of the held-out stories (last column), not if they are higher. A
-run's measures are also written to judge.json in its folder, its stories to judge.txt. The measures are explained and
-validated in docs/judging.md.
+Stories are better if their measures are closer to those of the held-out stories (last column); only losses and minimal
+pairs are better as such. A run's measures are also written to judge.json in its folder, its stories to judge.txt. The
+measures are explained and validated in docs/judging.md.
 """
 
 import storygpt  # noqa: F401  (first: it prepares the process for importing torch)
@@ -126,7 +126,7 @@ def main(argv=None):
 def parse_args(argv):
     """Parse the command line; exits with code 2 for an invalid flag.
 
-    Raises UserError if a package is missing that would be needed only after minutes.
+    Raises ImportError if a package is missing that would be needed only after minutes.
     """
     parser = Parser(prog="python -m tools.judge", description="Measure how good the stories of runs are.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, as out/tinystories, or a file of "
@@ -172,7 +172,7 @@ def load_dataset(checkpoints, args):
         return note("no --dataset: left out are held-out stories, copies and --controls")
     folder = Path("data", name)
     if not args.dataset and not folder.exists():
-        return note(f"{folder}, which {first_run} was trained on, is not here: left out are held-out stories, copies, "
+        return note(f"{folder}, the dataset of {first_run}, is not here: left out are held-out stories, copies, "
                     "language, context and --controls (--dataset NAME compares with another)")
     tokenizer = Tokenizer.load(folder)
     train, validation = (Split(folder, split, 1).tokens for split in ("train", "validation"))

@@ -6,6 +6,7 @@ onnxruntime).
 """
 
 import ctypes
+import math
 from importlib.util import find_spec
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 import sample
 from storygpt.generate import generate, prepare_for_generation
+from storygpt.system.hardware import pick_inference_dtype
 from tools.formats.gguf_file import write_weights
 from tools.formats.onnx_file import convert, example
 
@@ -33,10 +35,11 @@ def programs(config):
 
 
 class ThisProgram:
-    """storygpt/generate.py with int8 weights, as sample.py uses by default for large models on an x86 CPU."""
+    """storygpt/generate.py in the dtype that sample.py uses for large models: int8 on an x86 CPU."""
 
     def __init__(self, model, prompt, folder):
-        self.model, self.prompt = prepare_for_generation(model, "cpu", torch.int8), prompt
+        dtype = pick_inference_dtype("auto", torch.device("cpu"), math.inf)
+        self.model, self.prompt = prepare_for_generation(model, "cpu", dtype), prompt
 
     def generate(self, batch_size, new_tokens, greedy=False):
         """Generate that many tokens for each sequence; returns their ids as an array (batch_size, new_tokens)."""

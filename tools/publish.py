@@ -84,7 +84,7 @@ def read_events(folder, records):
     for record in records:
         seconds = record.get("seconds", seconds)
         if record["kind"] == "run":
-            yield record.get("resumed_at") or 0, start + seconds, {"settings": record["config"]}
+            yield record["resumed_at"] or 0, start + seconds, {"settings": record["config"]}
         elif record["kind"] in METRICS:
             prefix, keys = METRICS[record["kind"]]
             values = {f"{prefix}/{key}": record[key] for key in keys if record.get(key) is not None}

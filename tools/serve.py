@@ -35,6 +35,7 @@ from tools import compare, publish
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_PROMPT = 10_000  # characters
+SHOWN = ("iter", "tokens", "seconds", "train_loss", "val_loss", "val_bpb")  # of an evaluation
 TOP_TOKENS = 5  # most likely tokens that are shown with their probabilities
 # The settings of a request: name → type, minimum, maximum, default. JavaScript numbers are exact up to 2**53.
 LIMITS = {"temperature": (float, 0, 100, 0.8), "top_k": (int, 0, 10**9, 200), "top_p": (float, 1e-9, 1, 1.0),
@@ -190,8 +191,9 @@ def read_losses():
     for name in run_names():
         try:
             run = compare.read_run(str(Path("out", name)))
-            evals = [record for record in run["evals"] if math.isfinite(record["val_loss"] + record["train_loss"])]
-            runs.append(run | {"name": name, "evals": evals})  # JSON has no infinity and no NaN
+            evals = [{key: record[key] for key in SHOWN} for record in run["evals"]
+                     if math.isfinite(record["val_loss"] + record["train_loss"])]  # JSON has no infinity and no NaN
+            runs.append(run | {"name": name, "evals": evals})
         except compare.NoLogYet:
             pass  # an imported model, or a run that is just being replaced
         except (UserError, OSError) as error:

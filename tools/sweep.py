@@ -29,8 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model import GPTConfig, ModelSettings
 from sample import number
+from storygpt.checkpoint import load
 from storygpt.corpus.dataset import data_sha256, read_meta
+from storygpt.run import best_checkpoint
 from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line, shell_word
@@ -40,7 +43,6 @@ from tools import compare
 EXAMPLE = "learning_rate=1e-3,2e-3 (values) or learning_rate=1e-3..2e-2:log (a range)"
 SIGNIFICANCE = 0.05  # probability of at least one wrong "better" or "worse" in a table where nothing differs
 MAX_SEEDS = 1_000  # the largest number of additional seeds that a verdict names
-PLOTTED = 10  # curves in a plot, as many as matplotlib has colors
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Sweep:
 @exit_with_one_line
 def main(argv=None):
     """Train the runs of a sweep that are missing, and print the comparison; `argv` as on the command line."""
-    sweep, picture = parse_args(argv)
+    sweep = parse_args(argv)
     find_runs(sweep)
     kind = f"search, {sweep.trials} settings" if sweep.trials else f"grid, {len(sweep.planned)} settings"
     print(f"{sweep.base.out_dir}: {kind}, seeds {', '.join(map(str, sweep.seeds))}; {count_done(sweep)} runs are done",
@@ -88,8 +90,6 @@ def main(argv=None):
           sep="\n", flush=True)
     stopped = train_all(sweep)
     print_results(sweep)
-    if picture:
-        plot(sweep)
     if stopped:
         print("stopped: the same command resumes the sweep", file=sys.stderr)
         sys.exit(130)
@@ -101,7 +101,7 @@ def main(argv=None):
 def make_parser():
     """The parser of the flags that are not settings."""
     parser = Parser(prog="python -m tools.sweep", usage="%(prog)s [CONFIG] [--setting=value ...] --vary SETTING=VALUES "
-                    "[--vary ...] [--seeds N] [--trials N] [--no_prune] [--jobs N] [--picture]",
+                    "[--vary ...] [--seeds N] [--trials N] [--no_prune] [--jobs N]",
                     description="Train with several values of settings and several seeds, and compare the losses. Each "
                     "run is a folder in --out_dir, by default out/<config>-<the settings that vary>.")
     positive = number(int, 1, 10**6, "1 or more")
@@ -111,18 +111,15 @@ def make_parser():
     parser.add_argument("--no_prune", action="store_true", help="search: finish also runs worse than the median")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N",
                         help="runs at a time, each on its part of the CPU's threads, or on its own GPU (default: 1)")
-    parser.add_argument("--picture", action="store_true", help="plot the losses, into the folder of the sweep")
     return parser
 
 
 def parse_args(argv):
-    """The Sweep of a command line, and whether to plot."""
+    """The Sweep of a command line."""
     parser = make_parser()
     settings, flags, args = read_command_line(argv, {}, parser)
     import optuna
     import scipy.stats  # noqa: F401  (for the verdicts: now is the time to miss it, not after the training)
-    if args.picture:
-        import matplotlib  # noqa: F401  (the same)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # this program prints one line per run itself
     try:
         varied = parse_varied(args.vary)
@@ -133,8 +130,10 @@ def parse_args(argv):
     except UserError as error:
         parser.error(str(error))
     flags.setdefault("out_dir", f"{settings.get('out_dir', Config.out_dir)}-{'-'.join(varied) or 'seeds'}")
-    settings = apply_overrides(settings, flags)
+    settings = with_architecture(apply_overrides(settings, flags))
     base = Config(**settings)
+    if base.max_minutes and "max_iters" in varied:
+        parser.error("--vary max_iters: the length of the config is max_minutes, so vary that, or max_tokens")
     baseline = {name: parse_value(name, str(getattr(base, name))) for name in varied}
     combinations = itertools.product(*(space.choices for space in varied.values())) if not args.trials else []
     grid = [dict(zip(varied, values)) for values in combinations]
@@ -143,7 +142,15 @@ def parse_args(argv):
     # Runs of different or unknown lengths have no evaluations at comparable iterations.
     prune = bool(args.trials) and not args.no_prune and not base.max_minutes and not varied.keys() & set(BUDGETS)
     metric = "val_bpb" if "dataset" in varied else "val_loss"  # nats/token depend on the tokenizer
-    return Sweep(settings, base, varied, planned, metric, seeds, args.trials, prune, args.jobs), args.picture
+    return Sweep(settings, base, varied, planned, metric, seeds, args.trials, prune, args.jobs)
+
+
+def with_architecture(settings):
+    """These settings, with the architecture of the run that init_from names, which train.py takes from there."""
+    if settings.get("init_from", "scratch") == "scratch":
+        return settings
+    config = GPTConfig(**load(best_checkpoint(settings["init_from"]))["model_config"])
+    return {f.name: getattr(config, f.name) for f in fields(ModelSettings) if f.name != "dropout"} | settings
 
 
 def parse_varied(texts):
@@ -459,17 +466,6 @@ def confirmation(sweep):
     return ("the lowest of many losses is partly luck; to confirm it with new seeds, run the same command with these "
             f"flags instead of its --vary and --trials:\n{flags} --seeds 5 --seed={sweep.seeds[-1] + 1} "
             f"--out_dir={shell_word(f'{sweep.base.out_dir}-best')}")
-
-
-def plot(sweep):
-    """Plot the losses of the best settings into the folder of the sweep, if a run is finished."""
-    baseline, *others = group_runs(sweep)
-    groups = [[run.log for run in runs if run.state == "finished"]
-              for runs in [baseline, *sorted(others, key=mean_loss)][:PLOTTED]]
-    if any(groups):
-        path = Path(sweep.base.out_dir, "losses.png")
-        compare.plot([group for group in groups if group], path)
-        print(f"plot: {path}")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_settings_that_a_log_lacks_have_their_default_and_unused_ones_are_not_sh
 
 def test_runs_that_differ_in_the_seed_are_one_row_and_one_curve(here, figure):
     write_run("sweep/lr=1,seed=1", [4, 3], learning_rate=1, seed=1, out_dir="out/1")
-    write_run("sweep/lr=1,seed=2", [5], learning_rate=1, seed=2)
+    write_run("sweep/lr=1,seed=2", [5], learning_rate=1, seed=2, device="cuda:1")
     write_run("sweep/lr=1,seed=3", [], learning_rate=1, seed=3)
     write_run("sweep/lr=2,seed=1", [2, 1], seed=1, learning_rate=2)
     write_run("sweep/lr=2,seed=2", [2, 1], seed=2, learning_rate=2, data="b")
@@ -130,6 +130,7 @@ def test_runs_that_differ_in_the_seed_are_one_row_and_one_curve(here, figure):
                      "bits per byte": "2.0000 ± 0.7071"}
     assert [(row["run"], row["seeds"]) for row in others] == [
         ("out/sweep/lr=2,seed=1", "1"), ("out/sweep/lr=2,seed=2", "1")]
+    assert compare.group_name([{"name": f"out/x-seeds/seed={seed}"} for seed in (1, 2)]) == "out/x-seeds"
     assert compare.curve(groups("out/sweep")[0], "val_loss") == ([512e-6], [1], [4], [4.5], [5])
     by_tokens = figure("out/sweep").axes[0]
     assert curves(by_tokens) == {"out/sweep/lr=1": [(512e-6, 2.25)],  # bits per byte, as the data differ
@@ -189,11 +190,13 @@ def test_without_matplotlib_the_table_is_still_printed(here, monkeypatch, capsys
     assert "error: import of matplotlib.figure halted" in error and error.endswith("requirements-extra.txt\n")
 
 
-def test_folders_without_a_run_give_one_line(here, fails):
+def test_folders_without_a_run_give_one_line(here, fails, capsys):
     write_run("a", [3])
     write_run("empty", []).joinpath("log.jsonl").write_text("")
     for folder in ("out/nothing", "out/empty", "out/a/log.jsonl"):
-        assert f"no log in {folder}: " in fails(compare.main, ["out/a", folder])
+        compare.main(["out/a", folder])
+        assert f"note: no log in {folder}: " in capsys.readouterr().out
+        assert f"no log in {folder}: " in fails(compare.main, [folder])
 
 
 def test_watching_runs_from_before_their_start(here, monkeypatch, capsys):

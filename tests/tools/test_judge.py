@@ -164,7 +164,7 @@ def test_without_the_data_the_rest_is_measured(result, here):
         table, lines, err = result("out/tiny")
     finally:
         Path("elsewhere").rename("data")
-    assert err.startswith("note: data/nursery-bpe300, which out/tiny was trained on, is not here: left out are")
+    assert err.startswith("note: data/nursery-bpe300, the dataset of out/tiny, is not here: left out are")
     assert err.count("\n") == 1 and not lines
     assert table["measure [95% interval]"] == ["out/tiny"] and "words and marks per story" in table
     assert "Copied or new" not in table

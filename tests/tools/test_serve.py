@@ -121,7 +121,8 @@ def test_probabilities_are_those_of_the_model(url):
 
 
 def test_the_losses_and_the_stories_of_the_evaluations(url):
-    evals = [record for record in read_log("out/tiny/log.jsonl") if record["kind"] == "eval"]
+    evals = [{key: record[key] for key in serve.SHOWN} for record in read_log("out/tiny/log.jsonl")
+             if record["kind"] == "eval"]
     assert get(url, "/losses") == {"loss": "val_loss", "notes": [],
                                    "runs": [{"name": name, "evals": evals} for name in ("tiny", OTHER)]}
     assert get(url, "/sample?run=tiny&iteration=16") == {"story": story_of("16")}
@@ -134,10 +135,11 @@ def test_the_losses_and_the_stories_of_the_evaluations(url):
     Path("out/imported/samples.md").unlink()
     Path("out/begun/log.jsonl").write_text("")
     Path("out/damaged/log.jsonl").write_text("{}\n")
+    add_evaluation("out/diverged/log.jsonl", accuracy=float("nan"))  # a metric that a reader added
     add_evaluation("out/diverged/log.jsonl", val_loss=float("nan"))
     use_other_data("out/diverged/log.jsonl")
     losses = get(url, "/losses")
-    assert {run["name"]: len(run["evals"]) for run in losses["runs"]} == {"tiny": 3, OTHER: 3, "diverged": 3}
+    assert {run["name"]: len(run["evals"]) for run in losses["runs"]} == {"tiny": 3, OTHER: 3, "diverged": 4}
     assert losses["loss"] == "val_bpb" and "out/damaged/log.jsonl, line 1 is damaged" in losses["notes"][0]
     assert "the runs have different validation data" in losses["notes"][1]
     assert get(url, "/sample?run=imported&iteration=8") == {"story": None}

@@ -23,6 +23,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from storygpt.run import read_log
 from storygpt.settings import Config
 from conftest import TINY
+from test_train import TINY_MODEL
 from faults.processes import locked
 from tools import compare, sweep
 
@@ -40,7 +41,7 @@ def records(folder, kind):
 
 def write_run(words, settings, seed, losses, reason="finished"):
     """Write the log of a run of the sweep that has these words, with a loss every 8 iterations; returns its folder."""
-    a_sweep = sweep.parse_args([*TINY, *words])[0]
+    a_sweep = sweep.parse_args([*TINY, *words])
     run = sweep.add_run(a_sweep, settings, seed)
     config = asdict(Config(**run.flags))
     evals = [{"kind": "eval", "iter": 8 * i, "tokens": 512 * i, "seconds": i, "train_loss": loss, "val_loss": loss,
@@ -86,10 +87,19 @@ def test_a_wrong_command_line_is_one_line(with_data, fails, words, message):
 
 
 def test_settings_that_cannot_be_trained_are_one_line_before_anything_runs(with_data, fails):
+    assert "the length of the config is max_minutes, so vary that" in fails(
+        sweep.main, ["--max_minutes=1", "--vary=max_iters=10,20"], code=2)
     assert "error: n_embd = 18 is not a multiple of n_head = 4" in fails(
         sweep.main, [*TINY, "--vary=n_embd=16,18", "--vary=n_head=2,4"])
     assert "no data in data/nothing" in fails(sweep.main, [*TINY, "--vary=dataset=nursery-bpe300,nothing"])
     assert not Path("out").exists()
+
+
+def test_the_architecture_of_runs_with_init_from_is_that_of_its_run(run):
+    a_sweep = sweep.parse_args(["--init_from=out/tiny", "--block_size=8", "--warmup_iters=1", "--vary=learning_rate=1"])
+    assert (a_sweep.base.n_layer, a_sweep.base.n_embd, a_sweep.base.block_size, a_sweep.base.dropout) == (
+        TINY_MODEL.n_layer, TINY_MODEL.n_embd, 8, Config.dropout)
+    assert a_sweep.settings["n_head"] == TINY_MODEL.n_head  # train.py would refuse another one
 
 
 # ---- statistics ----
@@ -140,14 +150,13 @@ def grid(with_data):
 
 
 def test_a_finished_grid_is_compared_seed_by_seed_and_not_trained(grid, capsys):
-    sweep.main([*TINY, *GRID, "--picture"])
+    sweep.main([*TINY, *GRID])
     out = capsys.readouterr().out
     assert "grid, 2 settings, seeds 1337, 1338; 4 of 4 runs are done" in out
     first, second = table(out)
     assert (first["learning_rate"], first["seeds"], first["verdict"]) == ("0.01", "2", "baseline")
     assert first["validation loss"] == "4.1000 ± 0.1414" and first["tokens/s"] == "512"
     assert second["difference"] == "+0.5500 ± 0.0500" and second["verdict"].startswith("not distinguishable (1 more")
-    assert Path("out/grid/losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_fewer_values_and_seeds_are_a_part_of_the_grid(grid, capsys):
@@ -186,7 +195,7 @@ def test_compare_groups_the_seeds_of_a_sweep(grid):
 
 
 def test_with_several_datasets_bits_per_byte_are_compared():
-    assert sweep.parse_args([*TINY, "--vary=dataset=a,b"])[0].metric == "val_bpb"
+    assert sweep.parse_args([*TINY, "--vary=dataset=a,b"]).metric == "val_bpb"
 
 
 SEARCH = ["--vary=learning_rate=1e-3..2e-2:log", "--vary=optimizer=adamw,muon", "--trials=3", "--out_dir=out/a search"]
@@ -208,7 +217,7 @@ def test_a_search_knows_what_it_has_tried(with_data, capsys):
 
 def test_optuna_learns_from_the_runs_and_suggests_within_the_ranges(with_data):
     write_run(SEARCH, {"optimizer": "adamw", "learning_rate": 0.01}, 1337, [4.0, 3.0])
-    search = sweep.parse_args([*TINY, *SEARCH])[0]
+    search = sweep.parse_args([*TINY, *SEARCH])
     sweep.find_runs(search)
     trial, = search.study.trials
     assert trial.value == 3.0 and trial.intermediate_values == {8: 4.0, 16: 3.0}
@@ -252,7 +261,7 @@ def test_what_is_missing_is_trained_and_a_failed_run_is_reported(with_data, caps
 
 
 def test_if_all_runs_fail_it_is_one_line():
-    a_sweep = sweep.parse_args(["--vary=dropout=0.5"])[0]
+    a_sweep = sweep.parse_args(["--vary=dropout=0.5"])
     a_sweep.runs["x"] = sweep.Run({"dropout": 0.5}, 1, Path("x"), {}, {}, state="failed")
     with pytest.raises(sweep.UserError, match="all runs failed, for the reasons above"):
         sweep.print_results(a_sweep)
