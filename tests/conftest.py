@@ -127,11 +127,10 @@ def trained(nursery_data):
 
 
 @pytest.fixture
-def run(trained, here):
+def run(trained, with_data):
     """A folder with only the run out/tiny, which may be changed, and its data; it is the current folder."""
     shutil.copytree(trained / "out/tiny", "out/tiny")
-    os.symlink(trained / "data", "data")
-    return here
+    return with_data
 
 
 @pytest.fixture

@@ -123,15 +123,6 @@ class BackwardHook(Block):
         self.mlp.c_proj.register_full_backward_hook(lambda module, grad, _: (grad[0] * 0.5,))
 
 
-class BufferThatIsNotSaved(Block):
-    def __init__(self, config):
-        super().__init__(config)
-        self.register_buffer("scale", torch.linspace(0.5, 1.5, config.n_embd), persistent=False)
-
-    def forward(self, x, cache=None):
-        return super().forward(x * self.scale, cache)
-
-
 class ParallelBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -246,29 +237,6 @@ def soft_cap_of_the_logits(self, idx, targets=None, cache=None):
     return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-def loss_with_a_second_term(self, idx, targets=None, cache=None):
-    logits = plain_forward(self, idx, cache=cache)
-    if targets is None:
-        return logits
-    z_loss = torch.logsumexp(logits, -1).square().mean()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1) + 0.1 * z_loss
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits):
-        return 2 * logits
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
-
-
-def function_with_its_own_gradient(self, idx, targets=None, cache=None):
-    logits = Double.apply(plain_forward(self, idx, cache=cache))
-    return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def random_numbers_in_the_loss(self, idx, targets=None, cache=None):
     """Of Python and numpy: resume repeats them."""
     output = plain_forward(self, idx, targets, cache)
@@ -284,6 +252,7 @@ plain_evaluate_and_log, plain_get_batch = train.evaluate_and_log, train.get_batc
 def metrics_of_numpy(state, tokenizer):
     plain_evaluate_and_log(state, tokenizer)
     state.metrics |= {"scalar": np.float32(0.5), "array": np.arange(3), "tensor": torch.ones(2)}
+    state.log({"kind": "metrics", **state.metrics})
 
 
 def random_tokens_in_the_inputs(state):
@@ -299,31 +268,24 @@ def another_schedule(cfg, iteration, progress):
     return 1 - progress
 
 
-def bits_per_byte_of_numpy(loss, split):
-    return np.float32(1.5)
-
-
 # The object that is edited and the name of its attribute → the new values, each in a test of its own.
 EDITS = {
     (model_module, "MLP"): [MLPOfSequential, MixtureOfExperts, ChosenExpert, ExpertsInOneParameter, WeightNorm,
                            LowRankUpdate, ComplexBuffer],
-    (model_module, "Block"): [ForwardHooks, BackwardHook, BufferThatIsNotSaved, ParallelBlock],
+    (model_module, "Block"): [ForwardHooks, BackwardHook, ParallelBlock],
     (model_module, "CausalSelfAttention"): [MultiQueryAttention],
     (CausalSelfAttention, "attend"): [sliding_window_in_training_only, attention_written_out],
     (modern, "GPT"): [ParameterList, OneBlockForAllLayers, UntiedHead, HeadWithBias, PaddedVocabulary,
                         PaddedLayers, FrozenAndUnused],
-    (GPT, "forward"): [forward_without_a_cache, soft_cap_of_the_logits, loss_with_a_second_term,
-                       function_with_its_own_gradient, random_numbers_in_the_loss],
+    (GPT, "forward"): [forward_without_a_cache, soft_cap_of_the_logits, random_numbers_in_the_loss],
     (train, "evaluate_and_log"): [metrics_of_numpy],
-    (train, "bits_per_byte"): [bits_per_byte_of_numpy],
     (train, "get_batch"): [random_tokens_in_the_inputs],
     (train, "make_optimizers"): [another_optimizer],
     (train, "learning_rate_multiplier"): [another_schedule],
 }
 CHANGES = {value.__name__: (*place, value) for place, values in EDITS.items() for value in values}
-STILL_GPT2 = {UntiedHead, PaddedVocabulary, BackwardHook, loss_with_a_second_term,
-              random_numbers_in_the_loss, metrics_of_numpy, bits_per_byte_of_numpy, random_tokens_in_the_inputs,
-              another_optimizer, another_schedule}
+STILL_GPT2 = {UntiedHead, PaddedVocabulary, BackwardHook, random_numbers_in_the_loss, metrics_of_numpy,
+              random_tokens_in_the_inputs, another_optimizer, another_schedule}
 
 
 # ---- what must hold ----
@@ -389,7 +351,7 @@ def check_export(out_dir, is_gpt2, fails):
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_edit_holds_everywhere(name, with_data, monkeypatch, capsys, fails):
     monkeypatch.setattr(*CHANGES[name])
-    check_everywhere("out/edited", [f"--optimizer={('muon', 'adamw')[list(CHANGES).index(name) % 2]}"], capsys)
+    check_everywhere("out/edited", ["--optimizer=muon"], capsys)  # and AdamW, for embeddings, biases and norms
     if find_spec("transformers") and find_spec("py_mini_racer"):  # of requirements-extra.txt
         check_export("out/edited", CHANGES[name][2] in STILL_GPT2, fails)
 

@@ -1,6 +1,5 @@
 """tinystories.ipynb is committed without outputs and runs from top to bottom."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -57,6 +56,3 @@ def test_it_runs_from_top_to_bottom(notebook, project, monkeypatch, size):
     assert html.count("<span title=") == 100 and "background:#cfe8ff" in html
     samples, story = (each["text/markdown"] for each in data if "text/markdown" in each)
     assert 3 <= samples.count("### iteration") <= 4 and story.startswith("Once upon a time")
-    run = Path(project, "out/quickstart")
-    assert sorted(os.listdir(run)) == [".lock", "ckpt.pt", "last.prev.pt", "last.pt", "log.jsonl", "meta.json",
-                                       "samples.md", "tokenizer.tiktoken"]

@@ -301,11 +301,9 @@ def batch_with_ignored_targets(state, get_batch=train.get_batch):
     return x, y
 
 
-@pytest.mark.parametrize("get_batch", [train.get_batch, batch_with_ignored_targets])
-def test_a_step_does_not_depend_on_the_micro_batch_size_or_the_number_of_ranks(with_data, large_eps, monkeypatch,
-                                                                               get_batch):
+def test_a_step_does_not_depend_on_the_micro_batch_size_or_the_number_of_ranks(with_data, large_eps, monkeypatch):
     """Steps of 8 sequences; micro-batches of 3 leave a smaller last one."""
-    monkeypatch.setattr(train, "get_batch", get_batch)
+    monkeypatch.setattr(train, "get_batch", batch_with_ignored_targets)
     flags = [*TINY, "--max_iters=4", "--dropout=0"]
     for size in (8, 1, 3):
         train.main([*flags, f"--device_batch_size={size}", f"--out_dir=out/{size}"])
@@ -324,15 +322,6 @@ def test_a_step_without_any_target_leaves_the_gradient_at_zero():
     x = torch.zeros(2, 16, dtype=torch.long)
     assert train.forward_backward(state, model, x, x - 1) == 0
     assert all((p.grad == 0).all() for p in model.parameters())
-
-
-def test_each_step_has_its_own_random_numbers(with_data, monkeypatch):
-    """Otherwise the dropout masks of all steps would be the same."""
-    seeds = []
-    monkeypatch.setattr(train, "forward_backward", lambda *args, forward_backward=train.forward_backward: (
-        seeds.append(torch.initial_seed()), forward_backward(*args))[1])
-    train.main([*TINY, "--max_iters=8", "--out_dir=out/x"])
-    assert len(seeds) == len(set(seeds)) == 4
 
 
 def test_a_step_is_adamw_with_clipping_on_the_next_sequences(with_data, large_eps):
@@ -360,21 +349,6 @@ def test_a_step_is_adamw_with_clipping_on_the_next_sequences(with_data, large_ep
         torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_whose_unused_embeddings_differ_computes_the_whole_vocabulary(with_data):
-    """As after fine-tuning on other text."""
-    flags = [*TINY, "--dropout=0", "--lr_decay_iters=24", "--out_dir=out/x"]
-    train.main([*flags, "--max_iters=2"])
-    last = load_last("out/x")
-    last["model"]["transformer.wte.weight"].normal_(generator=torch.Generator().manual_seed(0))
-    checkpoint.save("out/x/last.pt", last)
-    train.main([*flags, "--max_iters=4", "--resume"])
-    model = GPT(replace(TINY_MODEL, dropout=0.0))
-    model.load_state_dict(last["model"])
-    x, y = TrainingOrder(Split("data/nursery-bpe300", "train", 16), 1337).sequences(8, 8)
-    assert records("out/x", "step")[-1]["loss"] == pytest.approx(
-        model(torch.from_numpy(x), torch.from_numpy(y)).item(), rel=1e-5)
-
-
 def test_embeddings_start_from_the_text_of_the_run(with_data):
     train.main([*TINY, "--max_iters=2", "--warmup_iters=0", "--init_embeddings=cooccurrence", "--learning_rate=1e-9",
                 "--min_lr=0", "--out_dir=out/x"])
@@ -387,7 +361,7 @@ def test_embeddings_start_from_the_text_of_the_run(with_data):
 
 @pytest.mark.parametrize("architecture, dtype, tolerance", [("gpt2", "float32", 1e-3), ("modern", "bfloat16", 1e-2)])
 def test_compiled_training_gives_the_same_losses(with_data, large_eps, monkeypatch, architecture, dtype, tolerance):
-    """With tracing only (aot_eager): generating C++ code would take half as long as all other tests."""
+    """With tracing only (aot_eager): generating C++ code would take half a minute."""
     compiled, torch_compile = [], torch.compile
 
     def compile(function):

@@ -11,14 +11,6 @@ from storygpt import checkpoint
 from storygpt.system.errors import UserError
 
 
-def test_a_saved_checkpoint_is_loaded_unchanged(tmp_path):
-    state = {"model": {"w": torch.arange(6.0)}, "config": {"n_layer": 2, "compile": "auto", "bias": True}, "iter": 3}
-    checkpoint.save(tmp_path / "last.pt", state)
-    loaded = checkpoint.load(tmp_path / "last.pt", dict.fromkeys(state, object))
-    assert torch.equal(loaded["model"].pop("w"), state["model"].pop("w")) and loaded == state
-    assert os.listdir(tmp_path) == ["last.pt"]
-
-
 class OfAReader:
     """An object of a class that `load` does not know."""
 
@@ -31,14 +23,6 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     for value in (OfAReader(), Path("x"), np.float64(2), np.zeros(3), lambda: 2):
         with pytest.raises(UserError, match="last.pt is not saved, because its 'metrics' could not be loaded again"):
             checkpoint.save(tmp_path / "last.pt", OLD | {"iter": 2, "metrics": {"losses": [value]}})
-    assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == OLD and os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(tmp_path):
-    checkpoint.save(tmp_path / "last.pt", OLD)
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write .*last.pt .No space left on device.: what was saved before is"):
-        checkpoint.save(tmp_path / "last.pt", {"iter": 2, "model": torch.zeros(100_000)})
     assert checkpoint.load(tmp_path / "last.pt", {"iter": int}) == OLD and os.listdir(tmp_path) == ["last.pt"]
 
 

@@ -366,6 +366,7 @@ def test_hooks_on_the_replaced_head_and_printing_see_the_logits(model):
     with torch.no_grad(), evaluating(plain):
         logits = fused(plain)(x, y, lambda logits, y: logits)
         assert type(logits) is Logits and repr(logits) == repr(logits + 0)
+        torch.testing.assert_close(Square.apply(logits), Square.apply(logits + 0))
 
 
 def test_logits_in_no_grad_are_those_of_the_weight_at_that_time(model):

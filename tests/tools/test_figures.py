@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+import prepare
+import sample
 from conftest import ROOT, TINY
 from storygpt.settings import Config, apply_overrides, read_command_line
-from tools import figures
+from tools import bench, figures
 
 
 @pytest.mark.slow
@@ -27,5 +29,9 @@ def test_what_is_missing_is_measured_once_a_commit(with_data, monkeypatch, capsy
 
 
 def test_the_commands_are_valid():
+    prepare.parse_args(figures.PREPARE[1:])
+    sample.parse_args(figures.SAMPLE[1:])
+    for words in figures.SPEEDS.values():
+        bench.parse_args(words)
     for (config, *flags), _ in figures.RUNS.values():
         assert Config(**apply_overrides(*read_command_line([str(ROOT / config), *flags], {})[:2]))

@@ -21,7 +21,7 @@ import prepare
 import sample
 import train
 from conftest import ROOT, TINY
-from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
+from model import GPT, Block, CausalSelfAttention, GPTConfig
 from storygpt import checkpoint
 from storygpt.corpus.dataset import Split
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
@@ -93,18 +93,9 @@ def edit(monkeypatch, cls, layers, **methods):
         monkeypatch.setattr(cls, name, method)
 
 
-def swiglu(self, x):
-    value, gate = self.c_fc(x).chunk(2, -1)
-    return self.c_proj(value * nn.functional.silu(gate))
-
-
 @pytest.mark.parametrize("bias, cls, layers, methods, parameter", [
     (True, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, "h.0.ln_1.bias"),
     (False, Block, {"ln_1": lambda c: nn.RMSNorm(c.n_embd)}, {}, None),  # the names and shapes are GPT-2's
-    (True, Block, {"scale": lambda c: nn.Buffer(torch.ones(1))}, {}, "h.0.scale"),
-    (True, MLP, {}, {"forward": lambda self, x: self.c_proj(self.c_fc(x).relu())}, None),
-    (False, MLP, {"c_fc": lambda c: nn.Linear(c.n_embd, 128, bias=False)}, {"forward": swiglu},
-     "h.0.mlp.c_fc.weight"),
     # What depends on the length of the text, but not in a full block, and what only an end of text changes.
     (True, CausalSelfAttention, {}, {"attend": lambda self, q, k, v, cache, attend=CausalSelfAttention.attend: attend(
         self, q * (q.size(2) / 16) ** 0.5, k, v, cache)}, None),
@@ -148,14 +139,6 @@ def test_a_model_with_an_untied_head(run, monkeypatch, fails):
 @torch.no_grad()
 def test_a_model_without_biases_and_with_the_exact_gelu(run):
     check_logits_after_export_and_import("bare", write_run("out/bare", GPTConfig(**SHAPE, bias=False, gelu="exact")))
-
-
-def test_a_modern_model_is_not_exported(run, fails):
-    train.main([*TINY, "--architecture=modern", "--max_iters=2", "--out_dir=out/modern"])
-    for target in ("model", "model.gguf"):
-        error = fails(export.main, ["out/modern", target])
-        assert "no model of the architecture 'modern'" in error and "export to NAME.html or NAME.onnx" in error
-        assert not Path(target).exists()
 
 
 def test_export_then_import_gives_the_same_model_which_can_be_fine_tuned(run, capsys, fails):

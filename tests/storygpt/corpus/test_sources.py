@@ -200,13 +200,6 @@ def test_line_ends_and_surrogates_in_columns(here):
     assert read("a.jsonl") == {"train": ["One.\n\nTwo.\nThree.", "🦊 \ufffd no"]}
 
 
-def test_metadata_may_change_far_into_a_file(here):
-    with open("a.jsonl", "w") as file:
-        for i in range(12_000):
-            file.write(json.dumps({"text": f"Story {i}.", "meta": {"x": "y" * 1000} if i < 11_000 else "none"}) + "\n")
-    assert len(read("a.jsonl")["train"]) == 12_000 and os.path.getsize("a.jsonl") > 11e6
-
-
 README = """---
 configs:
 - config_name: en

@@ -3,9 +3,7 @@
 import io
 import platform
 import re
-import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import torch
 import prepare
 import sample
 import train
-from storygpt.system.errors import Parser, UserError, exit_with_one_line, shell_word
+from storygpt.system.errors import Parser, UserError, exit_with_one_line
 
 
 def script_that_raises(error):
@@ -77,11 +75,6 @@ def test_every_character_is_printed_whatever_the_encoding_of_the_system(monkeypa
             stream.seek(0)  # flushes it, too
             texts.append(stream.read())
         assert texts[0] in ("книга ?\n", "книга \udcff\n") and texts[1] == "error: no книга\n"
-
-
-def test_a_path_is_one_word_of_a_command_that_is_pasted():
-    for path, word in (("out/x", "out/x"), (Path("out/my run"), "'out/my run'"), ("$it's", """'$it'"'"'s'""")):
-        assert shell_word(path) == word and shlex.split(word) == [str(path)]
 
 
 @pytest.mark.parametrize("argv, complaint", [

@@ -141,13 +141,6 @@ def test_int8_that_changes_the_logits_too_much_is_refused(trained, tmp_path, mon
         write_onnx(tmp_path / "x.onnx", SavedModel.load(trained / "out/tiny"), "int8")
 
 
-def test_other_logits_are_refused(trained, exported):
-    model, tokenizer, _ = checkpoint.load_model(trained / "out/tiny/ckpt.pt")
-    model.transformer.ln_f.bias.data += 1
-    with pytest.raises(NotExportable, match="^run cannot be exported: in ONNX Runtime the logits would differ by up"):
-        check_logits("run", model.requires_grad_(False), exported[0].read_bytes(), tokenizer.end_of_text, 1e-5)
-
-
 def test_a_model_with_an_operator_that_the_runtime_lacks_is_refused_in_one_line(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, "hidden_states", lambda self, idx, *args, hidden_states=GPT.hidden_states: (
         lambda x: x + 0.1 * torch.randn_like(x))(hidden_states(self, idx, *args)))

@@ -171,10 +171,6 @@ def check_tokenizer(page, tokenizer):
         assert decoded == tokenizer.decode(tokenizer.encode(text)), text
 
 
-def test_tokenizer_of_a_dataset(page, trained):
-    check_tokenizer(page, trained_tokenizer(trained))
-
-
 def test_int8_costs_less_than_a_thousandth_of_a_nat(page, trained):
     model, tokenizer, _ = checkpoint.load_model(trained / "out/tiny/ckpt.pt")
     tokens = torch.tensor(tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))[:17 * 30]).view(30, 17)
@@ -364,21 +360,6 @@ def refused(here, run="out/edited"):
     assert not Path("page.html").exists() and "export to page.onnx instead" in str(error.value)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def relu(self, x):
-    return self.c_proj(self.c_fc(x).relu())
-
-
-def more_after_an_end(self, idx, *args, hidden_states=GPT.hidden_states):
-    return hidden_states(self, idx, *args) + (idx == 299)[..., None] * torch.arange(16)
-
-
-@pytest.mark.parametrize("cls, method, edited", [(MLP, "forward", relu), (GPT, "hidden_states", more_after_an_end)])
-def test_an_edited_model_is_refused(trained, here, monkeypatch, cls, method, edited):
-    monkeypatch.setattr(cls, method, edited)
-    random_run("out/edited", trained_tokenizer(trained), **EVEN)
-    assert re.search(r"its logits would differ by [\d.]+ of the largest", refused(here))
 
 
 @torch.no_grad()
