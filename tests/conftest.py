@@ -3,11 +3,11 @@
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -164,7 +164,25 @@ def load_last(out_dir):
     return checkpoint.load(Path(out_dir, "last.pt"), checkpoint.LAST_REQUIRED_KEYS)
 
 
-def launch(script, *words, cwd, **options):
-    """Run `python SCRIPT words …` in a process of its own; returns the finished process."""
-    return subprocess.run([sys.executable, ROOT / script, *words], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, **options)
+def records(out_dir, kind):
+    """The records of one kind in a run's log: run, step, eval or end."""
+    from storygpt.run import read_log
+    return [record for record in read_log(Path(out_dir, "log.jsonl")) if record["kind"] == kind]
+
+
+def write(path, stories, column="text"):
+    """Write stories to a file in the format of its extension; return the path as a string."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps({column: story}) + "\n" for story in stories))
+    elif suffix == ".json":
+        path.write_text(json.dumps([{"id": 1, column: story} for story in stories], indent=1))
+    elif suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        pq.write_table(pa.table({"id": range(len(stories)), column: pa.array(stories, pa.string())}), path)
+    else:
+        path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8", newline="")
+    return str(path)

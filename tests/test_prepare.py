@@ -6,19 +6,20 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import prepare
-from conftest import launch
-from faults.processes import limit_file_size, run
+from conftest import ROOT, write
+from faults.processes import at_file_operation, kill_this_process, limit_file_size, run
 from storygpt.corpus import nursery
 from storygpt.corpus.dataset import with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from storygpt.system import files
 
 STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", "He said 'yes' and left."]
 BOOK = "Ein naïver Fuchs 🦊 läuft über die Straße. " * 200  # 8,600 characters
@@ -41,13 +42,6 @@ def save(tokenizer, folder):
 def data_entries():
     """The entries of data/ except lock files, which are never removed."""
     return [name for name in os.listdir("data") if not name.endswith(".lock")]
-
-
-def write(path, stories):
-    """Write stories to a .txt file; return the path as a string."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"\n{END_OF_TEXT}\n".join(stories), encoding="utf-8")
-    return str(path)
 
 
 def prepared(name):
@@ -176,23 +170,19 @@ def test_existing_dataset_is_kept_unless_forced(fast, capsys, fails):
     assert sum(map(len, prepare_as("x", "nursery", fast, "--max_stories", "31")[1].values())) == 31
 
 
-def test_a_dataset_gets_its_name_back_if_replacing_it_fails(fast, monkeypatch, capsys):
-    words, rename = ["nursery", "--max_stories", "30", fast, "--name", "x"], files.rename
-    prepare.main(words)
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 
-    def fail_at_the_second(source, target):
-        rename(source, target)
-        if Path(target).name == "old":
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "rename", fail_at_the_second)
-    with pytest.raises(SystemExit):
-        prepare.main([*words, "--force"])
-    assert prepared("x")
-    Path("data/.x.partial").mkdir()
-    rename("data/x", "data/.x.partial/old")  # as after a kill there
+def test_a_dataset_gets_its_name_back_if_replacing_it_fails(fast, capsys):
+    words = ["nursery", "--max_stories", "30", fast, "--name", "x"]
     prepare.main(words)
-    assert "data/x already exists" in capsys.readouterr().out and prepared("x")
+    for action, code in ((interrupt, 130), (kill_this_process, -signal.SIGKILL)):
+        between_the_renames = partial(at_file_operation, 1, ".x.partial/new", action, "os.rename")
+        assert run(prepare.main, [*words, "--force"], setup=between_the_renames)[0] == code
+        assert os.path.exists("data/x") == (code == 130)
+        prepare.main(words)
+        assert "data/x already exists" in capsys.readouterr().out and prepared("x")
 
 
 def test_folder_that_is_not_a_dataset_is_never_replaced(here, fails):
@@ -204,17 +194,9 @@ def test_folder_that_is_not_a_dataset_is_never_replaced(here, fails):
     assert os.listdir("data/mine") == ["thesis.txt"]
 
 
-def signal_at_the_second_file(number):
-    """Send this process a signal when it opens validation.bin."""
-    def hook(event, args):
-        if event == "open" and str(args[0]).endswith("validation.bin"):
-            os.kill(os.getpid(), number)
-    sys.addaudithook(hook)
-
-
 @pytest.mark.parametrize("fault, code, error, entries", [
-    (lambda: signal_at_the_second_file(signal.SIGKILL), -signal.SIGKILL, "", [".x.partial"]),
-    (lambda: signal_at_the_second_file(signal.SIGINT), 130, "stopped\n", []),
+    (lambda: at_file_operation(1, "validation.bin", kill_this_process), -signal.SIGKILL, "", [".x.partial"]),
+    (lambda: at_file_operation(1, "validation.bin", interrupt), 130, "stopped\n", []),
     (lambda: limit_file_size(10_000), 1, "error: cannot write data/x: File too large\n", []),
 ], ids=["kill", "Ctrl-C", "full disk"])
 def test_a_run_that_dies_leaves_no_dataset_and_the_next_one_succeeds(fast, fault, code, error, entries):
@@ -285,7 +267,8 @@ def test_user_errors_print_one_line_and_leave_no_files(here, fails, flags, code,
 def test_command_line(here, fast):
     """As a process, which imports only what it needs: neither torch, which takes seconds, nor datasets."""
     write(here / "mine.txt", STORIES)
-    done = launch("prepare.py", "mine.txt", fast, cwd=here, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
+    done = subprocess.run([sys.executable, ROOT / "prepare.py", "mine.txt", fast], capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 0 and "numpy" in imported and not imported & {"torch", "datasets", "tokenizers"}
     assert all(line.startswith("import time:") for line in done.stderr.splitlines())

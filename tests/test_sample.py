@@ -17,13 +17,6 @@ from storygpt.corpus.dataset import with_checksum
 from storygpt.corpus.tokenizer import END_OF_TEXT
 
 
-@pytest.fixture
-def run(trained, monkeypatch):
-    """The folder of a trained run, under the current folder."""
-    monkeypatch.chdir(trained)
-    return trained / "out/tiny"
-
-
 def run_sample(capsys, *flags):
     """Run sample.py; returns (stdout, stderr)."""
     sample.main(["--max_new_tokens=40", *flags])
@@ -77,27 +70,25 @@ def test_a_prompt_longer_than_the_context_window_prints_a_note(run, capsys):
     assert out.startswith("a b c d") and "more than the context window of 16: the model reads the last " in err
 
 
-def test_last_pt_is_used_if_there_is_no_ckpt_pt_yet_and_damage_is_an_error(run, capsys, here, fails):
-    assert "no trained model under out/" in fails(sample.main, [])
-    shutil.copytree(run, here / "out/x")
-    os.remove("out/x/ckpt.pt")
-    assert "out/x has no ckpt.pt yet: using last.pt" in run_sample(capsys)[1]
-    Path("out/x/ckpt.pt").write_text("no")
-    assert "out/x/ckpt.pt is damaged or not a checkpoint" in fails(sample.main, [])
-    shutil.copy(run / "ckpt.pt", "out/x")
-    meta = json.loads(Path("out/x/meta.json").read_text())
+def test_last_pt_is_used_if_there_is_no_ckpt_pt_yet_and_damage_is_an_error(run, capsys, fails):
+    shutil.copy("out/tiny/ckpt.pt", "ckpt.pt")
+    os.remove("out/tiny/ckpt.pt")
+    assert "out/tiny has no ckpt.pt yet: using last.pt" in run_sample(capsys)[1]
+    Path("out/tiny/ckpt.pt").write_text("no")
+    assert "out/tiny/ckpt.pt is damaged or not a checkpoint" in fails(sample.main, [])
+    shutil.copy("ckpt.pt", "out/tiny/ckpt.pt")
+    meta = json.loads(Path("out/tiny/meta.json").read_text())
     meta["splits"]["train"]["sha256"] = "0" * 64
-    Path("out/x/meta.json").write_text(json.dumps(with_checksum(meta)))
-    message = "out/x/meta.json does not belong to the data that out/x/ckpt.pt was trained on"
+    Path("out/tiny/meta.json").write_text(json.dumps(with_checksum(meta)))
+    message = "out/tiny/meta.json does not belong to the data that out/tiny/ckpt.pt was trained on"
     assert message in fails(sample.main, [])
 
 
 @pytest.mark.parametrize("flags", [[], ["--temperature=0"], ["--dtype=float32", "--num_samples=2"]], ids=str)
-def test_weights_that_are_nan_are_one_line(run, here, fails, flags):
-    shutil.copytree(run, here / "out/x")
-    state = checkpoint.load("out/x/ckpt.pt")
+def test_weights_that_are_nan_are_one_line(run, fails, flags):
+    state = checkpoint.load("out/tiny/ckpt.pt")
     state["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = torch.nan
-    torch.save(state, "out/x/ckpt.pt")
+    torch.save(state, "out/tiny/ckpt.pt")
     assert "error: the model's logits are NaN or infinite: " in fails(sample.main, flags)
 
 

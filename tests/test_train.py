@@ -17,7 +17,7 @@ import torch
 
 import sample
 import train
-from conftest import ROOT, TINY, load_last
+from conftest import ROOT, TINY, load_last, records
 from faults.processes import at_file_operation, run as run_process, run_ranks, script
 from faults.soak import equal, what_must_be_equal
 from model import GPT, GPTConfig
@@ -37,11 +37,6 @@ ANY_LENGTH = [word for word in TINY if "max_iters" not in word]  # TINY without 
 def weights(out_dir, name="last.pt"):
     """The weights in a checkpoint, name → tensor."""
     return checkpoint.load(Path(out_dir, name))["model"]
-
-
-def records(out_dir, kind):
-    """The records of one kind in a run's log: run, step, eval or end."""
-    return [r for r in read_log(Path(out_dir, "log.jsonl")) if r["kind"] == kind]
 
 
 def state_at(cfg, step=0, seconds=0.0, **values):

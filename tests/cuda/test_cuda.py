@@ -22,14 +22,13 @@ import torch.nn.functional as F
 import modern
 import sample
 import train
-from conftest import ROOT
+from conftest import ROOT, records
 from faults.processes import wait_for_steps
 from model import GPTConfig
 from modern import make_model
 from storygpt import checkpoint, generate, loss
 from storygpt.generate import prepare_for_generation, uses_cache, window_start
 from storygpt.loss import fuse_loss
-from storygpt.run import read_log
 from storygpt.system.hardware import autocast, to_device
 from tools import bench
 
@@ -72,12 +71,8 @@ def model_with_large_weights(architecture="gpt2"):
     return model
 
 
-def records(name, kind):
-    return [record for record in read_log(Path("out", name, "log.jsonl")) if record["kind"] == kind]
-
-
 def losses(name):
-    return [r["loss"] for r in records(name, "step")] + [r["val_loss"] for r in records(name, "eval")]
+    return [r["loss"] for r in records(f"out/{name}", "step")] + [r["val_loss"] for r in records(f"out/{name}", "eval")]
 
 
 def relative_error(actual, expected):
@@ -170,7 +165,7 @@ def test_a_step_that_overflows_in_float16_is_skipped_by_all_optimizers_and_count
     torch.testing.assert_close([after["model"], [o["state"] for o in after["optimizers"]]],
                                [before["model"], [o["state"] for o in before["optimizers"]]], rtol=0, atol=0)
     assert train_with_scale(after, 65536.0)["skipped"] == 2
-    assert records("x", "step")[-1]["skipped"] == 2 and math.isfinite(records("x", "step")[-1]["loss"])
+    assert records("out/x", "step")[-1]["skipped"] == 2 and math.isfinite(records("out/x", "step")[-1]["loss"])
 
 
 # ---- generation ----
@@ -232,9 +227,9 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(large_eps, optimiz
     train.main([*flags, "--out_dir=out/whole"])
     train.main([*flags, "--out_dir=out/resumed", "--max_iters=14"])
     train.main([*flags, "--out_dir=out/resumed", "--resume"])
-    whole, resumed = ({r["tokens"]: r["loss"] for r in records(name, "step")} for name in ("whole", "resumed"))
+    whole, resumed = ({r["tokens"]: r["loss"] for r in records(f"out/{name}", "step")} for name in ("whole", "resumed"))
     assert resumed == pytest.approx(whole, rel=2e-3) and len(whole) == 20
-    assert not ON_CUDA or records("whole", "run")[0]["device"] == torch.cuda.get_device_name()
+    assert not ON_CUDA or records("out/whole", "run")[0]["device"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -284,7 +279,7 @@ def test_a_checkpoint_of_one_device_can_be_used_on_another(capsys):
             stories.append(capsys.readouterr().out)
         assert all(story.startswith("Once") and len(story) > 5 for story in stories)
         train.main(["--resume", "--out_dir=out/x", f"--device={second}", "--max_iters=16"])
-        steps = records("x", "step")
+        steps = records("out/x", "step")
         assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6, 7, 8] and math.isfinite(steps[-1]["loss"])
 
 

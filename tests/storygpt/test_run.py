@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import TINY, load_last
+from conftest import TINY, load_last, records
 from model import GPT, GPTConfig
 from storygpt import checkpoint, run
 from storygpt.corpus.dataset import with_checksum
@@ -261,6 +261,6 @@ def test_overwrite_replaces_a_run_once_the_new_one_has_done_a_step(with_data, mo
 
     failure = None
     train.main([*words, "--overwrite", "--seed=3"])
-    (first,) = (record for record in run.read_log("out/x/log.jsonl") if record["kind"] == "run")
+    first, = records("out/x", "run")
     assert first["seed"] == 3 and Path("out/x/notes.txt").read_text() == "mine"
     assert contents("out/x").keys() == before.keys() - {"last.damaged.pt"}

@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from storygpt import fast, loss
 from storygpt.checkpoint import load_model
 from storygpt.generate import prepare_for_generation
+from storygpt.settings import read_command_line
 from storygpt.system import files
 from storygpt.system.errors import UserError
 from tools import bench, peers
@@ -229,16 +230,10 @@ def test_the_baseline_uses_nothing_of_this_project(data, monkeypatch):
     assert baseline[3:].mean() != baseline[:3].mean()
 
 
-@pytest.mark.parametrize("name, flag, value", [
-    ("compiled", "compile", True), ("eager", "compile", False), ("float32", "dtype", "float32"),
-    ("dropout 0", "dropout", 0.0), ("unfused loss", "device_batch_size", 32)])
-def test_the_flags_of_a_variant(data, monkeypatch, name, flag, value):
-    def claim(cfg):
-        raise Ended(getattr(cfg, flag))
-
-    monkeypatch.setattr(train, "Dataset", lambda cfg, verify: claim(cfg))
-    with pytest.raises(Ended, match=f"^{value}$"):
-        bench.VARIANTS[name][0](None, CPU, bench.TINY, 1, *bench.VARIANTS[name][1:])
+def test_the_flags_of_the_variants_are_valid():
+    for function, *args in bench.VARIANTS.values():
+        if function is bench.train_project and args:
+            read_command_line(args[0], {})  # exits if one is not
 
 
 def test_a_process_that_fails_is_named(quick_processes):

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt"
 
 from matplotlib.figure import Figure
 
-from storygpt.run import read_log
+from conftest import records
 from storygpt.settings import Config
 from tools import compare
 
@@ -69,7 +69,7 @@ def test_a_trained_run(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     compare.main(["out/tiny/", "--picture", str(tmp_path / "new/tiny.svg")])
     out = capsys.readouterr().out
-    evals = [record for record in read_log("out/tiny/log.jsonl") if record["kind"] == "eval"]
+    evals = records("out/tiny", "eval")
     best = min(evals, key=lambda record: record["val_loss"])
     (row,) = rows(out)
     seconds = row.pop("seconds")

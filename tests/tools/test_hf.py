@@ -20,13 +20,12 @@ from safetensors.torch import load, save
 import prepare
 import sample
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, records
 from model import GPT, Block, CausalSelfAttention, GPTConfig
 from storygpt import checkpoint
 from storygpt.corpus.dataset import Split
 from storygpt.corpus.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from storygpt.generate import generate
-from storygpt.run import read_log
 from tools import export, hf
 from tools.formats import gguf_file, hf_folder
 
@@ -162,7 +161,7 @@ def test_export_then_import_gives_the_same_model_which_can_be_fine_tuned(run, ca
     prepare.main(["nursery", "--tokenizer", "out/back", "--max_stories", "30", "--seed", "5"])
     flags = [flag for flag in TINY if not flag.startswith(("--dataset", "--n_", "--block"))]
     train.main([*flags, "--dataset=nursery-back", "--init_from=out/back", "--block_size=8", "--out_dir=out/tuned"])
-    steps = [r for r in read_log("out/tuned/log.jsonl") if r["kind"] == "step"]
+    steps = records("out/tuned", "step")
     assert checkpoint.load_model(Path("out/tuned/ckpt.pt"))[0].config.block_size == 8
     assert steps[0]["loss"] < 5.3  # ln 300 is 5.7
     assert "no checkpoint out/back/last.pt" in fails(train.main, ["--out_dir=out/back", "--resume"])

@@ -123,21 +123,6 @@ def test_a_new_repository_is_private_and_has_every_format(run, hub, capsys):
         assert text in card
 
 
-def test_an_existing_private_repository_is_made_public(run, hub, capsys):
-    hub.private["alice/tiny"] = True
-    hub_tool.main(["push", "out/tiny", "alice/tiny", "--space", "--public"])
-    assert f"the repository is public: {hub.url}/alice/tiny" in capsys.readouterr().out
-    assert hub.private == {"alice/tiny": False} and len(hub.commits) == 1
-
-
-def test_a_new_public_repository_stays_public(run, hub, capsys):
-    for flags in (["--public"], []):
-        hub_tool.main(["push", "out/tiny", "alice/tiny", "--space", *flags])
-        assert f"the repository is public: {hub.url}/alice/tiny" in capsys.readouterr().out
-        assert hub.private == {"alice/tiny": False}
-    assert len(hub.commits) == 2 and ("PUT", "/api/spaces/alice/tiny/settings") not in hub.requests
-
-
 def test_a_modern_model_is_pushed_without_what_cannot_hold_it(run, hub, capsys):
     train.main([*TINY, "--architecture=modern", "--max_iters=8", "--out_dir=out/modern"])
     hub_tool.main(["push", "out/modern", "alice/modern"])
@@ -160,11 +145,15 @@ def test_a_format_that_gives_other_logits_is_not_uploaded(run, hub, capsys, monk
     assert "edited.onnx" in files and not files.keys() & {"model.safetensors", "config.json", "edited.html"}
 
 
-def test_a_space_has_the_page(run, hub, capsys):
-    hub_tool.main(["push", "out/tiny", "alice/stories", "--space", "--public"])
-    assert "the repository is public: " in capsys.readouterr().out
-    (repository, _, files), = hub.commits
-    assert repository == "alice/stories" and ("POST", "/api/spaces/alice/stories/commit/main") in hub.requests
+def test_a_space_has_the_page_and_becomes_and_stays_public(run, hub, capsys):
+    hub.private["alice/old"] = True
+    for name, flags in (("old", ["--public"]), ("new", ["--public"]), ("new", [])):
+        hub_tool.main(["push", "out/tiny", f"alice/{name}", "--space", *flags])
+        assert f"the repository is public: {hub.url}/alice/{name}" in capsys.readouterr().out
+        assert not hub.private[f"alice/{name}"]
+    assert ("PUT", "/api/spaces/alice/new/settings") not in hub.requests and len(hub.commits) == 3
+    repository, _, files = hub.commits[-1]
+    assert repository == "alice/new" and ("POST", "/api/spaces/alice/new/commit/main") in hub.requests
     assert files.keys() == {"index.html", "README.md"} and files["index.html"].startswith(b"<!DOCTYPE html>")
     assert b"\nsdk: static\napp_file: index.html\n" in files["README.md"]
     assert b"Training data: 1,536 tokens of nursery-bpe300." in files["README.md"]

@@ -21,25 +21,8 @@ from tools.judging import novelty, text
 FLAGS = ["--num_samples=12", "--max_new_tokens=60"]
 
 
-@pytest.fixture(scope="module")
-def folder(trained, tmp_path_factory):
-    """A folder with data/nursery-bpe300 and the run out/tiny."""
-    folder = tmp_path_factory.mktemp("judged")
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
-    return folder
-
-
 @pytest.fixture
-def here(folder, monkeypatch):
-    """The current folder: that of the module's run, without earlier results."""
-    monkeypatch.chdir(folder)
-    for name in ("judge.json", "judge.txt"):
-        Path("out/tiny", name).unlink(missing_ok=True)
-    return folder
-
-
-@pytest.fixture
-def result(here, capsys):
+def result(run, capsys):
     """A function that runs the judge: returns the table as label → cells, the other lines, and stderr."""
     def result(*argv):
         capsys.readouterr()
@@ -97,7 +80,7 @@ def test_the_same_seed_gives_the_same_result(result):
     assert first == second != other
 
 
-def test_stories_that_were_cut_have_not_ended(here):
+def test_stories_that_were_cut_have_not_ended(run):
     args = judge.parse_args(["out/tiny", "--num_samples=3", "--max_new_tokens=2", "--temperature=0"])
     stories, ended = judge.generate_stories(*judge.load_model("out/tiny/ckpt.pt")[:2], args)
     assert len(stories) == 3 and ended == [False] * 3
@@ -137,7 +120,7 @@ def test_an_opening(result):
     assert err == f"note: no held-out story of data/nursery-bpe300 begins with {inside!r}: comparing with others\n"
 
 
-def test_held_out_stories_are_spread_and_names_are_those_of_the_training_text(here):
+def test_held_out_stories_are_spread_and_names_are_those_of_the_training_text(run):
     tokenizer = Tokenizer.load("out/tiny")
     training, held_out = (judge.split_stories(tokenizer, Split("data/nursery-bpe300", split, 1).tokens)
                           for split in ("train", "validation"))
@@ -147,7 +130,7 @@ def test_held_out_stories_are_spread_and_names_are_those_of_the_training_text(he
     assert dataset.names == text.learn_names(training) != text.learn_names(held_out)
 
 
-def test_the_longest_copy_is_that_of_all_stories(here):
+def test_the_longest_copy_is_that_of_all_stories(run):
     tokenizer = Tokenizer.load("out/tiny")
     tokens = Split("data/nursery-bpe300", "train", 1).tokens
     training = judge.split_stories(tokenizer, tokens)
@@ -158,12 +141,9 @@ def test_the_longest_copy_is_that_of_all_stories(here):
     assert training[4][:90] in copy["text"]
 
 
-def test_without_the_data_the_rest_is_measured(result, here):
+def test_without_the_data_the_rest_is_measured(result, run):
     Path("data").rename("elsewhere")
-    try:
-        table, lines, err = result("out/tiny")
-    finally:
-        Path("elsewhere").rename("data")
+    table, lines, err = result("out/tiny")
     assert err.startswith("note: data/nursery-bpe300, the dataset of out/tiny, is not here: left out are")
     assert err.count("\n") == 1 and not lines
     assert table["measure [95% interval]"] == ["out/tiny"] and "words and marks per story" in table
@@ -182,12 +162,12 @@ def test_stories_without_a_dataset(result):
 @pytest.mark.parametrize("content", [
     b"A\ncat.\n<|endoftext|>\nA dog.\n", b"\xef\xbb\xbfA\r\ncat.\r\n<|endoftext|>\r\nA dog.\r\n",
     b"A\ncat.<|endoftext|>A dog.<|endoftext|>", b"A\ncat.\n<|endoftext|>\nA dog.\n<|endoftext|>\n"])
-def test_files_of_other_programs(here, content):
+def test_files_of_other_programs(run, content):
     Path("stories.txt").write_bytes(content)
     assert judge.read_stories("stories.txt").stories == ["A\ncat.", "A dog."]
 
 
-def test_other_training_text(result, here):
+def test_other_training_text(result, run):
     import prepare
     prepare.main(["nursery", "--tokenizer", "data/nursery-bpe300", "--max_stories", "50", "--name", "fewer"])
     table, _, err = result("out/tiny", "--dataset=fewer")
@@ -200,7 +180,7 @@ def test_the_plot(result):
     assert lines[-1] == "plot: plots/judge.png" and Path("plots/judge.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_errors_are_one_line(here, fails, monkeypatch):
+def test_errors_are_one_line(run, fails, monkeypatch):
     assert "no run and no UTF-8 stories in out/typo: name a run's folder" in fails(judge.main, ["out/typo"])
     assert "no checkpoint in data" in fails(judge.main, ["out/tiny", "data"])
     assert "no run and no UTF-8 stories in out/tiny/ckpt.pt: name a run's" in fails(judge.main, ["out/tiny/ckpt.pt"])
@@ -214,7 +194,7 @@ def test_errors_are_one_line(here, fails, monkeypatch):
     assert "pydivsufsort halted; None in sys.modules: pip install -r" in fails(judge.main, ["out/tiny"])
 
 
-def test_a_model_that_writes_nothing(here, fails):
+def test_a_model_that_writes_nothing(run, fails):
     checkpoint = torch.load("out/tiny/ckpt.pt", weights_only=True)
     shutil.copytree("out/tiny", "out/silent", dirs_exist_ok=True)
     end_of_text = checkpoint["model"]["transformer.wte.weight"][299]

@@ -25,10 +25,9 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import sample
-from conftest import ROOT
+from conftest import ROOT, records
 from faults.processes import ForkedProcess
 from storygpt import checkpoint
-from storygpt.run import read_log
 from tools import publish, serve
 
 OTHER = "sweep/<b>#?&%'\"ü,seed=1"  # a name that must be quoted in HTML, in URLs and in JSON
@@ -76,7 +75,7 @@ def story_of(iteration):
 
 def add_evaluation(log, **changes):
     """Add a changed copy of the last evaluation to a log."""
-    evaluation = [record for record in read_log(log) if record["kind"] == "eval"][-1]
+    evaluation = records(Path(log).parent, "eval")[-1]
     with open(log, "a") as file:
         file.write(json.dumps(evaluation | changes) + "\n")
 
@@ -121,8 +120,7 @@ def test_probabilities_are_those_of_the_model(url):
 
 
 def test_the_losses_and_the_stories_of_the_evaluations(url):
-    evals = [{key: record[key] for key in serve.SHOWN} for record in read_log("out/tiny/log.jsonl")
-             if record["kind"] == "eval"]
+    evals = [{key: record[key] for key in serve.SHOWN} for record in records("out/tiny", "eval")]
     assert get(url, "/losses") == {"loss": "val_loss", "notes": [],
                                    "runs": [{"name": name, "evals": evals} for name in ("tiny", OTHER)]}
     assert get(url, "/sample?run=tiny&iteration=16") == {"story": story_of("16")}

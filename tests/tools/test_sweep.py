@@ -20,9 +20,8 @@ stats = pytest.importorskip("scipy.stats", reason="pip install -r requirements-e
 
 import train
 from optuna.distributions import FloatDistribution, IntDistribution
-from storygpt.run import read_log
 from storygpt.settings import Config
-from conftest import TINY
+from conftest import TINY, records
 from test_train import TINY_MODEL
 from faults.processes import locked
 from tools import compare, sweep
@@ -32,11 +31,6 @@ def table(text):
     """The printed table as a dict per row."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0] == "|"]
     return [dict(zip(lines[0], line)) for line in lines[2:]]
-
-
-def records(folder, kind):
-    """The records of a kind in a run's log."""
-    return [record for record in read_log(Path(folder, "log.jsonl")) if record["kind"] == kind]
 
 
 def write_run(words, settings, seed, losses, reason="finished"):

@@ -28,19 +28,12 @@ def test_clean(text, plain):
     ("They were happy.", False), ('"Hi!"', False), ("Really?)", False), ("and so...", False), ("The end", False),
     ("The End", False), ("the END", False), ("happy 🙂", False), ("They were", True), ("said, \"They wer", True),
     ("and,", True), ('the sign "STOP"', True), ("on page 12", True), ("The weekend", True), ("naïve café", True),
-    ("well -", True),
+    ("well -", True), ("and" + "\")]'" * 4, True),
 ])
 def test_a_story_that_stops_in_mid_sentence_is_a_fragment(end, expected):
     assert is_fragment("Ana had a ball. " * 10 + end) == expected
 
 
-def test_the_end_is_searched_behind_quotation_marks():
-    assert is_fragment("Ana had a ball. " * 10 + "and" + "\")]'" * 4)
-
-
-def test_a_short_story_is_a_fragment():
+def test_a_short_story_is_a_fragment_and_a_book_is_none_however_it_ends():
     assert is_fragment("x" * 98 + ".") and not is_fragment("x" * 99 + ".")
-
-
-def test_a_book_is_no_fragment_however_it_ends():
     assert is_fragment("x" * 10_000) and not is_fragment("x" * 10_001)

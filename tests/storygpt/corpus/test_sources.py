@@ -14,29 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, write
 from storygpt.corpus import nursery, sources
 from storygpt.corpus.sources import open_source, split_of
 from storygpt.corpus.tokenizer import END_OF_TEXT
 from storygpt.system.errors import UserError
 
 STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", "He said\tyes."]
-
-
-def write(path, stories, column="text"):
-    """Write stories to a file in the format of its extension; return the path as a string."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        path.write_text("".join(json.dumps({column: story}) + "\n" for story in stories))
-    elif suffix == ".json":
-        path.write_text(json.dumps([{"id": 1, column: story} for story in stories], indent=1))
-    elif suffix == ".parquet":
-        pq.write_table(pa.table({"id": range(len(stories)), column: pa.array(stories, pa.string())}), path)
-    else:
-        path.write_text(f"\n{END_OF_TEXT}\n".join(stories), encoding="utf-8")
-    return str(path)
 
 
 def read(source, *args, **options):

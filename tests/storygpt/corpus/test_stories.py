@@ -1,28 +1,17 @@
 """The stories of a source: separators, white space, pieces, the validation split, duplicates, cleaning."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import write
 from storygpt.corpus import nursery, sources, stories
 from storygpt.corpus.stories import Corpus, cut_in_pieces
 from storygpt.corpus.tokenizer import END_OF_TEXT, Tokenizer
 from storygpt.system.errors import UserError
 
 STORIES = [*nursery.stories(20, seed=9), "Two lines.\n\nAnd a naïve 🦊.", "He said\tyes."]
-
-
-def write(path, texts):
-    """Write texts to a .txt or .jsonl file; return the path as a string."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".txt":
-        path.write_text(f"\n{END_OF_TEXT}\n".join(texts), encoding="utf-8", newline="")
-    else:
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
 
 
 def joined(corpus):

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 
 import train
-from conftest import TINY, load_last
+from conftest import TINY, load_last, records
 from faults.processes import run_ranks, wait_for_steps
 from faults.soak import equal
 from storygpt.corpus.dataset import with_checksum
-from storygpt.run import read_log
 from storygpt.system.distributed import (all_reduce_sum, broadcast_object, cleanup_distributed, distributed_errors,
                                          init_distributed, rank_0_first, sync_stop_and_time)
 from storygpt.system.errors import UserError
@@ -36,8 +35,7 @@ def train_on_ranks(world_size, flags, **options):
 
 
 def losses(out_dir):
-    log = read_log(Path(out_dir, "log.jsonl"))
-    return [r["loss"] for r in log if r["kind"] == "step"] + [r["val_loss"] for r in log if r["kind"] == "eval"]
+    return [r["loss"] for r in records(out_dir, "step")] + [r["val_loss"] for r in records(out_dir, "eval")]
 
 
 def last_weights(out_dir):
