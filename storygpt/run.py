@@ -234,7 +234,7 @@ def _init_from(settings):
     """
     source = Path(settings["init_from"])
     model, tokenizer, checkpoint = load_model(best_checkpoint(source))
-    architecture = {f.name: getattr(model.config, f.name) for f in fields(ModelSettings) if f.name != "dropout"}
+    architecture = architecture_of(model.config)
     cfg = Config(**architecture | settings)
     for name, value in architecture.items():
         wanted = getattr(cfg, name)
@@ -247,6 +247,11 @@ def _init_from(settings):
         raise UserError(f"data/{cfg.dataset} has a different tokenizer from init_from = {cfg.init_from!r}: prepare it "
                         "with that one, or start from scratch")
     return cfg, checkpoint
+
+
+def architecture_of(config):
+    """The settings that a run with init_from takes from the GPTConfig of the other run: all of them but dropout."""
+    return {f.name: getattr(config, f.name) for f in fields(ModelSettings) if f.name != "dropout"}
 
 
 def check_no_run(out_dir):

@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPTConfig, ModelSettings
+from model import GPTConfig
 from sample import number
 from storygpt.checkpoint import load
 from storygpt.corpus.dataset import data_sha256, read_meta
-from storygpt.run import best_checkpoint
+from storygpt.run import architecture_of, best_checkpoint
 from storygpt.settings import BUDGETS, Config, apply_overrides, parse_value, read_command_line
 from storygpt.system import files
 from storygpt.system.errors import Parser, UserError, exit_with_one_line, shell_word
@@ -150,7 +150,7 @@ def with_architecture(settings):
     if settings.get("init_from", "scratch") == "scratch":
         return settings
     config = GPTConfig(**load(best_checkpoint(settings["init_from"]))["model_config"])
-    return {f.name: getattr(config, f.name) for f in fields(ModelSettings) if f.name != "dropout"} | settings
+    return architecture_of(config) | settings
 
 
 def parse_varied(texts):
