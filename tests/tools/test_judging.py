@@ -199,11 +199,11 @@ def test_losses_do_not_depend_on_the_batch(model_and_tokenizer):
     model, _ = model_and_tokenizer
     sequences = [[1, 2, 3, 4, 5], [7, 8], list(range(17)), [9, 8, 7]] * 20
     losses = scoring.token_losses(model, sequences)
-    for sequence, loss in zip(sequences[:4], losses):
+    for sequence, *of_the_same in zip(sequences[:4], *(losses[i:i + 4] for i in range(0, 80, 4))):
         logits = model(torch.tensor([sequence[:-1]]))[0]
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(sequence[1:]), reduction="none")
-        assert loss == pytest.approx(expected.tolist(), abs=1e-4)
-    assert all(np.array_equal(losses[i], losses[i % 4]) for i in range(80))
+        for loss in of_the_same:  # a row's place in the batch changes the rounding on some processors
+            assert loss == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_the_more_likely_text_counts_and_ties_count_half(model_and_tokenizer):
